@@ -1,0 +1,88 @@
+# btx: `make run` runs the demo, `make test` the tests; each makes the virtual environment it needs.
+# `make train RECIPE=my.yaml DOMAIN=math` and its like run one stage. `make help` lists all.
+
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= pipelines/demo.yaml
+DOMAIN ?=
+SET ?=
+BTX = $(VENV)/bin/btx
+FLAGS = $(RECIPE) $(foreach s,$(SET),--set $(s))
+STAGES = branch train merge finetune evaluate export report
+
+# A torch (2.10 or newer) that $(PYTHON) has already, for CUDA, ROCm or a venv of yours, is used as it is: its folder is
+# put behind the new environment's own. Without one the pinned version is installed.
+TORCH_AT = $(shell $(PYTHON) -c "from importlib.metadata import distribution; t = distribution('torch'); \
+	print(t.locate_file('') if tuple(map(int, t.version.split('.')[:2])) >= (2, 10) else '')" 2>/dev/null)
+PINS = $(VENV)/constraints.txt
+PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all check bench megablocks plan status doctor clean $(STAGES)
+
+help:
+	@echo "make run                              the recipe, whole (RECIPE=$(RECIPE))"
+	@echo "make test | test-all | check | bench  tests, with slow ones, style and types, measurements"
+	@echo "make $(STAGES)"
+	@echo "make plan | status | doctor           price, state, environment"
+	@echo "make megablocks                       the packages of the kernel sparse"
+	@echo "variables: RECIPE=file.yaml DOMAIN=name SET='a.b=value c.d=value' PYTHON=python3 VENV=.venv"
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once; some minutes where packages are downloaded)"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "btx needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@cp constraints.txt $(PINS)
+	@at="$(TORCH_AT)"; if [ -n "$$at" ]; then echo "using the torch in $$at"; \
+		grep -v '^torch==\|^triton==' constraints.txt > $(PINS); \
+		echo "$$at" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-yours.pth"; \
+		else $(PIP) install -c $(PINS) torch; fi
+	@$(PIP) install -c $(PINS) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "adding what tests and checks need"
+	@$(PIP) install -c $(PINS) -e '.[dev]'
+	@$(MAKE) --no-print-directory megablocks || echo "the tests of the kernel sparse will be skipped"
+	@touch $@
+
+# MegaBlocks pins an old torch and wants a CUDA compiler; without its dependencies it installs anywhere, and the kernel
+# `sparse` brings what is then missing.
+$(VENV)/.megablocks: $(VENV)/.run
+	@$(PIP) install -c $(PINS) 'setuptools>=77' packaging 'triton; sys_platform == "linux"'
+	@$(PIP) install -c $(PINS) --no-deps --no-build-isolation megablocks stanford-stk
+	@touch $@
+
+run: $(VENV)/.run
+	@$(BTX) run $(FLAGS)
+
+$(STAGES): $(VENV)/.run
+	@$(BTX) $@ $(FLAGS) $(if $(DOMAIN),--domain $(DOMAIN))
+
+plan status: $(VENV)/.run
+	@$(BTX) $@ $(FLAGS)
+
+doctor: $(VENV)/.run
+	@$(BTX) doctor
+
+test: $(VENV)/.dev
+	@$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/.dev
+	@$(VENV)/bin/python -m pytest -m 'not gpu and not engine'
+
+check: $(VENV)/.dev
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/python -m pytest tests/test_layout.py
+
+megablocks: $(VENV)/.megablocks
+
+bench: $(VENV)/.run
+	@$(BTX) bench train
+	@$(BTX) bench kernels
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

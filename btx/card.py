@@ -1,0 +1,107 @@
+"""The model card of an export: front matter that hubs read, and what a user of the model wants to know."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from btx import __version__
+from btx.flops import parameters
+
+if TYPE_CHECKING:
+    from btx.steps.export import Export
+
+
+def table(rows: dict[str, dict[str, float]], corner: str, digits: int = 3) -> str:
+    """A Markdown table of numbers: one line a row, the columns of the first row."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {n} | {' | '.join(f'{row[c]:.{digits}f}' for c in columns)} |" for n, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _front(step: Export) -> str:
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": step.base_model,
+        "tags": ["btx", "branch-train-mix", "mixture-of-experts", "merge"],
+    }
+    if step.settings.license:
+        front["license"] = step.settings.license
+    return "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n"
+
+
+def _experts(step: Export) -> str:
+    merge = step.evaluate.finetune.merge
+    lines = ["| model | made by | SHA-256 |", "|---|---|---|"]
+    for name, model in merge.models.items():
+        lines.append(f"| {name} | {model.kind} | `{model.digest}` |")
+    return "\n".join(lines)
+
+
+def _data(step: Export) -> str:
+    lines = ["| data | training tokens at hand | held-out documents |", "|---|---|---|"]
+    from btx.artifact import read_manifest
+
+    for name, tokens in step.evaluate.finetune.tokens.items():
+        facts = read_manifest(tokens.folder)["facts"]
+        lines.append(f"| {name} | {facts['train_tokens']:,} | {facts['valid_documents']} |")
+    return "\n".join(lines)
+
+
+def card(step: Export, config: dict[str, Any], results: dict[str, Any]) -> str:
+    """The whole card, Markdown with front matter."""
+    finetune = step.evaluate.finetune
+    count = parameters(config)
+    per_token = config["num_experts_per_tok"]
+    shares = {
+        d: dict(zip(results["experts"], r["mean"], strict=True)) for d, r in results["routing"]["finetuned"].items()
+    }
+    recipe = yaml.safe_dump(
+        {"merge": finetune.merge.settings.identity(), "finetune": finetune.settings.identity()}, sort_keys=False
+    )
+    return f"""{_front(step)}
+# {step.title}
+
+A Mixture of Experts ({config["model_type"]}, {len(results["experts"])} experts, {per_token} a token; {count.total:,}
+parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: copies of one
+seed were trained on one domain each, their feed-forward blocks became the experts, every other tensor was averaged, and
+the whole was finetuned with a learned token-level router.
+
+```python
+from transformers import pipeline
+print(pipeline("text-generation", model="PATH")("Once", max_new_tokens=40)[0]["generated_text"])
+```
+
+## Evaluation
+
+Bits per byte on held-out documents, lower is better.
+
+{table({m: {**row, "mean": results["mean"][m]} for m, row in results["bits_per_byte"].items()}, "model")}
+
+## Routing
+
+Share of the token-choices per expert, mean over layers, on held-out text.
+
+{table(shares, "domain")}
+
+## Parents
+
+{_experts(step)}
+
+## Data
+
+{_data(step)}
+
+## Recipe
+
+```yaml
+{recipe}```
+
+It loads in transformers 5 (made with {version("transformers")}); transformers 4 does not read how version 5 writes a
+config and may compute something else without a word. `SHA256SUMS` has the digest of every file but `btx.json`, which
+has them too; `proof.json` has the logits of probe prompts; `btx check FOLDER` compares both.
+"""

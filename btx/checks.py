@@ -1,0 +1,156 @@
+"""All input of the steps that are still to be done, looked at before anything is written.
+
+What the recipe alone can tell is settled in `recipe`; here is what takes a look at checkpoints, data and machine.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from btx.errors import RecipeError, ResourceError, nearest
+from btx.recipe import Recipe
+from btx.settings import RunSettings
+from btx.step import Step
+from btx.steps.branch import Branch, native_config
+from btx.steps.evaluate import Evaluate
+from btx.steps.export import Export
+from btx.steps.finetune import Finetune
+from btx.steps.given import Given
+from btx.steps.merge import Merge
+from btx.steps.pretrain import Pretrain
+from btx.steps.tokens import TokensStep
+from btx.steps.train import Train
+
+
+def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
+    """Raise what is wrong with the input of these steps, whose folders will lie under `root`; nothing is written."""
+    check_place(recipe.run, root)
+    for seed in {s.folder: s for step in steps if (s := seed_of(step)) and isinstance(s, Given)}:
+        check_lengths(seed, recipe)
+    for step in steps:
+        if isinstance(step, Branch) and isinstance(step.seed, Given):
+            step.examine()
+        if isinstance(step, Merge):
+            check_layout(step, recipe.seed.builtin.intermediate_size)
+        if isinstance(step, Export) and recipe.finetune.soft_first_layer:
+            raise RecipeError(
+                "finetune.soft_first_layer: no stock class can hold a layer that visits all experts beside others that "
+                "visit one, so the export would be another model than the one measured. Leave it out, or stop before "
+                "the export: --until evaluate."
+            )
+    for tokens, length in sequence_lengths(steps):
+        check_documents(tokens, length)
+
+
+def seed_of(step: Step) -> Step | None:
+    """The seed under a step that reads sequences, or that verifies the seed."""
+    if isinstance(step, Branch):
+        return step.seed
+    if isinstance(step, Train):
+        return step.branch.seed
+    if isinstance(step, Finetune):
+        return step.merge.branch.seed
+    return step.average.branch.seed if isinstance(step, Evaluate) else None
+
+
+def check_lengths(seed: Path, recipe: Recipe) -> None:
+    """RecipeError when a sequence is longer than the positions that the seed was made for."""
+    from btx.safety import read_config
+
+    most = native_config(read_config(seed), str(seed)).max_position_embeddings
+    asked = {
+        "train": recipe.train.sequence_length,
+        "finetune": recipe.finetuning.sequence_length,
+        "evaluate": recipe.evaluate.sequence_length or 0,
+    }
+    for name, length in asked.items():
+        if length > most:
+            raise RecipeError(
+                f"{name}.sequence_length is {length}, the seed {seed} has max_position_embeddings "
+                f"{most}. Choose at most that."
+            )
+
+
+def check_layout(merge: Merge, builtin_width: int) -> None:
+    """RecipeError when the seed's feed-forward blocks cannot be cut as the recipe says."""
+    from btx.merging import layout
+    from btx.safety import read_config
+
+    seed = merge.branch.seed
+    given = isinstance(seed, Given)
+    width = native_config(read_config(seed.folder), str(seed.folder)).intermediate_size if given else builtin_width
+    layout(merge.settings, len(merge.models), width)
+
+
+def check_place(run: RunSettings, root: Path) -> None:
+    """RecipeError or ResourceError when what `run` names is not there: a kernel, a device, a launch file, a folder."""
+    from btx.experts import choose
+    from btx.model import device_of
+
+    choose(run.kernel, device_of(run))
+    if run.launch and not Path(run.launch).is_file():
+        raise RecipeError(
+            f"run.launch: there is no file {Path(run.launch).absolute()}. `accelerate config` writes one; "
+            "relative paths start at the working directory."
+        )
+    check_trackers(run.report_to)
+    above = next(p for p in (root, *root.parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ResourceError(f"run.directory: {above} is no folder that can be written to. Choose another one.")
+
+
+def check_trackers(names: list[str]) -> None:
+    """RecipeError for a tracker that accelerate does not know, or whose package is not installed (it would skip it)."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    at_hand = [str(t) for t in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RecipeError(f"run.report_to: there is no tracker {name!r}; {nearest(name, LOGGER_TYPE_TO_CLASS)}")
+        if name not in at_hand:
+            raise RecipeError(f"run.report_to: the package of the tracker {name} is not installed. Install it first.")
+
+
+def sequence_lengths(steps: list[Step]) -> list[tuple[TokensStep, int]]:
+    """Every tokens step that is still to be done or trained on, with the longest sequence that is asked of it."""
+    found: dict[str, tuple[TokensStep, int]] = {s.label: (s, 0) for s in steps if isinstance(s, TokensStep)}
+    for step in steps:
+        if isinstance(step, (Train, Pretrain)):
+            wanted = [(step.tokens, step.train.sequence_length)]
+        elif isinstance(step, Finetune):
+            wanted = [(t, step.settings.sequence_length) for n, t in step.tokens.items() if step.weights[n]]
+        else:
+            continue
+        for tokens, length in wanted:
+            found[tokens.label] = tokens, max(length, found.get(tokens.label, (tokens, 0))[1])
+    return list(found.values())
+
+
+def check_documents(step: TokensStep, length: int) -> None:
+    """Read all documents of a domain once; RecipeError, with counts, when one is bad or they are too few.
+
+    `length` is of the longest sequence that they must fill. Where the tokenizer is yet to be made, bytes stand for
+    tokens, of which there are never more.
+    """
+    from btx.tokens import known_encoder, train_tokens
+
+    if step.done:
+        tokens, counts = train_tokens(step.folder), ""
+    else:
+        split = step.split()
+        tokens = split.survey(known_encoder(step.tokenizer.folder, step.data), enough=length + 1)
+        counts = f" ({split.summary(len(step.sources), len(step.valid))})"
+        if split.counts.documents and not split.kept and (step.data.holdout or step.valid):
+            raise RecipeError(
+                f"{step.label}: there is no document to hold out{counts}. Name `valid` files that have some."
+            )
+    if not tokens:
+        raise RecipeError(f"{step.label}: too little data, there is no document to train on{counts}. Give it more.")
+    if tokens <= length:
+        raise RecipeError(
+            f"{step.label}: too little data, {tokens} tokens to train on{counts}, where one sequence takes "
+            f"{length + 1}. Give it more, or a shorter sequence_length."
+        )

@@ -1,0 +1,214 @@
+"""Documents in the three shapes that users have, from the files that a recipe names.
+
+A document is `{"text"}`, `{"messages"}` or `{"prompt", "completion"}`, told by its columns. What cannot be read
+is refused with file and line. Nothing here tokenises; no torch.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from btx import builtin
+from btx.errors import RecipeError, nearest
+from btx.readers import NUL, READ, SHAPES, SUFFIXES, kind_of, records
+
+BUILTIN = "builtin:"
+WANTED = "; ".join(" and ".join(shape) for shape in SHAPES)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its pieces in order, each with whether it is an answer that is to be learned."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    messages: tuple[dict[str, Any], ...] = ()  # kept for tokenizers with a chat template
+
+    @property
+    def text(self) -> str:
+        """All pieces as one text."""
+        return "".join(text for text, _ in self.pieces)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody says anything in it."""
+        said = [m["content"] for m in self.messages] or [text for text, _ in self.pieces]
+        return not any(text.strip() for text in said)
+
+
+@dataclass
+class Counts:
+    """What was met while reading."""
+
+    documents: int = 0
+    empty: int = 0
+    bad: int = 0
+    bytes: int = 0
+    first_bad: str = field(default="")
+
+
+def resolve(patterns: list[str], base: Path, where: str) -> list[str]:
+    """Files (absolute) and `builtin:` names that the patterns of a recipe mean; relative ones lie below `base`.
+
+    A pattern is a file, a folder (all files below it that btx reads) or a glob. RecipeError for one without a match,
+    and for a file that two patterns mean: it would be read twice, which nobody asks for in that way.
+    """
+    sources: list[str] = []
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        for source in _meant(pattern, base, where):
+            same = source if source.startswith(BUILTIN) else os.path.realpath(source)
+            if same in found:
+                raise RecipeError(
+                    f"{where} names {source} twice (by {found[same]!r} and {pattern!r}). "
+                    "Name it once; how much a domain counts is set by finetune.mix."
+                )
+            found[same] = pattern
+            sources.append(source)
+    return sources
+
+
+def _meant(pattern: str, base: Path, where: str) -> list[str]:
+    if pattern.startswith(BUILTIN):
+        name = pattern.removeprefix(BUILTIN)
+        if name not in builtin.NAMES:
+            raise RecipeError(f"{where}: there is no {pattern}; {nearest(name, builtin.NAMES)}")
+        return [pattern]
+    try:
+        return _files(base / Path(pattern).expanduser(), base, where)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder closed to us, an unknown ~user
+        raise RecipeError(f"{where}: {pattern:.200} cannot be looked up: {error}. Correct the path.") from error
+
+
+def _files(path: Path, base: Path, where: str) -> list[str]:
+    if path.is_dir():
+        below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(str(p) for p in below if p.is_file() and p.name.endswith(SUFFIXES))
+        if not files:
+            raise RecipeError(f"{where}: the folder {path} holds no file that btx reads ({READ}).")
+        return files
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise RecipeError(f"{where}: {path} is of no kind that btx reads ({READ}).")
+        return [str(path)]
+    matching = glob.glob(str(path), recursive=True)
+    files = sorted(f for f in matching if f.endswith(SUFFIXES) and Path(f).is_file())
+    if not files:
+        raise RecipeError(f"{where}: {path} does not exist{hint(path)}. Relative paths start at {base}.")
+    return files
+
+
+def hint(path: Path) -> str:
+    """A clause that says what was probably meant by a path that does not exist."""
+    if any(sign in str(path) for sign in "*?["):
+        return " (no file matches)"
+    if not path.parent.is_dir():
+        return f", nor does {path.parent}"
+    siblings = sorted(p.name for p in path.parent.iterdir())
+    close = get_close_matches(path.name, siblings, n=1, cutoff=0.5) or siblings[:8]
+    return "; " + nearest(path.name, close).rstrip("?.") if siblings else f"; {path.parent} is empty"
+
+
+def digest(source: str, file_digest: Callable[[Path], str]) -> str:
+    """What decides the documents of a source: kind and SHA-256 of a file; a builtin one's version and Python's."""
+    if source.startswith(BUILTIN):
+        version = ".".join(map(str, sys.version_info[:3]))
+        return f"{source}/{builtin.VERSION}/python-{version}"
+    try:
+        return f"{kind_of(source)}/{file_digest(Path(source))}"
+    except OSError as error:
+        raise RecipeError(f"{source} cannot be read: {error.strerror or error}. Mend its permissions.") from error
+
+
+def read(sources: list[str], *, skip_bad: bool, counts: Counts) -> Iterator[Document]:
+    """All non-empty documents of the sources in order; `counts` is filled on the way.
+
+    RecipeError with file and line for what cannot be read, unless `skip_bad`.
+    """
+    for source in sources:
+        for where, record in _records(source):
+            try:
+                document = parse(record) if not isinstance(record, Exception) else _raise(record)
+            except (ValueError, RecursionError) as error:
+                counts.bad += 1
+                counts.first_bad = counts.first_bad or f"{where}: {error}"
+                if not skip_bad:
+                    said = f"{where}: {error}. Mend the line, or set data.on_bad_line: skip."
+                    raise RecipeError(said) from error
+                continue
+            if document.empty:
+                counts.empty += 1
+                continue
+            counts.documents += 1
+            counts.bytes += len(document.text.encode())
+            yield document
+
+
+def _raise(error: Exception) -> Document:
+    raise error
+
+
+@cache
+def _builtin(name: str) -> tuple[str, ...]:
+    """An embedded corpus, made once a process: a run reads it several times, and it is a few MB."""
+    return tuple(builtin.documents(name))
+
+
+def _records(source: str) -> Iterator[tuple[str, Any]]:
+    if not source.startswith(BUILTIN):
+        yield from records(source)
+        return
+    for number, text in enumerate(_builtin(source.removeprefix(BUILTIN)), 1):
+        yield f"{source}#{number}", {"text": text}
+
+
+def parse(record: Any) -> Document:
+    """A document from a record, its shape told by the columns; ValueError naming the columns found."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object with {WANTED}, found {type(record).__name__}")
+    if "text" in record:
+        return Document(((_string(record, "text"), True),))
+    if "messages" in record:
+        return _conversation(record["messages"])
+    if "prompt" in record and "completion" in record:
+        return Document(((_string(record, "prompt"), False), (_string(record, "completion"), True)))
+    raise ValueError(f"no usable columns: found {', '.join(sorted(map(str, record))) or 'none'}; wanted {WANTED}")
+
+
+def _string(record: dict[str, Any], key: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be text, found {type(value).__name__}")
+    return _usable(value)
+
+
+def _usable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(NUL)
+    text.encode()  # half of a surrogate pair is no character
+    return text
+
+
+def _conversation(messages: Any) -> Document:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages must be a list of objects with role and content")
+    for message in messages:
+        for key in ("role", "content"):
+            if key not in message:
+                raise ValueError(f"a message needs {key}, found {', '.join(sorted(map(str, message))) or 'nothing'}")
+            _string(message, key)
+    pieces = tuple((f"{m['role'].capitalize()}: {m['content']}\n\n", m["role"] == "assistant") for m in messages)
+    return Document(pieces, tuple({"role": m["role"], "content": m["content"]} for m in messages))
+
+
+def held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the held-out share: by its own hash, so equal texts never come apart."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < share * 2**32

@@ -1,0 +1,1 @@
+"""Who starts a process. Engines know command lines, not steps."""

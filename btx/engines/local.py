@@ -1,0 +1,128 @@
+"""Runs jobs as processes of this machine: so many at once, each with its device, a failed one leaves the others alone.
+
+A job is a command line that writes events as JSON lines to its standard output; what it writes to standard error goes
+to its log. Jobs are no children of the terminal: the first signal is passed on to them once, so that they save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btx.signals import Stop
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process to be started."""
+
+    label: str
+    argv: list[str]
+    log: Path
+
+
+@dataclass
+class Ended:
+    """How a job ended: its exit code (negative: the signal that killed it) and its own last word, if it had one."""
+
+    code: int
+    error: str = ""
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    slot: int
+    error: str = ""
+    asked: bool = False
+
+
+class Local:
+    """So many slots; with more than one GPU each slot sees one of them."""
+
+    def __init__(self, slots: int, *, devices: int = 0) -> None:
+        self.slots, self.devices = slots, devices
+
+    def run(self, jobs: list[Job], tell: Tell) -> dict[str, Ended]:
+        """Run all jobs to their ends; after a signal no more are started, the running ones are asked to stop."""
+        waiting, running, ended = list(jobs), dict[str, _Running](), dict[str, Ended]()
+        events: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
+        with Stop() as stop:
+            while running or (waiting and not stop.asked):
+                while waiting and len(running) < self.slots and not stop.asked:
+                    job = waiting.pop(0)
+                    running[job.label] = self._start(job, self._free(running), events)
+                    tell({"label": job.label, "note": f"starts; log: {job.log}"})
+                for one in running.values():
+                    if stop.asked and not one.asked:
+                        one.asked = True
+                        one.process.send_signal(signal.SIGTERM)
+                self._take(events, running, ended, tell)
+        for job in waiting:
+            ended[job.label] = Ended(os.EX_TEMPFAIL, "not started, as the run was asked to stop.")
+        return ended
+
+    def _free(self, running: dict[str, _Running]) -> int:
+        return min(set(range(self.slots)) - {one.slot for one in running.values()})
+
+    def _start(self, job: Job, slot: int, events: queue.Queue[Any]) -> _Running:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if self.devices > 1 and self.slots > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(slot % self.devices)
+        with job.log.open("ab") as log:
+            process = subprocess.Popen(
+                job.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True
+            )
+        threading.Thread(target=_listen, args=(job.label, process, events), daemon=True).start()
+        return _Running(job, process, slot)
+
+    @staticmethod
+    def _take(events: queue.Queue[Any], running: dict[str, _Running], ended: dict[str, Ended], tell: Tell) -> None:
+        try:
+            label, event = events.get(timeout=0.2)
+        except queue.Empty:
+            return
+        if event is None:
+            one = running.pop(label)
+            ended[label] = _end(one)
+            tell({"label": label, "ended": ended[label].code})
+        elif "error" in event:
+            running[label].error = str(event["error"])
+        else:
+            tell(event)
+
+
+def _end(one: _Running) -> Ended:
+    """A job that our signal met outside its loop, where it has nothing to save, was interrupted like the others."""
+    code = one.process.wait()
+    if one.asked and code == -signal.SIGTERM:
+        return Ended(
+            os.EX_TEMPFAIL, "was asked to stop. Run the same command again to go on from its last saved state."
+        )
+    return Ended(code, one.error)
+
+
+def _listen(label: str, process: subprocess.Popen[bytes], events: queue.Queue[Any]) -> None:
+    assert process.stdout
+    with process.stdout as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                events.put((label, event))
+    process.wait()
+    events.put((label, None))

@@ -1,0 +1,55 @@
+"""What may go wrong for a user, one class a cause, each with the exit code that scripts can rely on.
+
+Every message is a sentence that names what is wrong, where, and the remedy. The command prints it without a
+traceback; anything else that is raised is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class BtxError(Exception):
+    """Base of the errors that are a user's to mend; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class RecipeError(BtxError):
+    """The recipe, the command line or the data named by it cannot be used."""
+
+    exit_code = 2
+
+
+class ArtifactError(BtxError):
+    """An input artifact (checkpoint, step folder) is damaged, unsafe or does not fit."""
+
+    exit_code = 3
+
+
+class DivergedError(BtxError):
+    """Training met non-finite losses or gradients again and again."""
+
+    exit_code = 4
+
+
+class ResourceError(BtxError):
+    """Disk, memory, permission or a device is missing."""
+
+    exit_code = 5
+
+
+class InterruptedRunError(BtxError):
+    """A signal asked the run to stop; its state is saved and the same command goes on from there."""
+
+    exit_code = 75
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause that offers what was probably meant: the closest known name, or all of them."""
+    known = list(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known are " + ", ".join(known) + "."

@@ -1,0 +1,174 @@
+"""Which dense family becomes which Mixture-of-Experts family, as data.
+
+A family is here only when N copies of a dense model make an MoE with the same logits ("exact"). What is carried
+over in the config is decided field by field: a field that the MoE class knows is copied, one that it does not know
+must have a value under which it does nothing, and anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from btx.errors import ArtifactError
+
+GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+FUSED_GATE_UP, FUSED_DOWN, FUSED_ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
+ANY = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One dense family and the MoE family that holds it exactly; names are those on disk, below `model.layers.L.`."""
+
+    dense: str  # model_type of the dense config
+    moe: str  # model_type of the MoE config
+    expert: dict[str, str]  # dense feed-forward tensor -> published per-expert name, {e} the expert
+    router: str  # published name of the router's weight (E, D)
+    experts_field: str  # config field with the number of experts
+    width_field: str  # config field with an expert's feed-forward width
+    norm: str = "post_attention_layernorm.weight"  # its output is what the feed-forward block and the router see
+    fixed: dict[str, Any] = field(default_factory=dict)  # MoE config fields that make it exact
+    carried: tuple[str, ...] = ()  # fields that the MoE model reads although its config class does not declare them
+    harmless: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # dense-only field: values that do
+    # nothing in the dense model (for a list: of each of its items), or ANY
+
+    def router_name(self, layer: int) -> str:
+        """Published name of a layer's router weight, of shape (experts, width)."""
+        return f"model.layers.{layer}.{self.router}"
+
+    def norm_name(self, layer: int) -> str:
+        """Name of the norm weight (width,) in front of a layer's feed-forward block."""
+        return f"model.layers.{layer}.{self.norm}"
+
+
+_MIXTRAL = {
+    GATE: "block_sparse_moe.experts.{e}.w1.weight",
+    UP: "block_sparse_moe.experts.{e}.w3.weight",
+    DOWN: "block_sparse_moe.experts.{e}.w2.weight",
+}
+_QWEN = {
+    GATE: "mlp.experts.{e}.gate_proj.weight",
+    UP: "mlp.experts.{e}.up_proj.weight",
+    DOWN: "mlp.experts.{e}.down_proj.weight",
+}
+
+ALL = (
+    Family(
+        dense="llama",
+        moe="mixtral",
+        expert=_MIXTRAL,
+        router="block_sparse_moe.gate.weight",
+        experts_field="num_local_experts",
+        width_field="intermediate_size",
+        harmless={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": ANY},
+    ),
+    Family(
+        dense="mistral",
+        moe="mixtral",
+        expert=_MIXTRAL,
+        router="block_sparse_moe.gate.weight",
+        experts_field="num_local_experts",
+        width_field="intermediate_size",
+    ),
+    Family(
+        dense="qwen3",
+        moe="qwen3_moe",
+        expert=_QWEN,
+        router="mlp.gate.weight",
+        experts_field="num_experts",
+        width_field="moe_intermediate_size",
+        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        carried=("head_dim",),
+        harmless={"max_window_layers": ANY, "layer_types": ("full_attention",)},
+    ),
+)
+DENSE = {family.dense: family for family in ALL}
+MOE = {family.moe: family for family in ALL}
+
+REFUSED = {
+    "gemma": "no MoE class of transformers adds one to its norm weights as Gemma does",
+    "gemma2": "no MoE class of transformers has its four norms a layer and its soft-capped logits",
+    "gemma3_text": "no MoE class of transformers has its four norms a layer",
+    "olmo": "no MoE class of transformers has its norms without weights",
+    "olmo3": "no MoE class of transformers has its mix of sliding and full layers",
+}
+_RECORDED = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype", "torch_dtype"}
+
+
+def family_of(config: dict[str, Any], where: str) -> Family:
+    """The family of a dense config; ArtifactError, saying why, for one that no MoE class holds exactly."""
+    kind = config["model_type"]
+    if kind in DENSE:
+        return DENSE[kind]
+    if kind in MOE:
+        raise ArtifactError(f"{where} is a Mixture of Experts already ({kind}); a seed or an expert must be dense.")
+    reason = REFUSED.get(kind, "btx has no exact Mixture-of-Experts target for it")
+    raise ArtifactError(
+        f"{where} is of the family {kind}, which cannot be used: {reason}. Use one of {', '.join(DENSE)}."
+    )
+
+
+def moe_config(dense: dict[str, Any], *, experts: int, top_k: int, width: int, where: str) -> Any:
+    """The native MoE config that gives a dense model's logits when all experts are that model.
+
+    `dense` is the parsed config.json; `width` an expert's feed-forward width. ArtifactError names the field when the
+    dense model uses something that the MoE class does not have.
+    """
+    from transformers import AutoConfig
+
+    family = family_of(dense, where)
+    source = AutoConfig.for_model(**dense).to_dict()
+    known = AutoConfig.for_model(family.moe).to_dict().keys() | set(family.carried)
+    _refuse_unknown(family, source, known, where)
+    kept = {k: v for k, v in source.items() if k in known and k not in _RECORDED}
+    kept |= {**family.fixed, family.experts_field: experts, family.width_field: width, "num_experts_per_tok": top_k}
+    return AutoConfig.for_model(family.moe, **kept)
+
+
+def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:
+    if family.fixed and source.get("use_sliding_window"):
+        raise ArtifactError(
+            f"{where} uses sliding-window attention in some layers (use_sliding_window), which "
+            f"{family.moe} cannot hold exactly."
+        )
+    for key, value in source.items():
+        if key in known or key in _RECORDED:
+            continue
+        allowed = family.harmless.get(key, ())
+        items = value if isinstance(value, list) else [value]
+        if allowed is not None and any(item not in allowed for item in items):
+            raise ArtifactError(
+                f"{where}: config.json has {key} = {value!r}, which {family.moe} has no place for, so "
+                "the merged model would compute something else."
+            )
+
+
+def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A native MoE model's state dict under the published per-expert names.
+
+    transformers 5 keeps the experts of a layer fused in memory as gate_up_proj (E, 2F, D) and down_proj (E, D, F);
+    the names on disk, one tensor an expert, load in transformers 4 and 5, vLLM and llama.cpp. Views, no copies.
+    """
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        match = LAYER.fullmatch(name)
+        rest = match[2] if match else ""
+        prefix = name.removesuffix(rest) if rest else ""
+        if rest == FUSED_ROUTER:
+            out[prefix + family.router] = tensor
+        elif rest == FUSED_GATE_UP:
+            for e, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2, dim=0)
+                out[prefix + family.expert[GATE].format(e=e)] = gate
+                out[prefix + family.expert[UP].format(e=e)] = up
+        elif rest == FUSED_DOWN:
+            for e, down in enumerate(tensor):
+                out[prefix + family.expert[DOWN].format(e=e)] = down
+        else:
+            out[name] = tensor
+    return out

@@ -1,0 +1,95 @@
+"""From steps that train to the engine's jobs: their command lines, logs, devices, and what their ends mean."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from btx.engines.local import Ended, Job, Local
+from btx.errors import ArtifactError, BtxError, DivergedError, InterruptedRunError, RecipeError, ResourceError
+from btx.step import Step, Tell
+
+if TYPE_CHECKING:
+    from btx.pipeline import Graph
+
+BY_CODE = {e.exit_code: e for e in (RecipeError, ArtifactError, DivergedError, ResourceError, InterruptedRunError)}
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Launcher:
+    """Starts the training steps of a graph on the local engine."""
+
+    def __init__(self, graph: Graph, recipe: Path, overrides: tuple[str, ...], tell: Tell) -> None:
+        self.graph, self.recipe, self.overrides, self.tell = graph, recipe, overrides, tell
+
+    def __call__(self, steps: list[Step]) -> None:
+        """Run them all; the failures are raised together at the end, each with its log."""
+        run = self.graph.recipe.run
+        devices = _gpus() if run.device != "cpu" else 0
+        slots = run.workers if run.workers != "auto" else max(1, devices if not run.launch else 1)
+        slots = min(slots, len(steps))
+        threads = self._threads(slots) if not devices else []
+        jobs = [self._job(step, threads) for step in steps]
+        _raise(Local(slots, devices=devices).run(jobs, self.tell), jobs)
+
+    def _threads(self, slots: int) -> list[str]:
+        """Share this machine's cores among jobs that run at once."""
+        if slots < 2 or self.graph.recipe.run.threads != "auto":
+            return []
+        return ["--set", f"run.threads={max(1, len(os.sched_getaffinity(0)) // slots)}"]
+
+    def _job(self, step: Step, threads: list[str]) -> Job:
+        config = self.graph.recipe.run.launch
+        start = [sys.executable, "-m"]
+        if config:
+            start += ["accelerate.commands.launch", "--config_file", str(Path(config).absolute()), "-m"]
+        sets = [part for text in self.overrides for part in ("--set", text)]
+        argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label]
+        return Job(step.label, argv, _log(step))
+
+
+def _log(step: Step) -> Path:
+    return step.work.with_suffix(".log")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _sentence(label: str, end: Ended, log: Path) -> str:
+    """How one job ended, and where to look."""
+    seen = f" Log: {log}" if log.exists() else ""
+    if end.code == InterruptedRunError.exit_code:
+        return f"{label}: {end.error}{seen}"
+    if end.code == -signal.SIGKILL:
+        return (
+            f"{label} was killed (signal 9), as the system does when memory runs out. Give it more, lower "
+            f"run.micro_batch or run.workers, or set train.gradient_checkpointing: true.{seen}"
+        )
+    return f"{label} failed (exit code {end.code}): {end.error or 'see its log.'}{seen}"
+
+
+def _raise(ended: dict[str, Ended], jobs: list[Job]) -> None:
+    failed = {job.label: (ended[job.label], job.log) for job in jobs if ended[job.label].code}
+    if not failed:
+        return
+    kinds = [
+        ResourceError if end.code == -signal.SIGKILL else BY_CODE.get(end.code, BtxError) for end, _ in failed.values()
+    ]
+    real = [kind for kind in kinds if kind is not InterruptedRunError]
+    lines = [_sentence(label, end, log) for label, (end, log) in failed.items()]
+    others = sorted(set(ended) - set(failed))
+    tail = f"\nThe others are done: {', '.join(others)}." if others else ""
+    raise (real or kinds)[0]("\n".join(lines) + tail)

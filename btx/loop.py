@@ -1,0 +1,257 @@
+"""One training loop on accelerate, used by every step that trains.
+
+It knows nothing of domains or experts: a model, a stream of sequences that is a pure function of the step, and an
+optional extra loss. Accelerate does devices, precision, sharding and trackers; the saved state is our own
+(`btx.state`), since resuming must be exact.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from btx.errors import DivergedError, InterruptedRunError, RecipeError
+from btx.metrics import Metrics
+from btx.settings import RunSettings, TrainSettings
+from btx.signals import Stop
+from btx.state import load_state, save_state
+from btx.stream import IGNORED, Batch, Stream
+
+
+class Watch(Protocol):
+    """What a step may add to the loop: an extra loss per micro-batch, and figures per step."""
+
+    def begin(self, step: int) -> None:
+        """Called before each step."""
+
+    def loss(self) -> tuple[Tensor, dict[str, float]]:
+        """Added to the cross-entropy after each forward pass, with what is to be logged."""
+
+    def figures(self) -> dict[str, Any]:
+        """Figures of the step for metrics.jsonl."""
+
+
+@dataclass
+class Outcome:
+    """What a training came to."""
+
+    steps: int
+    tokens: int
+    loss: float
+    bad_steps: int
+    seconds: float
+    resumed_from: int
+    device: str
+    processes: int
+    precision: str
+    epochs: dict[str, float] = field(default_factory=dict)
+
+
+def learning_rate(step: int, *, steps: int, settings: TrainSettings) -> float:
+    """Linear warm-up, then cosine to `min_learning_rate` of the peak, as in the paper; `step` counts from 0."""
+    warm = warmup_steps(steps, settings)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(steps - 1 - warm, 1)
+    floor = settings.min_learning_rate
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def warmup_steps(steps: int, settings: TrainSettings) -> int:
+    """Steps of warm-up: as set, or 100 but at most a tenth of the run."""
+    if settings.warmup_steps == "auto":
+        return min(100, max(1, steps // 10))
+    return min(settings.warmup_steps, steps)
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay, vectors (norms, biases) do not."""
+    live = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in live if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in live if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def micro_batches(numbers: range, size: int) -> list[range]:
+    """Cut the sequences of one step into runs of at most `size`."""
+    return [range(a, min(a + size, numbers.stop)) for a in range(numbers.start, numbers.stop, size)]
+
+
+def share(numbers: range, rank: int, world: int) -> range:
+    """The part of a step's sequences that one process takes; `world` divides their number."""
+    size = len(numbers) // world
+    return range(numbers.start + rank * size, numbers.start + (rank + 1) * size)
+
+
+def steps_of(tokens: int, settings: TrainSettings) -> int:
+    """Optimiser steps that a budget of tokens buys, at least one."""
+    return max(1, round(tokens / settings.batch_tokens))
+
+
+class Loop:
+    """One training, from a fresh or a saved state to its end."""
+
+    def __init__(
+        self, model: Any, stream: Stream, settings: TrainSettings, *, where: RunSettings, work: Path, label: str,
+        tell: Callable[[dict[str, Any]], None], watch: Watch | None = None,
+    ) -> None:  # fmt: skip
+        from accelerate import Accelerator
+
+        torch.manual_seed(settings.seed)
+        self.settings, self.stream, self.where, self.work, self.watch = settings, stream, where, work, watch
+        self.label, self.tell = label, tell
+        self.batch = settings.batch_tokens // settings.sequence_length
+        self.steps = stream.sequences // self.batch
+        cpu = where.device == "cpu"
+        self.precision = self._precision(cpu)
+        self.accelerator = Accelerator(
+            cpu=cpu, mixed_precision="bf16" if self.precision == "bf16" else "no",
+            log_with=where.report_to or None, project_dir=str(work),
+        )  # fmt: skip
+        if settings.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            groups(model, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas,
+            eps=settings.epsilon, fused=(torch.cuda.is_available() and not cpu) or None,
+        )  # fmt: skip
+        if self.batch % self.accelerator.num_processes:
+            raise RecipeError(
+                f"batch_tokens gives {self.batch} sequences a step, which {self.accelerator.num_processes} "
+                "processes cannot share evenly. Choose a multiple, or fewer processes."
+            )
+        model.train()
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step = self.bad = self.bad_in_a_row = 0
+        self.loss = float("nan")
+
+    def _precision(self, cpu: bool) -> str:
+        if self.settings.precision != "auto":
+            return self.settings.precision
+        return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+    def run(self) -> Outcome:
+        """Train to the end; InterruptedRunError (state saved) on a signal, DivergedError on non-finite steps."""
+        started = time.monotonic()
+        resumed = self.step = load_state(self.work, self.accelerator, self.model, self.optimizer)
+        saved = time.monotonic()
+        with (
+            Metrics(self.work, label=self.label, total=self.steps, tell=self.tell, loop=self) as metrics,
+            Stop() as stop,
+        ):
+            while self.step < self.steps:
+                metrics.record(self._one_step())
+                self.step += 1
+                if self.step < self.steps and (stop.asked or self._due(saved)):
+                    save_state(self.work, self.accelerator, self.model, self.optimizer, self.step)
+                    saved = time.monotonic()
+                if stop.asked and self.step < self.steps:
+                    raise InterruptedRunError(
+                        f"{self.label} was asked to stop ({stop.asked}); its state at step "
+                        f"{self.step} is saved. Run the same command again to go on."
+                    )
+        return Outcome(
+            steps=self.steps,
+            tokens=self.steps * self.settings.batch_tokens,
+            loss=self.loss,
+            bad_steps=self.bad,
+            seconds=round(time.monotonic() - started, 1),
+            resumed_from=resumed,
+            device=str(self.accelerator.device),
+            processes=self.accelerator.num_processes,
+            precision=self.precision,
+            epochs=self.stream.epochs,
+        )
+
+    def _due(self, saved: float) -> bool:
+        if self.where.checkpoint_steps:
+            return self.step % self.where.checkpoint_steps == 0
+        return time.monotonic() - saved > 60 * self.where.checkpoint_minutes
+
+    def _one_step(self) -> dict[str, Any]:
+        if self.watch:
+            self.watch.begin(self.step)
+        rate = learning_rate(self.step, steps=self.steps, settings=self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = self._batches()
+        total, extra = self._backward(batches, self._learned(batches))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        figures = {"step": self.step + 1, "loss": total, "grad_norm": float(norm), "learning_rate": rate, **extra}
+        if math.isfinite(total) and math.isfinite(figures["grad_norm"]):
+            self.optimizer.step()
+            self.bad_in_a_row, self.loss = 0, total
+        else:
+            self._count_bad(figures)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.watch:
+            figures |= self.watch.figures()
+        return figures
+
+    def _batches(self) -> list[Batch]:
+        """This process's micro-batches of the step."""
+        numbers = range(self.step * self.batch, (self.step + 1) * self.batch)
+        size = self.where.micro_batch if self.where.micro_batch != "auto" else self._fitting()
+        mine = share(numbers, self.accelerator.process_index, self.accelerator.num_processes)
+        return [self.stream.batch(part) for part in micro_batches(mine, size)]
+
+    def _learned(self, batches: list[Batch]) -> float:
+        """Targets that count in the whole step, over all processes."""
+        if not self.stream.masked:
+            return float(self.settings.batch_tokens)
+        mine = torch.tensor(float(sum(int((b.targets != IGNORED).sum()) for b in batches)))
+        return max(1.0, float(self.accelerator.reduce(mine.to(self.accelerator.device), "sum")))
+
+    def _fitting(self) -> int:
+        """Sequences a pass: about 16k tokens, which keeps the logits of a usual vocabulary within a few GB."""
+        return max(1, 16_384 // self.settings.sequence_length)
+
+    def _backward(self, batches: list[Batch], learned: float) -> tuple[float, dict[str, float]]:
+        """Sum over micro-batches, so that any cut of the batch gives the same gradient; mean over what is learned."""
+        total = torch.zeros((), device=self.accelerator.device)
+        extra: dict[str, float] = {}
+        for n, batch in enumerate(batches):
+            with self._unsynced(n < len(batches) - 1):
+                loss = self._cross_entropy(batch) / learned
+                total += loss.detach()
+                if self.watch:
+                    added, seen = self.watch.loss()
+                    loss = loss + added * (len(batch.inputs) / self.batch)
+                    extra = {k: extra.get(k, 0.0) + v / len(batches) for k, v in seen.items()}
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+        return float(self.accelerator.reduce(total, "sum")), extra
+
+    def _unsynced(self, wait: bool) -> AbstractContextManager[Any]:
+        return self.accelerator.no_sync(self.model) if wait else nullcontext()
+
+    def _cross_entropy(self, batch: Batch) -> Tensor:
+        logits = self.model(input_ids=batch.inputs.to(self.accelerator.device), use_cache=False).logits
+        targets = batch.targets.to(self.accelerator.device)
+        return functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def _count_bad(self, figures: dict[str, Any]) -> None:
+        self.bad += 1
+        self.bad_in_a_row += 1
+        figures["skipped"] = True
+        if self.bad_in_a_row >= self.settings.max_bad_steps:
+            raise DivergedError(
+                f"{self.label}: {self.bad_in_a_row} steps in a row had a non-finite loss or gradient, up "
+                f"to step {self.step + 1} (sequences {self.step * self.batch} to "
+                f"{(self.step + 1) * self.batch - 1}). Lower the learning rate or look at that data."
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained weights, whole, by name."""
+        return dict(self.accelerator.get_state_dict(self.model))

@@ -1,0 +1,81 @@
+"""Native transformers models: loaded with every check on, written under the published names.
+
+Only classes of transformers are used, from local files, without remote code; after loading, missing, unexpected and
+mismatched keys must all be none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from btx.checkpoint import Planned, carry_files, write_weights
+from btx.errors import ArtifactError, ResourceError
+from btx.experts import choose, use_kernel
+from btx.families import MOE, published
+from btx.safety import read_config
+from btx.settings import RunSettings
+
+
+def device_of(where: RunSettings) -> torch.device:
+    """The device that a recipe's run.device means here; ResourceError when it is not there."""
+    if where.device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("run.device is cuda, but this machine has no usable GPU. Set run.device: auto or cpu.")
+    return torch.device("cuda" if where.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_threads(where: RunSettings) -> None:
+    """CPU threads of this process: what the recipe says, or all that it may run on."""
+    torch.set_num_threads(where.threads if where.threads != "auto" else len(os.sched_getaffinity(0)))
+
+
+def load(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model from a Hugging Face folder, in `dtype`, on the CPU, on the kernel asked for."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    read_config(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{folder} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+        ) from error
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(v[:3])}" for kind, v in wrong.items() if v)
+        raise ArtifactError(f"{folder} does not fit the class {type(model).__name__}: {named}.")
+    use_kernel(model, choose(where.kernel, device_of(where)))
+    return model
+
+
+def save(out: Path, *, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, like: Path) -> None:
+    """Write a model's state dict as a Hugging Face folder in `dtype`, tokenizer files carried over from `like`."""
+    family = MOE.get(config.model_type)
+    state = {n: t for n, t in state.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
+    named = published(family, state) if family else state
+    plan: list[Planned] = [(n, dtype, tuple(t.shape)) for n, t in named.items()]
+    write_weights(out, plan, (t.to("cpu", dtype) for t in named.values()))
+    config.dtype = dtype
+    config.save_pretrained(out)
+    carry_files(like, out)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of distinct parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def fresh(config: Any) -> Any:
+    """A model with random weights of a native config, fp32, drawn from torch's random state."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,0 +1,294 @@
+"""Recipe to graph of steps, and the walk over it. Building the graph trains nothing and writes nothing.
+
+Every input is looked at first (`Graph.check`), so that a bad one is refused before anything is written. Then each
+step that is not done is run: the trainings by the engine, in processes of their own, the others here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from btx import artifact, corpus
+from btx.checks import check_inputs
+from btx.errors import ArtifactError, RecipeError, ResourceError, nearest
+from btx.recipe import Recipe
+from btx.step import Step, Tell, undone
+from btx.steps.branch import Branch
+from btx.steps.evaluate import Evaluate
+from btx.steps.export import Export
+from btx.steps.finetune import Finetune
+from btx.steps.given import Given
+from btx.steps.merge import Average, Merge, check_method
+from btx.steps.pretrain import Pretrain
+from btx.steps.report import Report
+from btx.steps.tokenizer import Tokenizer
+from btx.steps.tokens import TokensStep
+from btx.steps.train import Train
+
+S = TypeVar("S", bound=Step)
+STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
+
+
+class Digests:
+    """SHA-256 of input files, remembered by path, size and time of change, so that a second run need not read them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.changed = False
+        try:
+            self.known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.known = {}
+
+    def __call__(self, file: Path) -> str:
+        """The digest of a file."""
+        about = file.stat()
+        key = f"{file.resolve()}|{about.st_size}|{about.st_mtime_ns}"
+        if key not in self.known:
+            self.known[key] = artifact.file_digest(file)
+            self.changed = True
+        return self.known[key]
+
+    def save(self) -> None:
+        """Write what was learned; a cache, so losing it costs time only."""
+        if not self.changed:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(self.known, indent=0), encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path} cannot be written: {error}. Free space or fix the permissions."
+            ) from error
+
+
+class Graph:
+    """All steps of a recipe by label, parents before children."""
+
+    def __init__(self, recipe: Recipe, base: Path) -> None:
+        self.recipe, self.base = recipe, base
+        self.data_base = base / Path(recipe.data.directory or ".").expanduser()
+        self.root = Path(recipe.run.directory).absolute() / recipe.name
+        self.digests = Digests(self.root / "work" / "digests.json")
+        self.steps: dict[str, Step] = {}
+        self.files: dict[str, tuple[list[str], list[str]]] = {}
+        self._build()
+
+    def _add(self, step: S) -> S:
+        self.steps[step.label] = step
+        return step
+
+    def _place(self, name: str | None = None) -> dict[str, object]:
+        return {"root": self.root, "where": self.recipe.run, "name": name}
+
+    def _build(self) -> None:
+        recipe = self.recipe
+        seed, tokenizer = self._seed()
+        tokens = {name: self._tokens(name, d.data, d.valid, tokenizer) for name, d in recipe.domains.items() if d.data}
+        given = {name: self._given(name, d.checkpoint) for name, d in recipe.domains.items() if d.checkpoint}
+        branch = self._add(Branch(seed=seed, given=given, **self._place()))
+        experts: dict[str, Step] = {}
+        for name, domain in recipe.domains.items():
+            experts[name] = given.get(name) or self._add(
+                Train(branch=branch, tokens=tokens[name], budget=domain.tokens, train=recipe.train, **self._place(name))
+            )
+        models = {"branch": branch, "experts": experts, "settings": recipe.merge, **self._place()}
+        average = self._add(Average(**models))
+        merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, **models))
+        check_method(recipe.merge, list(merge.models))
+        self._after(average, merge, tokens, tokenizer)
+
+    def _after(self, average: Average, merge: Merge, tokens: dict[str, TokensStep], tokenizer: Step) -> None:
+        recipe = self.recipe
+        if not tokens:
+            raise RecipeError("no domain has `data`, so there is nothing to finetune or evaluate on.")
+        mixed = dict(tokens)
+        if recipe.seed.sources:
+            mixed["seed"] = self._tokens("seed", recipe.seed.sources, recipe.seed.valid, tokenizer)
+        finetune = self._add(
+            Finetune(
+                merge=merge, tokens=mixed, weights=mix(recipe, list(mixed)), settings=recipe.finetuning, **self._place()
+            )
+        )
+        length = recipe.evaluate.sequence_length or recipe.train.sequence_length
+        evaluate = self._add(
+            Evaluate(
+                average=average,
+                finetune=finetune,
+                tokens=tokens,
+                length=length,
+                settings=recipe.evaluate,
+                **self._place(),
+            )
+        )
+        base_model = recipe.export.base_model or Path(recipe.seed.checkpoint).name
+        export = self._add(
+            Export(
+                evaluate=evaluate,
+                settings=recipe.export,
+                title=recipe.export.name or recipe.name,
+                base_model=base_model,
+                **self._place(),
+            )
+        )
+        self._add(Report(evaluate=evaluate, export=export, **self._place()))
+
+    def _seed(self) -> tuple[Step, Step]:
+        """The seed's step, and the step whose folder has its tokenizer."""
+        seed = self.recipe.seed
+        if not seed.is_builtin:
+            given = self._given("seed", seed.checkpoint)
+            return given, given
+        sources = corpus.resolve(seed.sources, self.data_base, "seed.data")
+        tokenizer = self._add(Tokenizer(
+            sources=sources, content=[self._digest(s) for s in sources], data=self.recipe.data,
+            vocab_size=seed.builtin.vocab_size, **self._place(),
+        ))  # fmt: skip
+        tokens = self._tokens("seed", seed.sources, seed.valid, tokenizer)
+        return self._add(
+            Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=self.recipe.train, **self._place())
+        ), tokenizer
+
+    def _given(self, name: str, checkpoint: str) -> Given:
+        """A checkpoint folder of the recipe, its header and config checked, its content hashed."""
+        from btx.checkpoint import Checkpoint
+
+        key = "seed.checkpoint" if name == "seed" else f"domains.{name}.checkpoint"
+        try:
+            path = (self.base / Path(checkpoint).expanduser()).resolve()
+            found, hint = path.is_dir(), corpus.hint(path)
+        except (OSError, RuntimeError) as error:  # an unknown ~user, a name too long, a folder closed to us
+            raise ArtifactError(f"{key}: {checkpoint:.200} cannot be looked up: {error}. Correct the path.") from error
+        if not found:
+            raise ArtifactError(
+                f"{key}: there is no folder {path}{hint}. A checkpoint is a local Hugging Face folder; "
+                "relative paths start at the recipe."
+            )
+        checkpoint_ = Checkpoint(path)
+        return Given(content=checkpoint_.digest(self.digests), path=path, **self._place(name))
+
+    def _tokens(self, name: str, data: list[str], valid: list[str], tokenizer: Step) -> TokensStep:
+        label = f"tokens:{name}"
+        if label in self.steps:
+            found = self.steps[label]
+            assert isinstance(found, TokensStep)
+            return found
+        where = "seed" if name == "seed" else f"domains.{name}"
+        sources, kept = self._resolved(where, data, valid)
+        for source in sorted({*sources} & {*kept}):
+            raise RecipeError(f"{where}: {source} is in `data` and in `valid`. Leave it out of one of them.")
+        others = [self._resolved(*o) for o in self._data() if o[0] != where]
+        apart = sorted({file for _, files in others for file in files} - {*kept})
+        elsewhere = any({*sources} & {*theirs} for theirs, files in others if not files)
+        return self._add(TokensStep(
+            tokenizer=tokenizer, sources=sources, valid=kept, apart=apart, data=self.recipe.data,
+            held_out_elsewhere=elsewhere, content=[self._digest(s) for s in (*sources, *kept, *apart)],
+            **self._place(name),
+        ))  # fmt: skip
+
+    def _resolved(self, where: str, data: list[str], valid: list[str]) -> tuple[list[str], list[str]]:
+        """The files of a domain's data and of its held-out data."""
+        if where not in self.files:
+            found = (corpus.resolve(data, self.data_base, f"{where}.data"),
+                     corpus.resolve(valid, self.data_base, f"{where}.valid"))  # fmt: skip
+            self.files[where] = found
+        return self.files[where]
+
+    def _data(self) -> list[tuple[str, list[str], list[str]]]:
+        """Where the recipe names data, with it and its held-out files."""
+        domains = [(f"domains.{n}", d.data, d.valid) for n, d in self.recipe.domains.items() if d.data]
+        return [*domains, ("seed", self.recipe.seed.sources, self.recipe.seed.valid)]
+
+    def _digest(self, source: str) -> str:
+        return corpus.digest(source, self.digests)
+
+    # ---- what is to be done ----
+
+    def labels(self, stage: str, domain: str | None = None) -> list[str]:
+        """Labels of a stage, such as train (one per trained domain); RecipeError for an unknown one."""
+        if domain is not None and domain not in self.recipe.domains:
+            raise RecipeError(f"there is no domain {domain!r}; {nearest(domain, self.recipe.domains)}")
+        wanted = f"{stage}:{domain}" if domain else stage
+        found = [label for label in self.steps if label == wanted or (not domain and label.split(":")[0] == stage)]
+        if not found and domain and stage == "train":
+            raise RecipeError(f"domain {domain} has a `checkpoint`, so it is not trained, only checked and merged.")
+        if not found:
+            raise RecipeError(f"there is no step {wanted!r}; {nearest(wanted, self.steps)}")
+        return found
+
+    def needed(self, labels: Iterable[str]) -> list[Step]:
+        """The steps that must be there for these, themselves included, parents first."""
+        wanted: dict[str, Step] = {}
+
+        def visit(step: Step) -> None:
+            for parent in step.parents.values():
+                visit(parent)
+            wanted.setdefault(step.label, step)
+
+        for label in labels:
+            visit(self.steps[label])
+        return [s for s in wanted.values() if not isinstance(s, Given)]
+
+    def check(self, steps: list[Step]) -> None:
+        """Look at all input of the steps that are still to be done; what is wrong is raised, nothing is written."""
+        check_inputs(steps, self.recipe, self.root)
+
+
+def mix(recipe: Recipe, names: list[str]) -> dict[str, float]:
+    """Weights of the domains in the finetuning: as the recipe says, else by their training tokens."""
+    if recipe.finetune.mix:
+        for name in recipe.finetune.mix:
+            if name not in names:
+                raise RecipeError(f"finetune.mix names {name}, which has no `data`. Give it some, or leave it out.")
+        weights = {n: recipe.finetune.mix.get(n, 0.0) for n in names}
+        if not sum(weights.values()):
+            raise RecipeError("finetune.mix: all weights are zero. Give at least one domain a positive weight.")
+        return weights
+    budgets = {n: d.tokens for n, d in recipe.domains.items()}
+    budgets["seed"] = recipe.seed.tokens
+    stated = [b for n in names if (b := budgets[n])]
+    usual = sum(stated) / len(stated) if stated else 1.0
+    return {n: float(budgets[n] or usual) for n in names}
+
+
+Launch = Callable[[list[Step]], None]
+
+
+def walk(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
+    """Run what is not done, parents first; trainings that depend on nothing unfinished go to `launch` together.
+
+    Returns how many steps were run. An error of one training leaves the others running and is raised at the end.
+    """
+    built: set[str] = set()
+    while todo := undone(steps):  # asked again each time: a parent made anew may have other bytes than its children's
+        waiting = {s.label for s in todo}
+        ready = [s for s in todo if not waiting & s.parents.keys()]
+        chosen = [s for s in ready if not s.trains][:1]
+        if again := [s.label for s in chosen or ready if s.label in built]:
+            raise ArtifactError(
+                f"{', '.join(again)}: done, and undone again within one run. See that nobody else changes "
+                f"{steps[0].root}, then run the same command again."
+            )
+        built |= {s.label for s in chosen or ready}
+        if chosen:
+            chosen[0].build(tell)
+        else:
+            launch(ready)
+    return len(built)
+
+
+def link(root: Path, step: Step) -> None:
+    """Give a published folder its short name, such as runs/demo/export, as a symbolic link."""
+    short, fresh = root / step.kind, root / f".{step.kind}.{os.getpid()}"
+    target = Path("steps") / step.folder.name
+    if short.is_symlink() and Path(os.readlink(short)) == target:
+        return
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(short)

@@ -1,0 +1,1 @@
+"""One measurement, one file: (model, data) gives numbers and rows per item."""

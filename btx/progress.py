@@ -1,0 +1,106 @@
+"""What a person sees while steps run: bars where a terminal is attached, plain timestamped lines where not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+PLAIN_EVERY = 10.0  # seconds between two lines of one training
+
+
+class Lines:
+    """Timestamped lines on standard error."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Print an event; those of a training at most every PLAIN_EVERY seconds, and the last one."""
+        text = _words(event)
+        if "loss" in event:
+            now = time.monotonic()
+            if now - self.last.get(event["label"], -PLAIN_EVERY) < PLAIN_EVERY and event["done"] != event["total"]:
+                return
+            self.last[event["label"]] = now
+        if text:
+            print(f"{time.strftime('%H:%M:%S')}  {event['label']:<16} {text}", file=sys.stderr, flush=True)
+
+
+def _words(event: dict[str, Any]) -> str:
+    if "loss" in event:
+        rate = event["tokens_per_second"]
+        return f"step {event['done']}/{event['total']}  loss {event['loss']:.3f}  {rate:,.0f} tokens/s"
+    if "ended" in event:
+        return "" if event["ended"] == 0 else f"ended with exit code {event['ended']}"
+    if "warning" in event:
+        return f"warning: {event['warning']}"
+    return str(event.get("note", ""))
+
+
+class Bars:
+    """One bar a training with loss, speed and time left; other events as lines above."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description:<14}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+            console=self.console,
+        )  # fmt: skip
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Show an event."""
+        label = event["label"]
+        if "done" in event:
+            if label not in self.tasks:
+                self.tasks[label] = self.progress.add_task(label, total=event["total"], loss="", rate="")
+            fields: dict[str, Any] = {}
+            if "loss" in event:
+                fields = {"loss": f"loss {event['loss']:.3f}", "rate": f"{event['tokens_per_second']:,.0f} tok/s"}
+            self.progress.update(self.tasks[label], completed=event["done"], total=event["total"], **fields)
+        elif text := _words(event):
+            self.progress.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim]  {label:<14} {text}", highlight=False)
+
+
+class Events:
+    """JSON lines on standard output, for the engine that started this process."""
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Write an event as one line; when nobody reads any more, go on: a signal to stop is on its way."""
+        try:
+            sys.stdout.write(json.dumps(event) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def for_person() -> Lines | Bars:
+    """Bars on a terminal, lines elsewhere."""
+    return Bars() if sys.stderr.isatty() else Lines()

@@ -1,0 +1,127 @@
+"""Reads files record by record: JSON lines, plain text and Parquet, also compressed.
+
+A record comes with where it stands; a line that is none comes as the exception that says why, so that the reader
+may count it and go on. Nothing here knows what a document is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from btx.errors import RecipeError
+
+KINDS = (".jsonl", ".txt", ".parquet")
+PACKINGS = (".gz", ".bz2", ".zst", ".lz4", ".xz")
+SUFFIXES = (".parquet", *(kind + packing for kind in (".jsonl", ".txt") for packing in ("", *PACKINGS)))
+READ = f"{', '.join(KINDS)}; .jsonl and .txt also as {', '.join(PACKINGS)}"  # for messages
+SHAPES = (("text",), ("messages",), ("prompt", "completion"))
+TEXT_PIECE = 16_384  # characters: a longer .txt file is cut into records of about this length
+NUL = "it holds a NUL character, as binary or UTF-16 files do"
+
+Record = tuple[str, Any]
+
+
+def kind_of(source: str) -> str:
+    """How a file is read: its suffix without that of the packing."""
+    bare = next((source.removesuffix(p) for p in PACKINGS if source.endswith(p)), source)
+    return Path(bare).suffix
+
+
+def records(source: str) -> Iterator[Record]:
+    """(where, record) pairs of a file; RecipeError when it is damaged."""
+    try:
+        yield from {".jsonl": _json_lines, ".txt": _text, ".parquet": _parquet}[kind_of(source)](source)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        said = f"{source} cannot be read to its end: {error}."
+        raise RecipeError(f"{said} Fetch it again, or leave it out.") from error
+
+
+def _stream(path: str) -> IO[bytes]:
+    if path.endswith(".xz"):
+        return lzma.open(path, "rb")
+    if not path.endswith(PACKINGS):
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(path, compression="detect"))
+
+
+def _lines(path: str) -> Iterator[tuple[str, str | ValueError]]:
+    """(where, line) pairs of a UTF-8 file; a line that is none comes as the exception that says why."""
+    with _stream(path) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except ValueError as error:
+                yield f"{path}:{number}", error
+
+
+def _json_lines(path: str) -> Iterator[Record]:
+    for where, line in _lines(path):
+        if isinstance(line, ValueError):
+            yield where, line
+        elif line.strip():
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield where, error
+
+
+def _text(path: str) -> Iterator[Record]:
+    """Pieces of a text, cut at blank lines, else at line ends, else anywhere; TEXT_PIECE characters at most."""
+    rest, pieces = "", 0
+    for where, line in _lines(path):
+        if isinstance(line, ValueError) or "\0" in line:
+            yield where, line if isinstance(line, ValueError) else ValueError(NUL)
+            continue
+        rest, start = rest + line, 0
+        while len(rest) - start > TEXT_PIECE:
+            end = _cut(rest, start)
+            yield f"{path}#{(pieces := pieces + 1)}", {"text": rest[start:end]}
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield f"{path}#{pieces + 1}", {"text": rest}
+
+
+def _cut(text: str, start: int) -> int:
+    for mark in ("\n\n", "\n", " "):
+        at = text.rfind(mark, start, start + TEXT_PIECE)
+        if at > start:
+            return at + len(mark)
+    return start + TEXT_PIECE
+
+
+def _parquet(path: str) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        file = parquet.ParquetFile(path)
+        names = set(file.schema_arrow.names)
+        columns = next((list(shape) for shape in SHAPES if names.issuperset(shape)), None)
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for row in _rows(batch):
+                number += 1
+                yield f"{path}: row {number}", row
+    except pyarrow.ArrowException as error:
+        said = f"{path} is no readable Parquet file after row {number}: {error}."
+        raise RecipeError(f"{said} Fetch it again, or leave it out.") from error
+
+
+def _rows(batch: Any) -> Iterator[Any]:
+    """The rows of a batch; one whose text is no UTF-8 comes as the exception."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for n in range(batch.num_rows):
+            try:
+                yield batch.slice(n, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error

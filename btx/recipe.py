@@ -1,0 +1,300 @@
+"""The recipe: YAML composed of the steps' own settings. Unknown keys are refused, the nearest one named.
+
+Reading it runs nothing and opens nothing but the file itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from btx.errors import RecipeError, nearest
+from btx.settings import (
+    BuiltinSeed,
+    Count,
+    DataSettings,
+    EvaluateSettings,
+    ExportSettings,
+    FinetuneSettings,
+    MergeSettings,
+    RunSettings,
+    Settings,
+    Text,
+    TrainSettings,
+)
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+RESERVED = ("seed", "average", "merged", "finetuned")
+BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
+
+
+class SeedRecipe(Settings):
+    """The checkpoint that everything starts from."""
+
+    checkpoint: Text = Field(description="a local Hugging Face folder, or `builtin`: a small Llama that btx pretrains")
+    data: list[Text] = Field(default_factory=list, description="text of the seed's own kind, for the finetuning")
+    valid: list[Text] = Field(default_factory=list)
+    tokens: Count | None = Field(None, description="its weight in the finetuning mix; default: the domains' mean")
+    builtin: BuiltinSeed = BuiltinSeed()
+    architecture: dict[str, Any] | None = Field(
+        None, description="the seed's config.json, for `btx plan` where the checkpoint is not at hand"
+    )
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether btx makes the seed itself."""
+        return self.checkpoint == "builtin"
+
+    @property
+    def sources(self) -> list[str]:
+        """Its data; a builtin seed has the builtin texts where nothing else is said."""
+        return self.data or (list(BUILTIN_DATA) if self.is_builtin else [])
+
+    @model_validator(mode="after")
+    def _used(self) -> SeedRecipe:
+        idle = "tokens" if self.tokens is not None else "valid" if self.valid else None
+        if idle and not self.sources:
+            raise ValueError(f"`{idle}` says something of the seed's `data`, and there is none")
+        return self
+
+
+class DomainRecipe(Settings):
+    """One domain: text to train an expert on, or an expert that exists."""
+
+    data: list[Text] = Field(default_factory=list)
+    valid: list[Text] = Field(default_factory=list, description="held-out files; default: a share of the documents")
+    tokens: Count | None = Field(None, description="training tokens of the expert")
+    checkpoint: Text | None = Field(None, description="an expert trained elsewhere: only checked and merged")
+
+    @model_validator(mode="after")
+    def _enough(self) -> DomainRecipe:
+        if self.checkpoint is None and not self.data:
+            raise ValueError("a domain needs `data` to train on, or the `checkpoint` of an expert")
+        if self.checkpoint is None and self.tokens is None:
+            raise ValueError("say how many `tokens` this expert is trained on, such as 400k")
+        if self.valid and not self.data:
+            raise ValueError("`valid` holds documents out of `data`, and there is none")
+        return self
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    seed: SeedRecipe
+    domains: dict[str, DomainRecipe] = Field(min_length=1)
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    merge: MergeSettings = MergeSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    export: ExportSettings = ExportSettings()
+    run: RunSettings = RunSettings()
+
+    @property
+    def models(self) -> list[str]:
+        """Names of all models that are merged, in the order of their experts."""
+        return [*self.domains, *(["seed"] if self.merge.include_seed else [])]
+
+    @property
+    def finetuning(self) -> FinetuneSettings:
+        """The finetuning's settings; what they do not say of the optimiser is as in `train`."""
+        unset = set(TrainSettings.model_fields) - self.finetune.model_fields_set
+        inherited = {name: getattr(self.train, name) for name in unset}
+        return FinetuneSettings.model_validate({**dict(self.finetune), **inherited})
+
+    @field_validator("domains")
+    @classmethod
+    def _names(cls, domains: dict[str, DomainRecipe]) -> dict[str, DomainRecipe]:
+        folded: dict[str, str] = {}
+        for name in domains:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"{name!r} is no domain name: use letters a-z, digits, '-', '_' and '.', 64 at most")
+            if name.lower() in RESERVED:
+                raise ValueError(f"{name!r} names another model of the report; call the domain something else")
+            if name.lower() in folded:
+                raise ValueError(f"{name!r} and {folded[name.lower()]!r} differ in case only; choose clearer names")
+            folded[name.lower()] = name
+        return domains
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        """What spans sections: names, numbers of experts, batches."""
+        _refuse_unknown("finetune.mix", "domain", self.finetune.mix, [*self.domains, "seed"])
+        _refuse_unknown("merge.shared.weights", "model", self.merge.shared.weights, self.models)
+        weighed = [name for name in self.models if self.merge.shared.method == "linear" or name != "seed"]
+        if not any(self.merge.shared.weights.get(name, 1.0) for name in weighed):
+            raise ValueError("merge.shared.weights: all are zero; give at least one model a positive weight")
+        self._enough_experts()
+        self._whole_batches()
+        for name, domain in self.domains.items():
+            if domain.data and not (domain.valid or self.data.holdout):
+                raise ValueError(
+                    f"data.holdout is 0 and domains.{name} has no `valid` files, so there is nothing to "
+                    "evaluate it on; name some, or hold a share out"
+                )
+        return self
+
+    def _enough_experts(self) -> None:
+        experts = len(self.models) * (self.merge.chunks if self.merge.experts == "split" else 1)
+        if experts < 2:
+            raise ValueError(
+                "a Mixture of Experts needs two experts or more; add a domain, or set merge.include_seed: true"
+            )
+        if (self.finetune.experts_per_token or 1) > experts:
+            raise ValueError(
+                f"finetune.top_k is {self.finetune.top_k}, but the merge makes {experts} experts "
+                f"({', '.join(self.models)}); choose 1 to {experts}"
+            )
+
+    def _whole_batches(self) -> None:
+        rows: dict[str, TrainSettings] = {"finetune, with what it takes from train": self.finetuning}
+        if self.seed.is_builtin:
+            rows["seed.builtin, with train.sequence_length"] = self.train.model_copy(
+                update={"batch_tokens": self.seed.builtin.batch_tokens}
+            )
+        for where, row in rows.items():
+            if row.batch_tokens % row.sequence_length:
+                raise ValueError(
+                    f"{where}: batch_tokens ({row.batch_tokens}) must be a multiple of "
+                    f"sequence_length ({row.sequence_length})"
+                )
+
+
+def _refuse_unknown(where: str, what: str, names: Iterable[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: there is no {what} {name!r}; {nearest(name, known)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that stands twice, and aliases (which can grow without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"aliases (*name) are not used in recipes, line {line}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key must be a word, line {line}")
+            if key.tag == "tag:yaml.org,2002:bool":
+                raise yaml.YAMLError(f"YAML reads the key {key.value} as true or false, line {line}; put it in quotes")
+            if key.value in seen:
+                raise yaml.YAMLError(f"key {key.value!r} stands twice, line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Safe YAML; RecipeError naming the line."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise RecipeError(f"{where} is no recipe: it is nested without end.") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError
+        hint = " (a tab? YAML is indented with spaces)" if "\t" in text else ""
+        raise RecipeError(f"{where} is no valid YAML{hint}: {' '.join(str(error).split())}.") from error
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """A recipe from a file with `a.b=value` overrides; RecipeError names every field that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}. `btx init NAME` writes one to start from.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}.") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds no recipe: it must be a mapping with name, seed, domains, ...")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "\n".join(_sentences(error))) from error
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {text!r} is not of the form a.b=value.")
+    *path, last = key.strip().split(".")
+    if not all((*path, last)):
+        raise RecipeError(f"--set {text!r} has an empty name in its key; write it as a.b=value.")
+    place: Any = raw
+    for done, part in enumerate(path, 1):
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {key}: {'.'.join(path[:done])} is a value, it has nothing below it.")
+    place[last] = parse_yaml(value, f"--set {key}")
+
+
+_PLAINLY = {
+    "model_type": "must be a mapping, lines of `key: value`",
+    "dict_type": "must be a mapping, lines of `key: value`",
+    "list_type": "must be a list, such as [one, two]",
+    "string_type": "must be text; put it in quotes",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "string_pattern_mismatch": "must not be blank, nor hold other signs than such a name has",
+    "finite_number": "must be a finite number",
+}
+_BRANCHES = re.compile(r"(function-|constrained-|literal\[|`|(int|float|str|bool)$)")  # parts of a path in a union
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    """One sentence for each place that is wrong; where a field may be one of several, what each of them wants."""
+    found: dict[str, str] = {}
+    for one in error.errors():
+        path = [str(p) for p in one["loc"] if not _BRANCHES.match(str(p))]
+        where = ".".join(path)
+        message = _explain(one, path)
+        found[where] = f"{found[where]}, or {message}" if where in found else message
+    sentences = [f"{where}: {message}".removeprefix(": ") for where, message in found.items()]
+    return [text if text.endswith("?") else text.rstrip(".") + "." for text in sentences]
+
+
+def _explain(error: Any, path: list[str]) -> str:
+    """What is wrong at a place and, for an unknown key, the nearest known one."""
+    if error["type"] == "extra_forbidden":
+        return f"there is no such key; {nearest(path[-1], _keys(path[:-1]))}"
+    if error["type"] == "missing":
+        return "is missing"
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    message = _PLAINLY.get(error["type"]) or str(error["msg"]).replace("Input should", "should")
+    return f"{message} (found {error['input']!r:.80})"
+
+
+def _keys(path: list[str]) -> list[str]:
+    """The keys that may stand at a place in the recipe."""
+    model: type[BaseModel] = Recipe
+    for part in path:
+        if part in model.model_fields:  # else it is a name, such as a domain's
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    for item in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            return item
+    return None
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,134 @@
+"""A routing rule installed by hooks on a native transformers MoE model, and the record of what routers did.
+
+No modelling file is ours: a router of transformers returns (logits, weights, indices), and a hook on it may
+return others.
+
+Axes: T tokens, E experts, K chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btx.routing import Routing, experts_per_token, route
+
+
+def find_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers of a native MoE model by name, first layer first: modules of a `...TopKRouter` class."""
+    routers = {name: m for name, m in model.named_modules() if type(m).__name__.endswith("TopKRouter")}
+    if not routers:
+        raise ValueError(
+            f"{type(model).__name__} has no router: none of its modules is a ...TopKRouter, as there is in "
+            "MixtralForCausalLM or Qwen3MoeForCausalLM; a dense model cannot be routed"
+        )
+    return routers
+
+
+class Routed:
+    """A routing rule at work on a native MoE model, and the record of the last forward pass's routing.
+
+    `with Routed(model, "sample_top1", 1) as routed:` puts forward hooks on the model and on each of its
+    routers; leaving the block, or `remove()`, takes them away. In train mode the rule's experts and weights
+    replace the stock ones, in the stock dtype. In eval mode the stock output stays: it is what the rule
+    comes to without its noise. `soft_first_layer` makes the first MoE layer soft in both modes, as the paper
+    does with Sample Top-1; a checkpoint trained so needs this class at inference too, as stock classes would
+    run that layer with their own K.
+
+    `layers` is for balance losses and statistics: one `Routing` a layer, attached to the autograd graph in
+    training. Recording is open only while `model` itself runs forward, so the recompute of gradient
+    checkpointing, which runs in the backward pass, routes the same way but records nothing. Noise is drawn
+    from torch's global random state, which that recompute restores; to resume training exactly, restore it,
+    or seed it from the step number.
+
+    FlexOlmo normalises what a block gives, so there the weight of a lone expert (`switch`, `sample_top1`) has
+    no effect and next to no gradient: its router learns from the balance loss alone.
+
+    Set `step` before a forward pass and leave it until that pass's backward is over. Give the outermost
+    wrapper that is called (of peft, say) as `model`. Do not set `output_router_logits` as well: it adds
+    transformers' balance loss.
+    """
+
+    def __init__(self, model: nn.Module, rule: str, k: int, *, soft_first_layer: bool = False) -> None:
+        routers = find_routers(model)
+        for name, router in routers.items():
+            _check_router(name, router, rule, k)
+        self.rule = rule
+        self.k = k
+        self.soft_first_layer = soft_first_layer
+        self.step = 0
+        self.names = list(routers)
+        self._record: dict[int, Routing] = {}
+        self._open = False
+        self._needs_graph = False
+        self._handles = [
+            model.register_forward_pre_hook(self._start),
+            model.register_forward_hook(self._stop, always_call=True),
+        ]
+        for layer, router in enumerate(routers.values()):
+            self._handles.append(router.register_forward_hook(partial(self._route, layer)))
+
+    @property
+    def layers(self) -> list[Routing]:
+        """One `Routing` per MoE layer, in order, of the last forward pass; ValueError before there is one."""
+        if self._open or len(self._record) != len(self.names):
+            raise ValueError(
+                f"{len(self._record)} of {len(self.names)} routers have a record: first call the model that "
+                "was given to Routed, then read `layers`"
+            )
+        return [self._record[layer] for layer in range(len(self.names))]
+
+    def clear(self) -> None:
+        """Forget the last forward pass, and with it the autograd graph that its record keeps alive."""
+        self._record = {}
+
+    def remove(self) -> None:
+        """Take every hook away; the model routes as its stock class does. A second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Routed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _start(self, _model: nn.Module, _args: Any) -> None:
+        self.clear()
+        self._open = True
+        self._needs_graph = torch.is_grad_enabled()
+
+    def _stop(self, _model: nn.Module, _args: Any, _output: Any) -> None:
+        self._open = False
+
+    def _route(self, layer: int, router: nn.Module, _args: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE, stock_TK, index_TK = output
+        weight_TK = stock_TK
+        if layer == 0 and self.soft_first_layer:
+            index_TK, weight_TK = route(logits_TE, "soft", logits_TE.shape[-1])
+        elif router.training:
+            index_TK, weight_TK = route(logits_TE, self.rule, self.k, step=self.step, training=True)
+        if self._open:
+            self._check_graph(router)
+            self._record[layer] = Routing(logits_TE, index_TK, weight_TK)
+        return logits_TE, weight_TK.to(stock_TK.dtype), index_TK
+
+    def _check_graph(self, router: nn.Module) -> None:
+        if router.training and self._needs_graph and not torch.is_grad_enabled():
+            raise ValueError(
+                "a layer runs without gradients in a forward pass with them, as in reentrant checkpointing, "
+                "and a balance loss would get none: enable checkpointing with {'use_reentrant': False}"
+            )
+
+
+def _check_router(name: str, router: Any, rule: str, k: int) -> None:
+    """Refuse a stock router that in eval mode and after export would not do what is trained."""
+    experts_per_token(rule, k=k, experts=router.num_experts)
+    if router.top_k != k:
+        raise ValueError(f"{name} chooses {router.top_k} experts, not {k}: set num_experts_per_tok = {k}")
+    if not getattr(router, "norm_topk_prob", True):
+        raise ValueError(f"{name} leaves its top-k weights unnormalised: set norm_topk_prob = True")

@@ -1,0 +1,269 @@
+"""The settings of every step, as strict models: what a recipe may say, with its defaults and its bounds.
+
+A field marked `execution` says how a thing is done (device, workers, paths): it is recorded but decides no result,
+so it is no part of a step's identity. Everything else is. No torch here: a recipe is read in milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    import torch
+
+_SUFFIX = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
+_COUNT = r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([kKmMbBgGtT]?)\s*"
+LARGEST = 2**62  # of any count or seed: what 64-bit arithmetic holds with room to spare
+
+
+def _count(value: Any) -> Any:
+    """Read 400k, 1.5M, 201B, 1e6 as whole numbers; leave anything else for the type to judge."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false (YAML reads yes, no, on, off as those)")
+    match = re.fullmatch(_COUNT, value) if isinstance(value, str) else None
+    if not match:
+        return value
+    number = Decimal(match[1]).scaleb(_SUFFIX[match[2].lower()])
+    if number != number.to_integral_value():
+        raise ValueError("must come to a whole number")
+    return int(number)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; pydantic takes it as the number that was meant. True and false are no numbers."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false (YAML reads yes, no, on, off as those)")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(gt=0, le=LARGEST)]
+Whole = Annotated[int, BeforeValidator(_count), Field(ge=0, le=LARGEST)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Part = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Weight = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*\S[^\x00]*$")]
+
+
+def execution(default: Any, **more: Any) -> Any:
+    """A field that is recorded but does not decide the result."""
+    return Field(default, json_schema_extra={"execution": True}, **more)
+
+
+class Settings(BaseModel):
+    """Frozen; unknown keys are refused; text is not taken from numbers, nor numbers from true and false."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, ready for the fingerprint."""
+        dumped = self.model_dump(mode="json")
+        for name, info in type(self).model_fields.items():
+            extra = info.json_schema_extra
+            if isinstance(extra, dict) and extra.get("execution"):
+                del dumped[name]
+            elif isinstance(value := getattr(self, name), Settings):
+                dumped[name] = value.identity()
+        return dumped
+
+
+class BuiltinSeed(Settings):
+    """The seed that btx makes itself when `seed.checkpoint` is `builtin`: a small Llama and its tokenizer."""
+
+    vocab_size: Annotated[Count, Field(gt=256)] = 2048  # every byte, and the end of a text
+    hidden_size: Count = 256
+    intermediate_size: Count = 768
+    layers: Count = 4
+    heads: Count = 4
+    tokens: Count = Field(2_000_000, description="pretraining tokens")
+    learning_rate: Positive = 3e-3
+    batch_tokens: Count = 8192
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> BuiltinSeed:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads})")
+        return self
+
+
+class DataSettings(Settings):
+    """How documents are read and which of them are held out."""
+
+    directory: str | None = execution(None, description="what data paths are relative to; default: the recipe's folder")
+    holdout: Part = Field(0.05, description="share of a domain's documents kept for evaluation, by document")
+    valid_bytes: Annotated[Count, Field(ge=4)] = Field(
+        16_384, description="a held-out document is cut to this many bytes of text"
+    )
+    loss_on: Literal["all", "completion"] = Field(
+        "all", description="all: plain next-token loss, as in the paper; completion: only answers count"
+    )
+    on_bad_line: Literal["error", "skip"] = Field("error", description="skip: leave bad lines out and count them")
+
+
+class TrainSettings(Settings):
+    """One training: the optimiser and its schedule. The defaults are the paper's where it states one."""
+
+    sequence_length: Count = 1024
+    batch_tokens: Count = Field(65_536, description="tokens in one optimiser step, over all devices")
+    learning_rate: Positive = 1e-4
+    min_learning_rate: Share = Field(0.1, description="end of the cosine, as a share of the peak (paper: 0.1)")
+    warmup_steps: Whole | Literal["auto"] = Field(
+        "auto", description="auto: the paper's 100, or a tenth of the steps where that is less"
+    )
+    weight_decay: Weight = 0.1
+    betas: tuple[Part, Part] = (0.9, 0.95)
+    epsilon: Positive = 1e-8
+    clip: Positive = Field(1.0, description="largest gradient norm")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast with fp32 weights on a GPU that has it, fp32 on a CPU"
+    )
+    gradient_checkpointing: bool = False
+    dtype: Literal["seed", "fp32", "bf16", "fp16"] = Field("seed", description="of the checkpoint that is written")
+    seed: Whole = Field(0, description="of the data order and of every random draw")
+    max_bad_steps: Count = Field(10, description="non-finite steps in a row that end the job (exit code 4)")
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> TrainSettings:
+        if self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length ({self.sequence_length})"
+            )
+        return self
+
+
+class SharedSettings(Settings):
+    """How the tensors that are no experts become one. All but `mean` are mergekit's."""
+
+    method: Literal["mean", "linear", "ties", "dare_ties", "slerp", "model_stock"] = "mean"
+    weights: dict[str, Weight] = Field(default_factory=dict, description="by model; one that is not named has 1")
+    density: Annotated[Share, Field(gt=0)] = Field(
+        0.5, description="ties, dare_ties: share of each difference that is kept"
+    )
+    t: Share = Field(0.5, description="slerp: place between the first and the second model")
+
+    @model_validator(mode="after")
+    def _weighed(self) -> SharedSettings:
+        if self.weights and self.method not in ("linear", "ties", "dare_ties"):
+            raise ValueError(f"weights do nothing under method {self.method}; use linear, ties or dare_ties")
+        for name, methods in {"density": ("ties", "dare_ties"), "t": ("slerp",)}.items():
+            if name in self.model_fields_set and self.method not in methods:
+                raise ValueError(f"{name} does nothing under method {self.method}; it belongs to {', '.join(methods)}")
+        if "seed" in self.weights and self.method != "linear":
+            raise ValueError(f"{self.method} takes differences from the seed, so a weight of the seed does nothing")
+        return self
+
+
+def _shared(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+class MergeSettings(Settings):
+    """The merge: which models, how the shared tensors are averaged, how feed-forwards become experts."""
+
+    include_seed: bool = Field(True, description="the untouched seed is one more expert, as in the paper")
+    shared: Annotated[SharedSettings, BeforeValidator(_shared)] = SharedSettings()
+    experts: Literal["one", "split", "blend"] = Field("one", description="one expert a model, or the paper's variants")
+    chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
+    router_entropy: Annotated[Share, Field(gt=0)] = Field(
+        0.99, description="mean entropy of the fresh router, as a share of log(experts)"
+    )
+    seed: Whole = 0
+    dtype: Literal["seed", "fp32", "bf16", "fp16"] = "seed"
+
+    def torch_dtype(self, seed: torch.dtype) -> torch.dtype:
+        """The dtype that is written, given the seed's."""
+        return torch_dtype(self.dtype, seed)
+
+
+def torch_dtype(name: str, seed: torch.dtype) -> torch.dtype:
+    """A torch dtype from its name in a recipe; `seed` means the seed's own."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(name, seed)
+
+
+class BalanceSettings(Settings):
+    """The load-balancing loss. A weight means nothing without its convention, so both are stated."""
+
+    form: Literal["btx", "switch", "transformers", "none"] = Field(
+        "btx",
+        description="btx: the paper's, summed over layers; switch: hard counts, mean over layers; "
+        "transformers: load_balancing_loss_func, layers pooled",
+    )
+    weight: Weight = 0.01
+
+
+class FinetuneSettings(TrainSettings):
+    """Training of the merged model, router included."""
+
+    tokens: Count = 1_000_000
+    routing: Literal["top_k", "switch", "soft", "sample_top1"] = "top_k"
+    top_k: Count = Field(2, description="experts a token visits under top_k")
+    soft_first_layer: bool = Field(
+        False,
+        description="sample_top1: the first layer visits all experts, as in the paper; no stock class can hold it, so "
+        "there is no export then",
+    )
+    balance: BalanceSettings = BalanceSettings()
+    trainable: Literal["all", "router", "no_experts"] = "all"
+    mix: dict[str, Weight] = Field(
+        default_factory=dict,
+        description="share of each domain (and of `seed`, its own data); default: by its tokens",
+    )
+    dead_below: Share = Field(0.1, description="an expert with less than this share of its fair load is called dead")
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """What the exported config says; None stands for all experts."""
+        return {"top_k": self.top_k, "soft": None}.get(self.routing, 1)
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> FinetuneSettings:
+        return self  # what is not said here comes from `train`, so the recipe checks the two together
+
+    @model_validator(mode="after")
+    def _soft_first(self) -> FinetuneSettings:
+        if self.soft_first_layer and self.routing != "sample_top1":
+            raise ValueError(f"soft_first_layer belongs to routing sample_top1, not to {self.routing}")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """Bits per byte on held-out documents."""
+
+    sequence_length: Count | None = Field(None, description="window; default: train.sequence_length")
+    tokens: Count = Field(200_000, description="held-out tokens scored per domain, at most")
+    bootstrap: Count = Field(1000, description="resamples of the documents for the 95 % intervals")
+    seed: Whole = 0
+    batch_tokens: Count = execution(8192)
+
+
+class ExportSettings(Settings):
+    """The published folder."""
+
+    shard_bytes: Count = Field(5 * 10**9, description="largest weight file")
+    name: Text | None = Field(None, description="title of the model card; default: the recipe's name")
+    base_model: Text | None = Field(None, description="what the card calls the seed; default: its folder's name")
+    license: Text | None = Field(None, description="for the card's front matter; default: none is claimed")
+
+
+class RunSettings(Settings):
+    """Where and how; nothing here decides a result."""
+
+    directory: Text = execution("runs", description="relative to the working directory")
+    engine: Literal["local"] = execution("local")
+    workers: Count | Literal["auto"] = execution("auto", description="training jobs at once; auto: one a device")
+    device: Literal["auto", "cpu", "cuda"] = execution("auto")
+    kernel: Text = execution("auto", description="expert kernel; see `btx doctor` for those at hand")
+    micro_batch: Count | Literal["auto"] = execution(
+        "auto", description="sequences per device and backward pass; the balance loss is over one pass of all devices"
+    )
+    threads: Count | Literal["auto"] = execution("auto", description="CPU threads of a job")
+    checkpoint_minutes: Positive = execution(10.0, description="time between saved training states")
+    checkpoint_steps: Count | None = execution(None, description="save after this many steps instead")
+    launch: Text | None = execution(None, description="an `accelerate config` file: jobs start by accelerate launch")
+    report_to: list[Text] = execution([], description="trackers of accelerate: tensorboard, wandb, ...")

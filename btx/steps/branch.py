@@ -1,0 +1,174 @@
+"""The seed verified and its lineage written down: what every later stage checks its models against."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from btx.artifact import write_json
+from btx.errors import ArtifactError
+from btx.step import Step, Tell
+
+if TYPE_CHECKING:
+    from btx.checkpoint import Checkpoint
+
+LEAST_COSINE = 0.3  # between all matrices of an expert and the seed; strangers have about 0
+
+
+class Branch(Step):
+    """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes, and each given expert's."""
+
+    kind: ClassVar[str] = "branch"
+    seed: Step
+    given: dict[str, Step]  # experts that were trained elsewhere, by domain
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Check seed and given experts, write the lineage."""
+        lineage = self.examine()
+        write_json(out / "lineage.json", lineage)
+        return {"family": lineage["seed"]["family"], "becomes": lineage["seed"]["becomes"]}
+
+    def examine(self) -> dict[str, Any]:
+        """Read seed and given experts whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
+        from btx.checkpoint import opened, require_finite, tokenizer_digest
+        from btx.families import family_of
+
+        folder = self.seed.folder
+        with opened(folder) as seed:
+            family = family_of(seed.config, str(folder))
+            check_buildable(seed.config, str(folder))
+            require_complete(seed)
+            require_ids(seed)
+            require_finite(seed, "the seed")
+            about = {
+                "digest": self.seed.digest,
+                "family": family.dense,
+                "becomes": family.moe,
+                "tokenizer": tokenizer_digest(folder),
+                "dtype": str(seed.dtype).removeprefix("torch."),
+                "tensors": {n: list(e.shape) for n, e in seed.entries.items()},
+            }
+        return {"seed": about, "given": {n: check_expert(folder, s.folder, n) for n, s in self.given.items()}}
+
+
+def check_buildable(config: dict[str, Any], where: str) -> None:
+    """Raise now, not after days of training, when the MoE class cannot hold this model."""
+    from btx.families import moe_config
+
+    width = native_config(config, where).to_dict()["intermediate_size"]
+    moe_config(deepcopy(config), experts=2, top_k=1, width=width, where=where)
+
+
+def native_config(config: dict[str, Any], where: str) -> Any:
+    """The transformers config of a parsed config.json; ArtifactError when the class does not take it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**deepcopy(config))
+    except Exception as error:  # validators of the config classes raise kinds of their own
+        why = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{where}: config.json makes no {config['model_type']} model ({why}). Correct it."
+        ) from error
+
+
+def require_complete(checkpoint: Checkpoint) -> None:
+    """ArtifactError unless the tensors are those of the model that the config describes, by name and shape."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    native = native_config(checkpoint.config, str(checkpoint.folder))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(native)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        said = f"{checkpoint.folder}: config.json makes no model ({type(error).__name__}: {why})."
+        raise ArtifactError(f"{said} Correct it.") from error
+    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    if native.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    found = {n: e.shape for n, e in checkpoint.entries.items()}
+    wrong = [
+        f"{n} is {_as_text(found.get(n))}, should be {_as_text(wanted.get(n))}"
+        for n in sorted(wanted.keys() | found.keys())
+        if wanted.get(n) != found.get(n)
+    ]
+    if wrong:
+        raise ArtifactError(
+            f"{checkpoint.folder}: weights and config.json do not fit in {len(wrong)} tensors: {'; '.join(wrong[:3])}. "
+            "Fetch the checkpoint again."
+        )
+
+
+def _as_text(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))
+
+
+def require_ids(checkpoint: Checkpoint) -> None:
+    """ArtifactError when the tokenizer has ids that the embedding has no row for: training would fail on the first."""
+    from btx.tokens import Encoder, load_tokenizer
+
+    rows = native_config(checkpoint.config, str(checkpoint.folder)).vocab_size
+    ids = Encoder(load_tokenizer(checkpoint.folder), "all").ids
+    if ids > rows:
+        raise ArtifactError(
+            f"{checkpoint.folder}: the tokenizer has ids up to {ids - 1}, the embedding {rows} rows (vocab_size). "
+            "Use the tokenizer that the checkpoint was trained with, or resize the embedding."
+        )
+
+
+DECIDING = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "hidden_act",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "sliding_window",
+    "use_sliding_window",
+    "layer_types",
+    "attention_bias",
+    "mlp_bias",
+)
+
+
+def config_difference(seed: dict[str, Any], other: dict[str, Any], where: str) -> list[str]:
+    """The fields that decide what a model computes and differ, each as `field: seed's, other's`."""
+    if seed["model_type"] != other["model_type"]:
+        return [f"model_type: seed {seed['model_type']!r}, expert {other['model_type']!r}"]
+    a, b = native_config(seed, "the seed").to_dict(), native_config(other, where).to_dict()
+    return [f"{f}: seed {a.get(f)!r}, expert {b.get(f)!r}" for f in DECIDING if a.get(f) != b.get(f)]
+
+
+def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
+    """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
+    from btx.checkpoint import opened, require_finite, tokenizer_digest
+    from btx.merging import distance, require_same
+
+    who = f"the expert of domain {name} ({folder})"
+    remedy = "Train it from this seed, or leave the domain out."
+    with opened(seed_folder) as seed, opened(folder) as other:
+        different = config_difference(seed.config, other.config, who)
+        if different:
+            said = f"{who} is no descendant of the seed ({seed_folder}): config.json differs in {'; '.join(different)}."
+            raise ArtifactError(f"{said} {remedy}")
+        require_same(seed, other, who)
+        if tokenizer_digest(seed_folder) != tokenizer_digest(folder):
+            said = f"{who} has another tokenizer than the seed ({seed_folder}): the same ids mean other tokens."
+            raise ArtifactError(f"{said} Train it with the seed's tokenizer.")
+        require_finite(other, f"the expert of domain {name}")
+        far = distance(seed, other)
+    if far["cosine"] < LEAST_COSINE:
+        raise ArtifactError(
+            f"{who} is no descendant of the seed ({seed_folder}): the cosine between their weights is "
+            f"{far['cosine']:.3f}, descendants have more than {LEAST_COSINE}. {remedy}"
+        )
+    return {"tokenizer": tokenizer_digest(folder), **{k: round(v, 6) for k, v in far.items()}}

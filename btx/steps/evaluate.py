@@ -1,0 +1,127 @@
+"""Bits per byte of every model on every domain's held-out documents, and who is routed where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.artifact import write_json
+from btx.errors import RecipeError
+from btx.settings import EvaluateSettings
+from btx.step import Step, Tell
+from btx.steps.finetune import Finetune
+from btx.steps.merge import SEED, Average
+from btx.steps.tokens import TokensStep
+
+FEW = 10  # documents: fewer, drawn again and again, say little of how far other documents might lie
+
+
+class Evaluate(Step):
+    """A report folder: results.json, and documents.json with every document's score."""
+
+    kind: ClassVar[str] = "evaluate"
+    average: Average
+    finetune: Finetune
+    tokens: dict[str, TokensStep]
+    length: int
+    settings: EvaluateSettings
+
+    @property
+    def models(self) -> dict[str, Step]:
+        """Every model that is measured, by the name that results.json gives it."""
+        experts = {f"expert:{n}": s for n, s in self.average.experts.items()}
+        merge = self.finetune.merge
+        return {
+            SEED: self.average.branch.seed,
+            **experts,
+            "average": self.average,
+            "merged": merge,
+            "finetuned": self.finetune,
+        }
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Measure and write."""
+        from btx.tokens import Tokens
+
+        documents = {n: Tokens(t.folder).valid(self.settings.tokens) for n, t in self.tokens.items()}
+        for name, found in documents.items():
+            if not found:
+                raise RecipeError(
+                    f"domain {name} has no held-out document to evaluate on. Name `valid:` files, or give "
+                    "it more documents than one."
+                )
+            if len(found) < FEW:
+                tell({"label": self.label, "warning": f"{name}: {len(found)} held-out documents make no fair interval"})
+        scores: dict[str, Any] = {}
+        routing: dict[str, Any] = {}
+        for done, (name, step) in enumerate(self.models.items()):
+            tell({"label": self.label, "done": done, "total": len(self.models), "note": f"scores {name}"})
+            scores[name], routing[name] = self._measure(name, step.folder, documents)
+        tell({"label": self.label, "done": len(self.models), "total": len(self.models)})
+        results = summarise(scores, documents, self.settings)
+        results["routing"] = {n: r for n, r in routing.items() if r}
+        results["experts"] = self._experts()
+        write_json(out / "results.json", results)
+        write_json(
+            out / "documents.json", {m: {d: list(map(float, v)) for d, v in row.items()} for m, row in scores.items()}
+        )
+        return {"mean": results["mean"]}
+
+    def _experts(self) -> list[str]:
+        import json
+
+        names: list[str] = json.loads((self.finetune.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
+        return names
+
+    def _measure(self, name: str, folder: Path, documents: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Nats of each document by domain, and for a Mixture of Experts its routing by domain."""
+        import torch
+
+        from btx import model
+        from btx.probes.bits_per_byte import nats
+        from btx.probes.routing_shares import routing_shares
+        from btx.routed import Routed
+
+        model.set_threads(self.where)
+        device = model.device_of(self.where)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        net = model.load(folder, where=self.where, dtype=dtype).to(device).eval()
+        size = {"length": self.length, "batch_tokens": self.settings.batch_tokens}
+        if name not in ("merged", "finetuned"):
+            return {d: nats(net, rows, **size) for d, rows in documents.items()}, {}
+        rule = self.finetune.settings
+        with Routed(
+            net, rule.routing, net.config.num_experts_per_tok, soft_first_layer=rule.soft_first_layer
+        ) as routed:
+            scored = {d: nats(net, rows, **size) for d, rows in documents.items()}
+            shares = {d: routing_shares(net, routed, rows, length=self.length) for d, rows in documents.items()}
+        return scored, shares
+
+
+def summarise(scores: dict[str, Any], documents: dict[str, Any], settings: EvaluateSettings) -> dict[str, Any]:
+    """Bits per byte by model and domain, their intervals, those of the differences from the seed, and sizes.
+
+    A difference is taken document by document before the documents are drawn again, so its interval is narrower than
+    those of its two sides: how hard the documents are falls out.
+    """
+    import numpy as np
+
+    from btx.probes.bits_per_byte import bits_per_byte, interval
+
+    sizes = {d: np.array([size for _, size in rows], dtype=float) for d, rows in documents.items()}
+    table = {m: {d: bits_per_byte(v, sizes[d]) for d, v in row.items()} for m, row in scores.items()}
+    drawn = {"resamples": settings.bootstrap, "seed": settings.seed}
+    held_out = {
+        d: {"documents": len(rows), "bytes": int(sizes[d].sum()), "tokens": sum(len(ids) - 1 for ids, _ in rows)}
+        for d, rows in documents.items()
+    }
+    return {
+        "bits_per_byte": table,
+        "mean": {m: sum(row.values()) / len(row) for m, row in table.items()},
+        "interval_95": {m: {d: interval(v, sizes[d], **drawn) for d, v in row.items()} for m, row in scores.items()},
+        "difference_from_seed_95": {
+            m: {d: interval(v - scores[SEED][d], sizes[d], **drawn) for d, v in row.items()}
+            for m, row in scores.items()
+        },
+        "held_out": held_out,
+    }

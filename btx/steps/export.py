@@ -1,0 +1,48 @@
+"""The result as a plain Hugging Face folder, with a model card, digests and a proof."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.artifact import write_json
+from btx.settings import ExportSettings
+from btx.step import Step, Tell
+from btx.steps.evaluate import Evaluate
+
+
+class Export(Step):
+    """A checkpoint folder for others: published names, tokenizer, card, SHA256SUMS, proof."""
+
+    kind: ClassVar[str] = "export"
+    evaluate: Evaluate
+    settings: ExportSettings
+    title: str
+    base_model: str
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Copy, describe, prove."""
+        from btx.card import card
+        from btx.checkpoint import carry_files, opened, write_weights
+        from btx.proof import PROOF, make_proof, write_sums
+
+        source = self.evaluate.finetune.folder
+        with opened(source) as model:
+            plan = [(n, model.read(n).dtype, e.shape) for n, e in model.entries.items()]
+            write_weights(out, plan, (model.read(n) for n in model.entries), shard_bytes=self.settings.shard_bytes)
+            config = model.config
+        write_json(out / "config.json", config)
+        carry_files(source, out)
+        if not (out / "generation_config.json").is_file():
+            write_json(out / "generation_config.json", _generation(config))
+        write_json(out / PROOF, make_proof(out))
+        results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
+        (out / "README.md").write_text(card(self, config, results), encoding="utf-8")
+        write_sums(out)
+        return {"tensors": len(plan)}
+
+
+def _generation(config: dict[str, Any]) -> dict[str, Any]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"_from_model_config": True, **{k: config[k] for k in keys if config.get(k) is not None}}

@@ -1,0 +1,101 @@
+"""The merged model trained whole, router included, on all domains and the seed's own data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from btx.settings import FinetuneSettings
+from btx.step import Step, Tell
+from btx.steps.merge import Merge
+from btx.steps.tokens import TokensStep
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Finetune(Step):
+    """A Mixture-of-Experts checkpoint."""
+
+    kind: ClassVar[str] = "finetune"
+    trains: ClassVar[bool] = True
+    merge: Merge
+    tokens: dict[str, TokensStep]
+    weights: dict[str, float]
+    settings: FinetuneSettings
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Train and save."""
+        from btx.steps.train import fit
+
+        names: list[str] = json.loads((self.merge.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
+        facts = fit(
+            self, folder=self.merge.folder, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
+            budget=self.settings.tokens, settings=self.settings, out=out, work=work, tell=tell,
+            prepare=lambda model: Balanced(model, self.settings, self.label, tell, names),
+        )  # fmt: skip
+        (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
+        return facts
+
+
+FROZEN = {"all": None, "router": r".*\.gate\.weight", "no_experts": r"(?!.*\.mlp\.experts\.).*"}
+
+
+def freeze(model: Any, trainable: str) -> None:
+    """Leave gradients only to what is trained: everything, the routers, or everything but the experts."""
+    pattern = FROZEN[trainable]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(pattern is None or bool(re.fullmatch(pattern, name)))
+
+
+class Balanced:
+    """The watch of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
+
+    def __init__(self, model: Any, settings: FinetuneSettings, label: str, tell: Tell, names: list[str]) -> None:
+        from btx.routed import Routed, find_routers
+
+        freeze(model, settings.trainable)
+        experts: Any = next(iter(find_routers(model).values())).num_experts
+        self.settings, self.label, self.tell, self.experts = settings, label, tell, int(experts)
+        self.names = names
+        self.routed = Routed(
+            model,
+            settings.routing,
+            settings.experts_per_token or self.experts,
+            soft_first_layer=settings.soft_first_layer,
+        )
+        self.warned: set[tuple[int, int]] = set()
+        self.seen: list[Any] = []
+
+    def begin(self, step: int) -> None:
+        """The temperature of Sample Top-1 depends on the step."""
+        self.routed.step = step
+
+    def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """The weighted balance loss of the last forward pass, and its value."""
+        from btx.balance import balance_loss, over_processes
+
+        raw = balance_loss(self.settings.balance.form, self.routed.layers, over_processes)
+        self.seen = self.routed.layers
+        return self.settings.balance.weight * raw, {"balance": float(raw.detach())}
+
+    def figures(self) -> dict[str, Any]:
+        """Load, entropy and dead experts of each layer in the last micro-batch; a new dead one is told as a warning."""
+        from btx.routing import statistics
+
+        layers = statistics(self.seen, dead_below=self.settings.dead_below / self.experts)
+        self.seen = []
+        self.routed.clear()
+        for n, layer in enumerate(layers):
+            for expert in layer.dead:
+                if (n, expert) not in self.warned:
+                    self.warned.add((n, expert))
+                    said = f"the expert {self.names[expert]} is dead ({layer.load[expert]:.1%} of the choices)"
+                    self.tell({"label": self.label, "warning": f"layer {n}: {said}"})
+        return {
+            "load": [[round(x, 4) for x in layer.load] for layer in layers],
+            "entropy": [round(layer.entropy_share, 4) for layer in layers],
+            "dead": [[n, e] for n, layer in enumerate(layers) for e in layer.dead],
+        }

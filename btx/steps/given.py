@@ -1,0 +1,44 @@
+"""A checkpoint that is there already: a seed, or an expert that was trained elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.settings import execution
+from btx.step import Step, Tell
+
+
+class Given(Step):
+    """A local Hugging Face folder. Its identity is its content; it is read, never written."""
+
+    kind: ClassVar[str] = "given"
+    content: str  # SHA-256 of config, tokenizer and weights
+    path: Path = execution(Path())
+
+    @property
+    def folder(self) -> Path:
+        """The folder itself."""
+        return self.path
+
+    @property
+    def done(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def exists(self) -> bool:
+        """Always: it was read to find its digest."""
+        return True
+
+    @property
+    def digest(self) -> str:
+        """Its content's."""
+        return self.content
+
+    def build(self, tell: Tell) -> None:
+        """Nothing is to be done."""
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Never called."""
+        raise AssertionError("a given checkpoint is not built")

@@ -1,0 +1,110 @@
+"""The merge of all experts (and the seed) into one Mixture of Experts, and their dense average for comparison."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.artifact import write_json
+from btx.errors import RecipeError
+from btx.settings import MergeSettings
+from btx.step import Step, Tell
+from btx.steps.branch import Branch
+
+SEED = "seed"
+
+
+class Models(Step):
+    """What merge and average share: the seed's lineage and the experts by domain, in the recipe's order."""
+
+    branch: Branch
+    experts: dict[str, Step]
+    settings: MergeSettings
+
+    @property
+    def models(self) -> dict[str, Step]:
+        """Every model that takes part, experts first and the seed last, as in the paper's N = 4."""
+        seed = {SEED: self.branch.seed} if self.settings.include_seed else {}
+        return {**self.experts, **seed}
+
+    def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any]:
+        """All models as open, checked checkpoints, and the seed."""
+        from btx.checkpoint import opened
+        from btx.merging import require_same
+
+        seed = stack.enter_context(opened(self.branch.seed.folder))
+        models = {}
+        for name, step in self.models.items():
+            models[name] = seed if name == SEED else stack.enter_context(opened(step.folder))
+            require_same(seed, models[name], name)
+        return models, seed
+
+
+class Average(Models):
+    """A dense checkpoint: every tensor the average over the models."""
+
+    kind: ClassVar[str] = "average"
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Average and write."""
+        from btx.checkpoint import carry_files
+        from btx.merging import write_average
+
+        with ExitStack() as stack:
+            models, seed = self.opened(stack)
+            write_average(out, models, seed, self.settings)
+            config = {**seed.config, "dtype": _dtype_name(self.settings.torch_dtype(seed.dtype))}
+            write_json(out / "config.json", config)
+            carry_files(seed.folder, out)
+        return {"models": list(models)}
+
+
+class Merge(Models):
+    """A Mixture-of-Experts checkpoint."""
+
+    kind: ClassVar[str] = "merge"
+    top_k: int | None  # experts a token visits; None for all
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Merge and write, with how far each expert has gone from the seed."""
+        from btx.checkpoint import carry_files
+        from btx.merging import distance, layout, write_moe
+
+        with ExitStack() as stack:
+            models, seed = self.opened(stack)
+            experts = layout(self.settings, len(models), seed.config["intermediate_size"])
+            write_moe(out, models, seed, self.settings, self.top_k or experts.count)
+            carry_files(seed.folder, out)
+            far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
+        names = expert_names(list(models), self.settings)
+        write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})
+        return {"experts": names, "distance": far}
+
+
+def check_method(settings: MergeSettings, models: list[str]) -> None:
+    """RecipeError when the averaging method does not go with that many models, or a weight names none of them."""
+    method = settings.shared.method
+    if method == "slerp" and len(models) != 2:
+        raise RecipeError(
+            f"merge.shared: slerp goes between two models, here are {len(models)} ({', '.join(models)}). "
+            "Use mean, linear, ties, dare_ties or model_stock."
+        )
+    if method == "model_stock" and len([m for m in models if m != SEED]) < 2:
+        raise RecipeError("merge.shared: model_stock needs two experts or more besides the seed.")
+    for name in settings.shared.weights:
+        if name not in models:
+            raise RecipeError(f"merge.shared.weights: there is no model {name!r}; models are {', '.join(models)}.")
+
+
+def expert_names(models: list[str], settings: MergeSettings) -> list[str]:
+    """A name for every MoE expert, in order."""
+    if settings.experts == "split":
+        return [f"{m}.{c}" for m in models for c in range(settings.chunks)]
+    if settings.experts == "blend":
+        return [f"blend.{n}" for n in range(len(models))]
+    return models
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

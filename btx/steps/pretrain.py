@@ -1,0 +1,48 @@
+"""The embedded default's seed: a small Llama, pretrained from random weights on text that every machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.settings import BuiltinSeed, TrainSettings
+from btx.step import Step, Tell
+from btx.steps.tokenizer import Tokenizer
+from btx.steps.tokens import TokensStep
+
+
+class Pretrain(Step):
+    """A dense checkpoint."""
+
+    kind: ClassVar[str] = "seed"
+    trains: ClassVar[bool] = True
+    tokenizer: Tokenizer
+    tokens: TokensStep
+    shape: BuiltinSeed
+    train: TrainSettings
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Pretrain and save."""
+        from btx.steps.train import fit
+        from btx.tokens import load_tokenizer
+
+        config = llama_config(self.shape, load_tokenizer(self.tokenizer.folder), self.train.sequence_length)
+        settings = self.train.model_copy(
+            update={"learning_rate": self.shape.learning_rate, "batch_tokens": self.shape.batch_tokens}
+        )
+        return fit(
+            self, config=config, like=self.tokenizer.folder, tokens={"seed": self.tokens}, weights={"seed": 1.0},
+            budget=self.shape.tokens, settings=settings, out=out, work=work, tell=tell,
+        )  # fmt: skip
+
+
+def llama_config(shape: BuiltinSeed, tokenizer: Any, length: int) -> Any:
+    """The seed's architecture as a native config."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
+        max_position_embeddings=max(2048, length), tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32",
+    )  # fmt: skip

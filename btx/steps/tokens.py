@@ -1,0 +1,51 @@
+"""A domain's documents as packed tokens of the seed's tokenizer, the held-out ones apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from btx.settings import DataSettings
+from btx.step import Step, Tell
+
+if TYPE_CHECKING:
+    from btx.tokens import Split
+
+
+class TokensStep(Step):
+    """A tokens folder."""
+
+    kind: ClassVar[str] = "tokens"
+    tokenizer: Step  # a folder that holds the tokenizer
+    sources: list[str]
+    valid: list[str]
+    apart: list[str]  # held-out files of other domains, whose documents are not trained on here either
+    content: list[str]  # digests of sources, valid and apart, in order
+    held_out_elsewhere: bool  # another domain holds out documents of these very sources by chance
+    data: DataSettings
+
+    def identity(self) -> dict[str, Any]:
+        """What the files hold decides, not where they lie."""
+        fields = super().identity()
+        fields |= {name: len(getattr(self, name)) for name in ("sources", "valid", "apart")}
+        return fields
+
+    def split(self) -> Split:
+        """The documents, to be read once."""
+        from btx.tokens import Split
+
+        return Split(self.sources, self.valid, self.data, apart=self.apart, held_out_elsewhere=self.held_out_elsewhere)
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Tokenise all documents."""
+        from btx.tokens import Encoder, load_tokenizer, write_tokens
+
+        encoder = Encoder(load_tokenizer(self.tokenizer.folder), self.data.loss_on)
+        facts = write_tokens(out, self.split(), settings=self.data, encoder=encoder)
+        for number, what in (
+            (facts["left_out"], "documents are held out, here or for another domain, and not trained on"),
+            (facts["read"]["bad"], f"bad lines skipped, first {facts['read']['first_bad']}"),
+        ):
+            if number:
+                tell({"label": self.label, "warning": f"{number} {what}"})
+        return facts

@@ -1,0 +1,92 @@
+"""One domain's expert: the seed, trained on that domain alone, in a job that knows nothing of the others."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from btx.artifact import LOGS
+from btx.errors import ResourceError
+from btx.settings import TrainSettings, torch_dtype
+from btx.step import Step, Tell
+from btx.steps.branch import Branch
+from btx.steps.tokens import TokensStep
+
+if TYPE_CHECKING:
+    from btx.loop import Watch
+
+
+class Train(Step):
+    """A dense checkpoint of the seed's shape."""
+
+    kind: ClassVar[str] = "train"
+    trains: ClassVar[bool] = True
+    branch: Branch
+    tokens: TokensStep
+    budget: int
+    train: TrainSettings
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Train and save."""
+        name = self.name or ""
+        return fit(
+            self, folder=self.branch.seed.folder, like=self.branch.seed.folder, tokens={name: self.tokens},
+            weights={name: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, tell=tell,
+        )  # fmt: skip
+
+
+def fit(
+    step: Step, *, like: Path, tokens: dict[str, TokensStep], weights: dict[str, float], budget: int,
+    settings: TrainSettings, out: Path, work: Path, tell: Tell, folder: Path | None = None, config: Any = None,
+    prepare: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
+
+    `prepare(model)` may freeze parameters and return a watch (see `btx.loop.Watch`). Files of the tokenizer are
+    carried over from `like`.
+    """
+    import torch
+
+    from btx import flops, model
+    from btx.checkpoint import Checkpoint
+    from btx.experts import choose
+    from btx.families import MOE
+    from btx.loop import Loop, steps_of
+    from btx.stream import Stream
+    from btx.tokens import Tokens
+
+    model.set_threads(step.where)
+    device = model.device_of(step.where)
+    torch.manual_seed(settings.seed)
+    net = model.load(folder, where=step.where) if folder else model.fresh(config)
+    dtype = torch_dtype(settings.dtype, Checkpoint(folder).dtype if folder else torch.float32)
+    watch: Watch | None = prepare(net) if prepare else None
+    count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)
+    stream = Stream(
+        {n: Tokens(t.folder) for n, t in tokens.items()},
+        weights=weights,
+        sequences=count,
+        length=settings.sequence_length,
+        seed=settings.seed,
+    )
+    kernel = choose(step.where.kernel, device) if net.config.model_type in MOE else None
+    if kernel:
+        tell({"label": step.label, "note": f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"})
+    loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, tell=tell, watch=watch)
+    try:
+        outcome = loop.run()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{step.label} ran out of memory on {device}. Set run.micro_batch to a smaller number, or "
+            "gradient_checkpointing: true."
+        ) from error
+    state = loop.state_dict()
+    if loop.accelerator.is_main_process:
+        model.save(out, config=net.config, state=state, dtype=dtype, like=like)
+        (out / LOGS).mkdir()
+        shutil.copyfile(work / "metrics.jsonl", out / LOGS / "metrics.jsonl")
+    loop.accelerator.wait_for_everyone()
+    spent = flops.training_flops(net.config.to_dict(), outcome.tokens)
+    return {**asdict(outcome), "kernel": kernel, "training_flops": spent, "parameters": model.count_parameters(net)}

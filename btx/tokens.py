@@ -1,0 +1,292 @@
+"""Documents to packed tokens: writes and reads a tokens folder.
+
+`train.bin` is one flat run of token ids (little-endian, `dtype` as `tokens.json` says), documents one after
+another, each with the seed's start token where its tokenizer adds one, and its end-of-text token. `train.mask`
+stands beside it when only answers are learned: one byte a token, 1 where it is to be predicted. `valid.bin` holds
+the held-out documents, each led by one token of context; `tokens.json` says where each lies and how many bytes of
+text it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from btx.artifact import write_json
+from btx.corpus import Counts, Document, held_out, read
+from btx.errors import ArtifactError, RecipeError
+from btx.settings import DataSettings
+
+KEPT = 10_000  # held-out documents that are stored, at most; those beyond are not trained on either
+BATCH = 512  # documents tokenised at once
+Ids = list[int]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder, from local files only and without remote code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # damaged files end in any of a dozen kinds, bare Exception of Rust among them
+        why = (str(error).splitlines() or [repr(error)])[0]
+        raise ArtifactError(
+            f"the tokenizer in {folder} cannot be loaded ({why}). Copy the tokenizer files of its base model into it."
+        ) from error
+
+
+class Encoder:
+    """Turns documents into token ids, with the marks that the seed's tokenizer puts around a text."""
+
+    def __init__(self, tokenizer: Any, loss_on: str) -> None:
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        self.ids = 1 + max(tokenizer.get_vocab().values())  # ids stay below; len(tokenizer) misses gaps
+        self.end: int | None = tokenizer.eos_token_id
+        led = self._ids(["a"], special=True)[0][:1]
+        self.start: int | None = led[0] if led and led[0] == tokenizer.bos_token_id else None
+
+    def _ids(self, texts: list[str], *, special: bool = False) -> list[Ids]:
+        done = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return done["input_ids"]  # type: ignore[no-any-return]
+
+    def pieces(self, document: Document) -> list[tuple[str, bool]]:
+        """A document's pieces, a conversation by the tokenizer's own chat template where it has one."""
+        if not document.messages or not self.tokenizer.chat_template:
+            return list(document.pieces)
+        messages = list(document.messages)
+        if self.loss_on == "all":
+            return [(self._chat(messages), True)]
+        texts = ["", *(self._chat(messages[:n]) for n in range(1, len(messages) + 1))]
+        if not all(b.startswith(a) for a, b in itertools.pairwise(texts)):
+            raise RecipeError(
+                "the tokenizer's chat template rewrites earlier messages, so answers cannot be "
+                "told from the rest. Set data.loss_on: all."
+            )
+        return [
+            (b.removeprefix(a), m["role"] == "assistant")
+            for (a, b), m in zip(itertools.pairwise(texts), messages, strict=True)
+        ]
+
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except (TemplateError, ValueError, TypeError) as error:
+            roles = ", ".join(str(m["role"]) for m in messages[:6])
+            said = f"the tokenizer's chat template refuses a conversation ({roles}, ...): {error}."
+            raise RecipeError(
+                f"{said} Leave such conversations out, or use a seed whose template takes them."
+            ) from error
+
+    def text(self, document: Document) -> str:
+        """A document as it is trained on."""
+        return "".join(text for text, _ in self.pieces(document))
+
+    def encode(self, documents: list[Document]) -> Iterator[tuple[Ids, list[int]]]:
+        """Token ids of each document and, for each id, whether it is to be predicted."""
+        if self.loss_on == "all":
+            for ids in self._ids([self.text(d) for d in documents]):
+                yield self._marked(ids, [1] * len(ids))
+            return
+        for document in documents:
+            pieces = self.pieces(document)
+            encoded = self._ids([text for text, _ in pieces])
+            yield self._marked(
+                [i for ids in encoded for i in ids],
+                [int(p[1]) for p, ids in zip(pieces, encoded, strict=True) for _ in ids],
+            )
+
+    def _marked(self, ids: Ids, learn: list[int]) -> tuple[Ids, list[int]]:
+        start = [] if self.start is None or ids[:1] == [self.start] else [self.start]  # a template may bring it
+        end = [] if self.end is None else [self.end]
+        return [*start, *ids, *end], [*(1 for _ in start), *learn, *(1 for _ in end)]
+
+    def scored(self, texts: list[str]) -> list[Ids]:
+        """Token ids of held-out texts, led by one of context (start, else end of text) that is not scored."""
+        lead = self.start if self.start is not None else self.end
+        return [ids if lead is None or ids[:1] == [lead] else [lead, *ids] for ids in self._ids(texts)]
+
+
+def write_tokens(out: Path, split: Split, *, settings: DataSettings, encoder: Encoder) -> dict[str, Any]:
+    """Fill `out` with the tokens of a domain."""
+    dtype = np.dtype("<u2" if encoder.ids <= 2**16 else "<u4")
+    tokens = _write_train(out, split.train(), encoder, settings, dtype)
+    rows = _write_valid(out, (_cut(encoder.text(d), settings.valid_bytes) for d in split.kept), encoder, dtype)
+    facts = {
+        "train_tokens": tokens,
+        "valid_tokens": sum(r[1] - 1 for r in rows),
+        "read": asdict(split.counts),
+        "read_valid": asdict(split.valid_counts),
+        "valid_documents": len(rows),
+        "left_out": split.left_out,
+    }
+    write_json(
+        out / "tokens.json", {"dtype": dtype.str, "masked": settings.loss_on == "completion", "valid": rows, **facts}
+    )
+    return facts
+
+
+class Split:
+    """A domain's documents in two: those that `train` passes on, and `kept`, complete once `train` has ended.
+
+    `valid` are its own held-out files; without them a share of the documents is held out by chance, decided by their
+    text. What is held out is not trained on, also where the same text stands in `sources` again, nor are the documents
+    of `apart`, other domains' held-out files, and, with `held_out_elsewhere`, those that chance holds out there.
+    """
+
+    def __init__(
+        self, sources: list[str], valid: list[str], settings: DataSettings, *, apart: Sequence[str] = (),
+        held_out_elsewhere: bool = False,
+    ) -> None:  # fmt: skip
+        self.counts, self.valid_counts = Counts(), Counts()
+        self.left_out = 0  # documents of `sources` that are held out by a file or elsewhere
+        skip = settings.on_bad_line == "skip"
+        self.kept = list(read(valid, skip_bad=skip, counts=self.valid_counts))
+        known = {d.text for d in (*self.kept, *read(list(apart), skip_bad=skip, counts=Counts()))}
+        elsewhere = settings.holdout if valid and held_out_elsewhere else 0.0
+        self._documents = self._allowed(read(sources, skip_bad=skip, counts=self.counts), known, elsewhere)
+        self._share = 0.0 if valid else settings.holdout
+
+    def _allowed(self, documents: Iterator[Document], known: set[str], elsewhere: float) -> Iterator[Document]:
+        for document in documents:
+            if document.text in known or (elsewhere and held_out(document.text, elsewhere)):
+                self.left_out += 1
+            else:
+                yield document
+
+    def train(self) -> Iterator[Document]:
+        """The documents to train on, in order but for one: where chance keeps none, one is kept at the end."""
+        yield from self._hold_out() if self._share else self._documents
+
+    def _hold_out(self) -> Iterator[Document]:
+        seen: set[bytes] = set()
+        last: list[Document] = []  # the last text met for the first time, as often as it was met; kept if none is
+        for document in self._documents:
+            if held_out(document.text, self._share):
+                if len(self.kept) < KEPT:
+                    self.kept.append(document)
+            elif self.kept:
+                yield document
+            elif last and document.text == last[0].text:
+                last.append(document)
+            elif (mark := hashlib.sha256(document.text.encode()).digest()[:16]) in seen:
+                yield document
+            else:
+                yield from last
+                last = [document]
+                seen.add(mark)
+        if self.kept:
+            yield from last
+        else:
+            self.kept += last[:1]
+
+    def survey(self, encoder: Encoder | None, *, enough: int) -> int:
+        """Read everything, and count the tokens to train on up to `enough`; without an encoder, bytes instead."""
+        tokens = 0
+        for document in self.train():
+            if tokens < enough:
+                tokens += _size(document, encoder)
+        return tokens
+
+    def summary(self, files: int, valid_files: int) -> str:
+        """What was read, in words."""
+        seen, kept = self.counts, self.valid_counts
+        said = f"{seen.documents} documents, {seen.empty} empty, {seen.bad} bad lines in {files} files"
+        if seen.first_bad:
+            said += f" (first {seen.first_bad.rstrip('.')})"
+        if valid_files:
+            said += (
+                f"; {kept.documents} documents, {kept.empty} empty, {kept.bad} bad lines in {valid_files} valid files"
+            )
+        return f"{said}; {len(self.kept)} held out"
+
+
+def _size(document: Document, encoder: Encoder | None) -> int:
+    if encoder is None:
+        return len(document.text.encode()) + 1
+    return sum(len(ids) for ids, _ in encoder.encode([document]))
+
+
+def known_encoder(folder: Path, settings: DataSettings) -> Encoder | None:
+    """The encoder of a tokenizer that is there; none for one that is yet to be made."""
+    return Encoder(load_tokenizer(folder), settings.loss_on) if folder.is_dir() else None
+
+
+def train_tokens(folder: Path) -> int:
+    """How many tokens of a tokens folder are trained on."""
+    return int(json.loads((folder / "tokens.json").read_text(encoding="utf-8"))["train_tokens"])
+
+
+def _write_train(
+    out: Path, documents: Iterable[Document], encoder: Encoder, settings: DataSettings, dtype: np.dtype[Any]
+) -> int:
+    written = 0
+    masked = settings.loss_on == "completion"
+    stream = iter(documents)
+    with (out / "train.bin").open("wb") as ids_file, (out / "train.mask").open("wb") as mask_file:
+        while batch := list(itertools.islice(stream, BATCH)):
+            for ids, learn in encoder.encode(batch):
+                ids_file.write(np.asarray(ids, dtype).tobytes())
+                if masked:
+                    mask_file.write(bytes(learn))
+                written += len(ids)
+    if not masked:
+        (out / "train.mask").unlink()
+    return written
+
+
+def _cut(text: str, limit: int) -> str:
+    """The first `limit` bytes of a text, less a character that the limit would split."""
+    return text.encode()[:limit].decode(errors="ignore")
+
+
+def _write_valid(out: Path, texts: Iterable[str], encoder: Encoder, dtype: np.dtype[Any]) -> list[list[int]]:
+    """Rows [first id, number of ids, bytes of text], one a document."""
+    rows: list[list[int]] = []
+    position = 0
+    stream = iter(texts)
+    with (out / "valid.bin").open("wb") as file:
+        while batch := list(itertools.islice(stream, BATCH)):
+            for text, ids in zip(batch, encoder.scored(batch), strict=True):
+                if len(ids) < 2:
+                    continue
+                file.write(np.asarray(ids, dtype).tobytes())
+                rows.append([position, len(ids), len(text.encode())])
+                position += len(ids)
+    return rows
+
+
+class Tokens:
+    """A tokens folder, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+        self.dtype = np.dtype(about["dtype"])
+        self.train = self._map(folder / "train.bin", self.dtype)
+        self.mask = self._map(folder / "train.mask", np.dtype("u1")) if about["masked"] else None
+        self._valid = self._map(folder / "valid.bin", self.dtype)
+        self._rows: list[list[int]] = about["valid"]
+
+    @staticmethod
+    def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+    def valid(self, limit: int) -> list[tuple[NDArray[np.int64], int]]:
+        """Held-out documents as (ids, bytes of text), in order, until `limit` tokens are reached."""
+        found: list[tuple[NDArray[np.int64], int]] = []
+        for start, length, size in self._rows:
+            found.append((self._valid[start : start + length].astype(np.int64), size))
+            limit -= length - 1
+            if limit <= 0:
+                break
+        return found

@@ -1,0 +1,91 @@
+"""Whole runs of the other families, routings and kinds of domain: slow, run before an issue is resolved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import config_of, save_model, write_project
+from tests.integration.test_run import btx, results
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_every_family_runs_whole_and_its_export_checks(tmp_path: Path, family: str) -> None:
+    write_project(tmp_path, family=family)
+    btx("run", "recipe.yaml", cwd=tmp_path)
+    wanted = {"mistral": "MixtralForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}[family]
+    assert wanted in btx("check", "runs/pico/export", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["finetune.routing=switch", "finetune.balance.form=switch"],
+        ["finetune.routing=soft", "finetune.balance.form=none"],
+        ["finetune.routing=sample_top1", "finetune.trainable=router"],
+        ["finetune.balance.form=transformers", "finetune.trainable=no_experts", "run.kernel=reference"],
+        ["merge.experts=split", "merge.chunks=2", "finetune.top_k=4"],
+        ["merge.experts=blend", "merge.include_seed=false"],
+        ["merge.shared=ties", "train.gradient_checkpointing=true"],
+        ["data.loss_on=completion", "train.dtype=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_variants_run_whole_and_their_exports_check(tmp_path: Path, sets: list[str]) -> None:
+    write_project(tmp_path)
+    btx("run", "recipe.yaml", *(part for s in sets for part in ("--set", s)), cwd=tmp_path)
+    btx("check", "runs/pico/export", cwd=tmp_path)
+    table = results(tmp_path)["bits_per_byte"]
+    assert table["finetuned"]["math"] < table["seed"]["math"]
+
+
+def test_an_expert_trained_elsewhere_is_checked_and_merged_not_trained(tmp_path: Path) -> None:
+    recipe = write_project(tmp_path)
+    save_model(tmp_path / "law", config_of("llama"), noise=0.01)
+    text = recipe.read_text().replace("train:", "  law: {checkpoint: law}\ntrain:", 1)
+    recipe.write_text(text)
+    btx("run", "recipe.yaml", cwd=tmp_path)
+    found = results(tmp_path)
+    assert found["experts"] == ["math", "code", "law", "seed"]
+    assert set(found["bits_per_byte"]["expert:law"]) == {"math", "code"}
+    assert not list((tmp_path / "runs/pico/steps").glob("train-law*"))
+    lineage = json.loads(next((tmp_path / "runs/pico/steps").glob("branch-*/lineage.json")).read_text())
+    assert lineage["given"]["law"]["cosine"] > 0.9
+
+
+FSDP = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_cpu_ram_efficient_loading: false
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+mixed_precision: 'no'
+use_cpu: true
+main_process_port: 29517
+"""
+
+
+def test_two_sharded_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
+    """FSDP by accelerate's own configuration, with gloo: an expert and the finetuned model, states saved on the way."""
+    recipe = write_project(tmp_path)
+    (tmp_path / "two.yaml").write_text(FSDP)
+    btx("run", recipe, "--until", "finetune", cwd=tmp_path)
+    sets = ["run.directory=two", f"run.launch={tmp_path / 'two.yaml'}", "run.checkpoint_steps=2"]
+    btx("run", recipe, "--until", "finetune", *(p for s in sets for p in ("--set", s)), cwd=tmp_path)
+    for step in ("train-math", "finetune"):
+        one, two = (next((tmp_path / d / "pico/steps").glob(f"{step}-*")) for d in ("runs", "two"))
+        assert json.loads((two / "btx.json").read_text())["facts"]["processes"] == 2
+        first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
+        assert first.keys() == second.keys()
+        assert all((first[n] - second[n]).abs().max() < 1e-5 for n in first), step

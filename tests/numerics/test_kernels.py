@@ -1,0 +1,173 @@
+"""Every kernel of btx_kernels against `reference`, and `reference` against a sum written out; Triton's interpreted."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from btx_kernels import _order, reference
+from hypothesis import example, given, settings
+from torch import Tensor
+
+from btx.experts import absent, ours
+from tests.kernel_cases import Case, Experts, cases, compare, results, tensors
+
+OTHERS = [name for name in ours() if name != "reference"]
+SLOW = ("sparse", "triton")  # interpreted here
+WANTED = Case(tokens=9, k=2, experts=3, width=12, half=7)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory() -> Iterator[None]:
+    """What a kernel forgets to write, it reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def kernel(name: str) -> Experts:
+    """A backend's function; skipped where it cannot run on the CPU: `make test` installs what it takes on Linux.
+
+    Where there is a GPU, Triton compiles, and `test_kernels_on_gpu.py` is what runs.
+    """
+    if why := absent(name, torch.device("cpu")):
+        pytest.skip(why)
+    found: Experts = importlib.import_module(f"btx_kernels.{name}").experts
+    return found
+
+
+def plain(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Token by token, choice by choice."""
+    rows, half = [], down.shape[2]
+    for t in range(len(x)):
+        row = torch.zeros_like(x[t])
+        for k in range(index.shape[1]):
+            e = int(index[t, k])
+            if e < len(down):
+                gate, up = gate_up[e, :half] @ x[t], gate_up[e, half:] @ x[t]
+                row = row + weight[t, k] * (down[e] @ (gate * torch.sigmoid(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("routing", ["mixed", "one", "few", "away"])
+def test_the_reference_is_the_sum_written_out(routing: str) -> None:
+    inputs, index, grad = tensors(WANTED._replace(routing=routing), torch.float64)
+    for ours_, theirs in zip(results(reference.experts, inputs, index, grad), results(plain, inputs, index, grad),
+                             strict=True):  # fmt: skip
+        torch.testing.assert_close(ours_, theirs)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=cases())
+@example(case=Case(0, 2, 3, 8, 8))
+@example(case=Case(1, 1, 1, 1, 1))
+@example(case=Case(37, 3, 3, 33, 17, "all away"))
+@example(case=Case(1100, 2, 3, 8, 8))
+@example(case=Case(30, 2, 3, 12, 8, strided=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_sorted_equals_the_reference(dtype: torch.dtype, case: Case) -> None:
+    compare(kernel("sorted"), case, dtype)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(case=cases(most=36))
+@example(case=Case(0, 2, 3, 8, 8))
+@example(case=Case(1, 1, 1, 1, 1))
+@example(case=Case(37, 3, 5, 33, 41, "away"))
+@example(case=Case(40, 2, 3, 24, 72, "one"))
+@example(case=Case(5, 2, 3, 128, 128, "mixed", strided=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in OTHERS if name in SLOW])
+def test_triton_kernels_equal_the_reference(name: str, dtype: torch.dtype, case: Case) -> None:
+    compare(kernel(name), case, dtype)
+
+
+def test_every_kernel_is_under_one_of_these_tests() -> None:
+    assert set(OTHERS) == {"sorted", *SLOW}
+
+
+def test_sorted_has_the_gradient_of_finite_differences() -> None:
+    inputs, index, _ = tensors(WANTED._replace(routing="away"), torch.float64)
+    leaves = [t.requires_grad_() for t in inputs]
+    function = kernel("sorted")
+    assert torch.autograd.gradcheck(lambda x, g, d, w: function(x, g, d, index, w), leaves)
+
+
+def swapped(gate_up: Tensor) -> Tensor:
+    """Up where gate should be."""
+    return torch.cat(gate_up.chunk(2, dim=1)[::-1], dim=1)
+
+
+MUTATIONS = {
+    "gate and up swapped": lambda f: lambda x, g, d, i, w: f(x, swapped(g), d, i, w),
+    "routing weight dropped": lambda f: lambda x, g, d, i, w: f(x, g, d, i, w.detach() * 0 + 1),
+    "weight's gradient dropped": lambda f: lambda x, g, d, i, w: f(x, g, d, i, w.detach()),
+    "another expert's down": lambda f: lambda x, g, d, i, w: f(x, g, d.roll(1, 0), i, w),
+    "one choice lost": lambda f: lambda x, g, d, i, w: f(x, g, d, i[:, :1], w[:, :1]),
+    "a token's input taken for another's": lambda f: lambda x, g, d, i, w: f(x.roll(1, 0), g, d, i, w),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutated_kernel_is_caught(name: str, mutation: str) -> None:
+    function = kernel(name)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(MUTATIONS[mutation](function), WANTED, torch.float32)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_routing_weight_five_percent_off_is_caught_in_bfloat16(name: str) -> None:
+    function = kernel(name)
+    with pytest.raises(AssertionError, match=r"output: off by .* in all"):
+        compare(lambda x, g, d, i, w: function(x, g, d, i, 1.05 * w), WANTED._replace(tokens=40), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["sorted", "triton"])
+def test_a_wrong_expert_offset_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = kernel(name)
+
+    def shifted(index_TK: Tensor, experts: int) -> _order.Order:
+        found = _order.order(index_TK, experts)
+        return found._replace(ends_E=torch.cat([found.ends_E[:1] - 1, found.ends_E[1:]]))
+
+    monkeypatch.setattr(inspect.getmodule(function), "order", shifted)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(function, WANTED, torch.float32)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("wanted", range(4), ids=["x", "gate_up", "down", "weight"])
+def test_a_gradient_alone_is_what_it_is_among_all(name: str, wanted: int) -> None:
+    function = kernel(name)
+    inputs, index, grad = tensors(WANTED, torch.float32)
+    everything = results(function, inputs, index, grad)
+    inputs[wanted].requires_grad_()
+    function(*inputs[:3], index, inputs[3]).backward(grad)
+    torch.testing.assert_close(inputs[wanted].grad, everything[1 + wanted])
+
+
+@pytest.mark.parametrize("name", ["sorted", "triton"])
+def test_no_more_is_kept_for_the_backward_pass_than_by_a_dense_layer_of_the_active_width(name: str) -> None:
+    from btx.bench.kernels import kept_bytes
+
+    t, k, e, d, f = 64, 2, 4, 32, 96
+    (x, gate_up, down, weight), index, _ = tensors(Case(t, k, e, d, f), torch.float32)
+    for leaf in (x, gate_up, down, weight):
+        leaf.requires_grad_()
+    function = kernel(name)
+    ours_ = kept_bytes(lambda: function(x, gate_up, down, index, weight), [x, gate_up, down, weight])
+    wide_gate, wide_up, wide_down = (torch.randn(n, m, requires_grad=True) for n, m in
+                                     ((k * f, d), (k * f, d), (d, k * f)))  # fmt: skip
+
+    def dense() -> Tensor:
+        act: Any = torch.nn.functional.silu(x @ wide_gate.T) * (x @ wide_up.T)
+        return act @ wide_down.T
+
+    assert ours_ <= 1.1 * kept_bytes(dense, [x, wide_gate, wide_up, wide_down])

@@ -1,0 +1,215 @@
+"""The training loop: exact resume, indifference to how a batch is cut, frozen parameters, the schedule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from btx.errors import DivergedError, InterruptedRunError
+from btx.loop import Loop, groups, learning_rate
+from btx.settings import FinetuneSettings, RunSettings, TrainSettings
+from btx.steps.finetune import Balanced, freeze
+from btx.stream import Stream
+from btx.tokens import Tokens
+from tests.conftest import config_of
+
+SETTINGS = {"sequence_length": 16, "batch_tokens": 64, "learning_rate": 1e-2}
+WHERE = RunSettings(device="cpu", threads=1)
+
+
+def stream(folder: Path, *, steps: int = 8, masked: bool = False) -> Stream:
+    """Random tokens of 300 ids."""
+    folder.mkdir(exist_ok=True)
+    chance = np.random.default_rng(0)
+    chance.integers(0, 300, 2000).astype("<u2").tofile(folder / "train.bin")
+    (folder / "valid.bin").touch()
+    if masked:
+        (chance.random(2000) < 0.5).astype("u1").tofile(folder / "train.mask")
+    (folder / "tokens.json").write_text(f'{{"dtype": "<u2", "masked": {str(masked).lower()}, "valid": []}}')
+    return Stream({"x": Tokens(folder)}, weights={"x": 1.0}, sequences=4 * steps, length=16, seed=0)
+
+
+def model_of(kind: str) -> Any:
+    """A pico dense or MoE model with fixed weights."""
+    torch.manual_seed(3)
+    if kind == "dense":
+        return AutoModelForCausalLM.from_config(config_of("llama"))
+    config = config_of("llama").to_dict()
+    config.pop("model_type")
+    from transformers import MixtralConfig
+
+    top_k = 1 if kind in ("switch", "sample_top1") else 3 if kind == "soft" else 2
+    return AutoModelForCausalLM.from_config(
+        MixtralConfig(**{**config, "num_local_experts": 3, "num_experts_per_tok": top_k})
+    )
+
+
+def loop_of(
+    kind: str, folder: Path, work: str, *, where: RunSettings = WHERE, masked: bool = False, **more: Any
+) -> Loop:
+    """A loop over a fresh model."""
+    model, watch = model_of(kind), None
+    if kind == "dense":
+        settings = TrainSettings(**{**SETTINGS, **more})
+    else:
+        settings = FinetuneSettings(**{**SETTINGS, **more}, routing=kind, tokens=512)
+        watch = Balanced(model, settings, "x", lambda _e: None, list("abcdefgh"))
+    return Loop(
+        model,
+        stream(folder / "data", masked=masked),
+        settings,
+        where=where,
+        work=folder / work,
+        label="x",
+        tell=lambda _e: None,
+        watch=watch,
+    )
+
+
+def weights(loop: Loop) -> dict[str, torch.Tensor]:
+    """The trained weights, copied."""
+    return {n: t.clone() for n, t in loop.state_dict().items()}
+
+
+def stop_after(loop: Loop, steps: int) -> None:
+    """Let a loop save its state after some steps and end as if it was killed then."""
+    inner = loop._one_step
+    count = [0]
+
+    def one_step() -> dict[str, Any]:
+        if count[0] == steps:
+            raise KeyboardInterrupt
+        count[0] += 1
+        return inner()
+
+    loop._one_step = one_step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+
+
+@pytest.mark.parametrize("kind", ["dense", "top_k", "switch", "soft", "sample_top1"])
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path, kind: str) -> None:
+    undisturbed = loop_of(kind, tmp_path, "a")
+    undisturbed.run()
+    often = WHERE.model_copy(update={"checkpoint_steps": 2})
+    stop_after(loop_of(kind, tmp_path, "b", where=often), 5)
+    torch.rand(7)  # whatever else the process drew
+    resumed = loop_of(kind, tmp_path, "b", where=often)
+    assert resumed.run().resumed_from == 4
+    wanted, found = weights(undisturbed), weights(resumed)
+    assert all(torch.equal(wanted[n], found[n]) for n in wanted)
+    assert (
+        (tmp_path / "a/metrics.jsonl").read_text().count("\n")
+        == (tmp_path / "b/metrics.jsonl").read_text().count("\n")
+        == 8
+    )
+
+
+def test_a_damaged_newest_state_is_set_aside_and_training_starts_over_from_what_is_left(tmp_path: Path) -> None:
+    often = WHERE.model_copy(update={"checkpoint_steps": 2})
+    stop_after(loop_of("dense", tmp_path, "b", where=often), 5)
+    file = next((tmp_path / "b/states").glob("*/optimizer.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert loop_of("dense", tmp_path, "b", where=often).run().resumed_from == 0
+    assert list((tmp_path / "b/quarantine").iterdir())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_how_a_batch_is_cut_changes_nothing_but_rounding(tmp_path: Path, masked: bool) -> None:
+    found = []
+    for size in (1, 3, 4):
+        loop = loop_of(
+            "dense", tmp_path, str(size), where=WHERE.model_copy(update={"micro_batch": size}), masked=masked
+        )
+        loop._one_step()
+        found.append(weights(loop))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=0)
+
+
+def test_one_step_is_that_of_a_bare_loop(tmp_path: Path) -> None:
+    loop = loop_of("dense", tmp_path, "a")
+    loop._one_step()
+    bare = model_of("dense").train()
+    optimizer = torch.optim.AdamW(groups(bare, 0.1), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    batch = stream(tmp_path / "data").batch(range(4))
+    loss = torch.nn.functional.cross_entropy(bare(input_ids=batch.inputs).logits.flatten(0, 1), batch.targets.flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
+    optimizer.step()
+    for name, tensor in weights(loop).items():
+        torch.testing.assert_close(bare.state_dict()[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
+    plain, saving = loop_of("top_k", tmp_path, "a"), loop_of("top_k", tmp_path, "b", gradient_checkpointing=True)
+    plain.run()
+    saving.run()
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(saving)[name], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("trainable", "moves"), [("all", {"gate", "experts", "self_attn"}), ("router", {"gate"}),
+                                                 ("no_experts", {"gate", "self_attn"})])  # fmt: skip
+def test_only_what_is_trainable_moves(tmp_path: Path, trainable: str, moves: set[str]) -> None:
+    loop = loop_of("top_k", tmp_path, "a", trainable=trainable)
+    before = weights(loop)
+    loop.run()
+    moved = {n for n, t in weights(loop).items() if not torch.equal(t, before[n])}
+    for part in ("gate", "experts", "self_attn"):
+        names = {n for n in before if f".{part}." in n}
+        assert names, part
+        assert (names <= moved) if part in moves else not names & moved, part
+
+
+def test_unknown_parameters_are_not_frozen_by_a_renamed_module() -> None:
+    model = model_of("top_k")
+    freeze(model, "router")
+    assert sum(p.requires_grad for p in model.parameters()) == model.config.num_hidden_layers
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_job_when_they_go_on(tmp_path: Path) -> None:
+    loop = loop_of("dense", tmp_path, "a", max_bad_steps=3)
+    with torch.no_grad():
+        loop.model.model.norm.weight[0] = float("nan")
+    before = weights(loop)
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        loop.run()
+    assert all(torch.equal(t, before[n]) or torch.isnan(t).any() for n, t in weights(loop).items())
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    import os
+    import signal
+
+    loop = loop_of("dense", tmp_path, "a")
+    inner = loop._one_step
+
+    def one_step() -> dict[str, Any]:
+        if loop.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner()
+
+    loop._one_step = one_step  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        loop.run()
+    assert loop_of("dense", tmp_path, "a").run().resumed_from == 3
+
+
+def test_the_schedule_warms_up_and_falls_to_a_tenth() -> None:
+    settings = TrainSettings(learning_rate=1.0, warmup_steps=10)
+    rates = [learning_rate(s, steps=100, settings=settings) for s in range(100)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    middle = 10 + 89 / 2
+    assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx(0.55, abs=1e-3)

@@ -1,0 +1,176 @@
+"""Identities of the merge: what must hold for every family, number of experts and routing."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from btx.checkpoint import carry_files, opened
+from btx.families import DENSE, published
+from btx.merging import write_average, write_moe
+from btx.settings import MergeSettings
+from tests.conftest import config_of, save_model
+
+IDS = torch.arange(40).reshape(2, 20) * 7 % 300
+
+
+def merge(out: Path, folders: list[Path], *, top_k: int, base: int = -1, **settings: Any) -> Path:
+    """Merge folders as models m0, m1, ...; the one at `base` is the seed."""
+    out.mkdir()
+    with ExitStack() as stack:
+        models = {f"m{i}": stack.enter_context(opened(f)) for i, f in enumerate(folders)}
+        write_moe(out, models, list(models.values())[base], MergeSettings(**settings), top_k)
+    carry_files(folders[0], out)
+    return out
+
+
+def load(folder: Path, implementation: str = "eager") -> Any:
+    """A model by its stock class, with no key missing, unexpected or mismatched."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, output_loading_info=True, experts_implementation=implementation
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    """Logits on a fixed batch."""
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_copies_of_a_seed_give_its_logits(tmp_path: Path, family: str, top_k: int, implementation: str) -> None:
+    seed = save_model(tmp_path / "seed", config_of(family))
+    merged = merge(tmp_path / "moe", [seed] * 3, top_k=top_k, router_entropy=0.8)
+    torch.testing.assert_close(logits(load(merged, implementation)), logits(load(seed)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0}},
+        {"head_dim": 20},
+    ],
+    ids=str,
+)
+def test_what_the_config_says_is_carried_over(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+    seed = save_model(tmp_path / "seed", config_of(family, **more))
+    merged = merge(tmp_path / "moe", [seed] * 2, top_k=2)
+    torch.testing.assert_close(logits(load(merged)), logits(load(seed)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", [{"experts": "split", "chunks": 4}, {"experts": "blend"}], ids=str)
+def test_split_and_blended_copies_give_the_seed_when_all_experts_count_alike(
+    tmp_path: Path, family: str, form: dict[str, Any]
+) -> None:
+    seed = save_model(tmp_path / "seed", config_of(family))
+    count = 12 if form["experts"] == "split" else 3
+    merged = merge(tmp_path / "moe", [seed] * 3, top_k=count, router_entropy=1.0, **form)
+    torch.testing.assert_close(logits(load(merged)), logits(load(seed)), atol=1e-5, rtol=0)
+
+
+def every_tensor(name: str) -> list[str]:
+    """Names of all tensors of a pico model of a family."""
+    model = AutoModelForCausalLM.from_config(config_of(name))
+    return [n for n, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(("name", "tensor"), [(f, t) for f in sorted(DENSE) for t in every_tensor(f)])
+def test_a_change_of_any_one_tensor_shows(tmp_path: Path, name: str, tensor: str) -> None:
+    """The identity must be able to fail: change one tensor of one copy, and the logits are others."""
+    seed = save_model(tmp_path / "seed", config_of(name))
+    model = load(seed)
+    with torch.no_grad():
+        parameter = dict(model.named_parameters())[tensor]
+        parameter.add_(torch.linspace(0.2, 0.4, parameter.numel()).reshape(parameter.shape))
+    model.save_pretrained(tmp_path / "other")
+    merged = merge(tmp_path / "moe", [seed, tmp_path / "other"], top_k=2, base=0)
+    assert (logits(load(merged)) - logits(load(seed))).abs().max() > 1e-4
+
+
+def test_a_one_hot_router_gives_one_expert_on_the_averaged_rest(tmp_path: Path, family: str) -> None:
+    folders = [save_model(tmp_path / str(i), config_of(family), noise=0.05 * i) for i in range(3)]
+    model = load(merge(tmp_path / "moe", folders, top_k=1))
+    average = tmp_path / "average"
+    average.mkdir()
+    with ExitStack() as stack:
+        models = {str(i): stack.enter_context(opened(f)) for i, f in enumerate(folders)}
+        write_average(average, models, models["0"], MergeSettings())
+    averaged, expert = load_dense(average, folders[1]), load(folders[1])
+    for target, source in zip(averaged.model.layers, expert.model.layers, strict=True):
+        target.mlp.load_state_dict(source.mlp.state_dict())
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _m, _i, out: (out[0], out[1] * 0 + 1, out[2] * 0 + 1))
+    torch.testing.assert_close(logits(model), logits(averaged), atol=1e-5, rtol=0)
+
+
+def load_dense(weights: Path, like: Path) -> Any:
+    """A dense model of `like`'s config with other weights."""
+    (weights / "config.json").write_bytes((like / "config.json").read_bytes())
+    return load(weights)
+
+
+def test_a_zero_router_over_all_experts_gives_the_mean_of_their_outputs(tmp_path: Path, family: str) -> None:
+    folders = [save_model(tmp_path / str(i), config_of(family), noise=0.05 * i) for i in range(3)]
+    model = load(merge(tmp_path / "moe", folders, top_k=3, router_entropy=1.0))
+    experts = [load(f).model.layers[0].mlp for f in folders]
+    x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = torch.stack([e(x) for e in experts]).mean(0)
+        torch.testing.assert_close(model.model.layers[0].mlp(x), wanted, atol=1e-5, rtol=0)
+
+
+def test_permuting_experts_with_their_router_rows_changes_nothing(tmp_path: Path, family: str) -> None:
+    folders = [save_model(tmp_path / str(i), config_of(family), noise=0.05 * i) for i in range(3)]
+    model = load(merge(tmp_path / "moe", folders, top_k=2, router_entropy=0.5))
+    before, order = logits(model), [2, 0, 1]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for tensor in (layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                tensor.copy_(tensor[order].clone())
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
+
+
+def test_two_merges_have_the_same_bytes(tmp_path: Path, family: str) -> None:
+    folders = [save_model(tmp_path / str(i), config_of(family), noise=0.05 * i) for i in range(2)]
+    first, second = (merge(tmp_path / name, folders, top_k=2) for name in ("a", "b"))
+    for file in ("model.safetensors", "config.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_shared_tensors_are_averaged_in_fp32_and_cast_once(tmp_path: Path) -> None:
+    folders = [
+        save_model(tmp_path / str(i), config_of("llama"), noise=0.02 * i, dtype=torch.bfloat16) for i in range(5)
+    ]
+    merged = load_file(merge(tmp_path / "moe", folders, top_k=2) / "model.safetensors")
+    tensors = [load_file(f / "model.safetensors") for f in folders]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    exact = torch.stack([t[name].double() for t in tensors]).mean(0)
+    assert merged[name].dtype == torch.bfloat16
+    assert torch.equal(merged[name], exact.float().bfloat16())
+    in_bf16 = sum(t[name] for t in tensors) / 5
+    assert not torch.equal(merged[name], in_bf16), "the cheap way would have passed too: the test shows nothing"
+
+
+def test_published_names_are_those_that_transformers_loads(tmp_path: Path, family: str) -> None:
+    seed = save_model(tmp_path / "seed", config_of(family))
+    folder = merge(tmp_path / "moe", [seed, seed], top_k=2)
+    model = load(folder)
+    tied = model.config.tie_word_embeddings
+    state = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    written = load_file(folder / "model.safetensors")
+    named = published(DENSE[family], state)
+    assert named.keys() == written.keys()
+    assert all(torch.equal(named[n], written[n]) for n in written)
+    assert len(written) == len(load_file(seed / "model.safetensors")) + 2 * 3 + 2  # experts twice, and a router a layer

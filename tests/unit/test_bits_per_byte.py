@@ -1,0 +1,74 @@
+"""Bits per byte: against the definition, however documents are cut and batched; intervals that cover."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from btx.probes.bits_per_byte import bits_per_byte, interval, nats, windows
+from btx.settings import EvaluateSettings
+from btx.steps.evaluate import summarise
+
+CHANCE = np.random.default_rng(0)
+DOCUMENTS = [(CHANCE.integers(0, 9, n), 3 * n) for n in (2, 5, 8, 9, 30)]
+
+
+class Bigram:
+    """A model whose next-token distribution depends on the present token alone, so windows change nothing."""
+
+    device = torch.device("cpu")
+    table = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def exact(ids: np.ndarray) -> float:
+    """Minus the sum of log p of every token after the first."""
+    log_p = Bigram.table.double().log_softmax(-1)
+    return -sum(float(log_p[a, b]) for a, b in itertools.pairwise(ids))
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 100])
+@pytest.mark.parametrize("batch_tokens", [1, 16, 1000])
+def test_every_token_is_scored_once_however_it_is_cut(length: int, batch_tokens: int) -> None:
+    found = nats(Bigram(), DOCUMENTS, length=length, batch_tokens=batch_tokens)
+    assert found == pytest.approx([exact(ids) for ids, _ in DOCUMENTS], rel=1e-5)
+
+
+def test_windows_predict_each_token_after_the_first_exactly_once() -> None:
+    for length in (1, 3, 8):
+        pieces = windows(DOCUMENTS, length)
+        assert sum(len(ids) - 1 for _, ids in pieces) == sum(len(ids) - 1 for ids, _ in DOCUMENTS)
+        assert max(len(ids) for _, ids in pieces) <= length + 1
+
+
+def test_a_uniform_model_has_the_bits_of_its_alphabet() -> None:
+    assert bits_per_byte(np.array([7 * math.log(256)]), np.array([7.0])) == pytest.approx(8.0)
+
+
+def test_intervals_hold_the_value_shrink_with_documents_and_repeat() -> None:
+    few, many = (CHANCE.gamma(5, 1, n) for n in (20, 2000))
+    spans = [interval(v, np.full(len(v), 3.0), resamples=400, seed=1) for v in (few, many)]
+    for v, (low, high) in zip((few, many), spans, strict=True):
+        assert low < bits_per_byte(v, np.full(len(v), 3.0)) < high
+    assert spans[1][1] - spans[1][0] < (spans[0][1] - spans[0][0]) / 3
+    assert spans[0] == interval(few, np.full(20, 3.0), resamples=400, seed=1)
+
+
+def test_a_constant_gain_over_the_seed_is_certain_though_the_documents_differ() -> None:
+    sizes = np.full(30, 2.0)
+    seed = CHANCE.gamma(5, 1, 30)
+    documents = {"d": [(np.zeros(3), 2)] * 30}
+    found = summarise({"seed": {"d": seed}, "m": {"d": seed - 0.1 * sizes}}, documents, EvaluateSettings(bootstrap=100))
+    low, high = found["difference_from_seed_95"]["m"]["d"]
+    assert low == pytest.approx(high)
+    assert low == pytest.approx(-0.1 / math.log(2))
+    low, high = found["interval_95"]["m"]["d"]
+    assert high - low > 0.1

@@ -1,0 +1,200 @@
+"""Checkpoints read and written tensor by tensor: the bytes of safetensors itself, and nothing else is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from btx.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    carry_files,
+    count_non_finite,
+    opened,
+    require_finite,
+    tokenizer_digest,
+    write_weights,
+)
+from btx.errors import ArtifactError
+from btx.safety import CARRIED, read_header
+from tests.conftest import config_of, save_model
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico Llama."""
+    return save_model(tmp_path_factory.mktemp("model"), config_of("llama"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.tuples(SHAPES, st.sampled_from(DTYPES)), min_size=1, max_size=6), shard=st.integers(1, 400))
+def test_what_is_written_in_shards_is_read_back_by_us_and_by_safetensors(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[tuple[int, ...], torch.dtype]], shard: int
+) -> None:
+    out = tmp_path_factory.mktemp("out")
+    tensors = {f"t{n}": torch.arange(math.prod(s)).reshape(s).to(d) for n, (s, d) in enumerate(rows)}
+    plan = [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    write_weights(out, plan, tensors.values(), shard_bytes=shard)
+    (out / "config.json").write_text('{"model_type": "x"}')
+    with opened(out) as found:
+        assert list(found.entries) == list(tensors)
+        assert all(torch.equal(found.read(n), t) and found.read(n).dtype is t.dtype for n, t in tensors.items())
+    theirs = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert all(torch.equal(theirs[n], t) for n, t in tensors.items())
+    sizes = [file.stat().st_size for file in out.glob("*.safetensors")]
+    if len(sizes) > 1:
+        index = json.loads((out / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    else:
+        assert [p.name for p in out.glob("*.safetensors")] == [SINGLE]
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).reshape(2, 3)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_weights(tmp_path / name, [("t", torch.float32, (3, 2))], [tensor.T.contiguous()])
+    assert (tmp_path / "a" / SINGLE).read_bytes() == (tmp_path / "b" / SINGLE).read_bytes()
+
+
+def test_a_view_is_written_as_it_is_seen(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).reshape(2, 3)
+    write_weights(tmp_path, [("t", torch.float32, (3, 2))], [tensor.T])
+    assert torch.equal(load_file(tmp_path / SINGLE)["t"], tensor.T)
+
+
+@pytest.mark.parametrize("tensors", [[], [torch.zeros(2)] * 2, [torch.zeros(3)], [torch.zeros(2).half()]])
+def test_tensors_that_are_not_as_planned_are_a_bug_of_ours(tmp_path: Path, tensors: list[torch.Tensor]) -> None:
+    with pytest.raises((AssertionError, StopIteration)):
+        write_weights(tmp_path, [("t", torch.float32, (2,))], tensors)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nothing_that_is_no_number_is_ever_written(tmp_path: Path, bad: float) -> None:
+    with pytest.raises(ArtifactError, match="t would hold NaN or infinite values"):
+        write_weights(tmp_path, [("t", torch.float32, (2,))], [torch.tensor([1.0, bad])])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_entries_are_counted_also_where_a_sum_would_hide_them(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    assert count_non_finite(torch.full((9,), largest, dtype=dtype)) == 0
+    assert count_non_finite(torch.tensor([largest, -largest, 0.0], dtype=dtype)) == 0
+    assert count_non_finite(torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], dtype=dtype)) == 3
+    assert count_non_finite(torch.zeros(0, dtype=dtype)) == 0
+
+
+def test_the_first_tensor_with_a_nan_is_named(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    tensors["model.norm.weight"][3] = torch.nan
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(tensors, tmp_path / SINGLE)
+    with opened(tmp_path) as found, pytest.raises(ArtifactError, match=r"who .*: model\.norm\.weight holds 1 NaN"):
+        require_finite(found, "who")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_file_with_any_damage_to_its_header_or_length_is_refused_or_reads_whole(
+    tmp_path_factory: pytest.TempPathFactory, folder: Path, data: Any
+) -> None:
+    whole = (folder / SINGLE).read_bytes()
+    end = 8 + struct.unpack("<Q", whole[:8])[0]
+    at = data.draw(st.integers(0, end - 1))
+    flip = data.draw(st.integers(1, 255))
+    length = data.draw(st.sampled_from([len(whole), len(whole) - 1, at, len(whole) // 2]))
+    out = tmp_path_factory.mktemp("out")
+    (out / SINGLE).write_bytes((whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])[:length])
+    (out / "config.json").write_text('{"model_type": "x"}')
+    with suppress(ArtifactError), opened(out) as found:  # any other error would fail the test
+        assert length == len(whole)
+        for name, entry in found.entries.items():
+            assert tuple(found.read(name).shape) == entry.shape
+
+
+def test_a_header_that_lies_about_its_length_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    with path.open("wb") as file:  # sparse: 300 MB that take no room
+        file.write(struct.pack("<Q", 200 * 2**20))
+        file.truncate(300 * 2**20)
+    with pytest.raises(ArtifactError, match="claims 209715200 bytes"):
+        read_header(path)
+
+
+def test_rotary_buffers_of_older_checkpoints_are_no_weights(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**tensors, name: torch.arange(4)}, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert Checkpoint(tmp_path).entries.keys() == tensors.keys()
+
+
+def test_the_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
+    plan: list[Any] = [("a", torch.bfloat16, (9,)), ("b", torch.float32, (4,)), ("c", torch.bfloat16, (1,))]
+    write_weights(tmp_path, plan, (torch.zeros(s, dtype=d) for _, d, s in plan))
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    assert Checkpoint(tmp_path).dtype is torch.bfloat16
+
+
+def test_the_digest_follows_config_tokenizer_and_weights_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    digest = Checkpoint(folder).digest()
+    assert Checkpoint(tmp_path).digest() == digest
+    (tmp_path / "README.md").write_text("about")
+    assert Checkpoint(tmp_path).digest() == digest
+    for name in ("config.json", "tokenizer.json", SINGLE):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if name == SINGLE else whole + b"\n")
+        assert Checkpoint(tmp_path).digest() != digest
+        (tmp_path / name).write_bytes(whole)
+    assert Checkpoint(tmp_path).digest() == digest
+
+
+def test_the_tokenizers_digest_is_of_its_map_not_of_its_formatting(folder: Path, tmp_path: Path) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    digest = tokenizer_digest(folder)
+
+    def of(changed: Any) -> str:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+        return tokenizer_digest(tmp_path)
+
+    assert of(data) == digest
+    merges = [" ".join(m) if isinstance(m, list) else m.split(" ") for m in data["model"]["merges"]]
+    assert of({**data, "model": {**data["model"], "merges": merges}}) == digest
+    vocab = data["model"]["vocab"]
+    swapped = {**vocab, "a": vocab["b"], "b": vocab["a"]}
+    assert of({**data, "model": {**data["model"], "vocab": swapped}}) != digest
+    assert of({**data, "model": {**data["model"], "merges": merges[1:]}}) != digest
+    assert of({**data, "added_tokens": []}) != digest
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"model": 5}', '{"model": {"merges": [5]}}', '{"model": {}, "added_tokens": [1]}']
+)
+def test_a_broken_tokenizer_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is damaged.*Fetch the checkpoint again"):
+        tokenizer_digest(tmp_path)
+
+
+def test_only_named_files_are_carried_over_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+    carry_files(folder, tmp_path)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {p.name for p in folder.iterdir()} & set(CARRIED)
+    assert "tokenizer.json" in names
+    assert all((tmp_path / n).read_bytes() == (folder / n).read_bytes() for n in names)

@@ -1,0 +1,90 @@
+"""The local engine: slots, failures that leave the others alone, logs, and signals passed on once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btx.engines.local import Ended, Job, Local
+from btx.errors import InterruptedRunError, ResourceError
+from btx.launch import _raise
+
+
+def job(folder: Path, label: str, code: str) -> Job:
+    """A job that runs a piece of Python."""
+    return Job(label, [sys.executable, "-c", "import json, sys, time, signal\n" + code], folder / f"{label}.log")
+
+
+def test_a_failed_job_leaves_the_others_running_and_its_word_is_kept(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    bad = job(tmp_path, "bad", "print(json.dumps({'error': 'no luck'})); print('ouch', file=sys.stderr); sys.exit(4)")
+    good = job(tmp_path, "good", "time.sleep(0.5); print(json.dumps({'label': 'good', 'note': 'hello'}))")
+    ended = Local(2).run([bad, good], events.append)
+    assert (ended["bad"].code, ended["bad"].error) == (4, "no luck")
+    assert ended["good"].code == 0
+    assert {"label": "good", "note": "hello"} in events
+    assert bad.log.read_text() == "ouch\n"
+
+
+def test_no_more_jobs_run_at_once_than_there_are_slots(tmp_path: Path) -> None:
+    word = "print(json.dumps({'label': '%s', 't': time.time()}))"
+    code = f"{word}; time.sleep(0.3); {word}"
+    events: list[dict[str, Any]] = []
+    Local(1).run([job(tmp_path, n, code % (n, n)) for n in "abc"], events.append)
+    times = [e["t"] for e in events if "t" in e]
+    assert times == sorted(times)
+    assert len(times) == 6
+
+
+def test_gpus_are_shared_out_among_the_slots(tmp_path: Path) -> None:
+    code = "import os; print(json.dumps({'label': '', 'gpu': os.environ.get('CUDA_VISIBLE_DEVICES')})); time.sleep(0.5)"
+    events: list[dict[str, Any]] = []
+    Local(2, devices=2).run([job(tmp_path, n, code) for n in "ab"], events.append)
+    assert sorted(e["gpu"] for e in events if "gpu" in e) == ["0", "1"]
+
+
+def test_a_signal_is_passed_on_once_and_what_waits_is_not_started(tmp_path: Path) -> None:
+    code = (
+        "seen = []\nsignal.signal(signal.SIGTERM, lambda *a: seen.append(1))\n"
+        "print(json.dumps({'label': 'a', 'ready': 1}), flush=True)\n"
+        "time.sleep(1.0); time.sleep(0.5)\nsys.exit(70 + len(seen))"
+    )
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if "ready" in event:
+            threading.Thread(target=lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGUSR1))).start()
+
+    ended = Local(1).run([job(tmp_path, "a", code), job(tmp_path, "b", "sys.exit(0)")], interrupt)
+    assert ended["a"].code == 71
+    assert ended["b"].code == 75
+
+
+def test_a_job_that_our_signal_meets_before_it_can_save_counts_as_interrupted(tmp_path: Path) -> None:
+    def interrupt(event: dict[str, Any]) -> None:
+        if "ready" in event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    code = "print(json.dumps({'label': 'a', 'ready': 1}), flush=True)\ntime.sleep(60)"
+    assert Local(1).run([job(tmp_path, "a", code)], interrupt)["a"].code == 75
+
+
+def test_a_job_that_is_killed_is_reported_with_its_signal(tmp_path: Path) -> None:
+    ended = Local(1).run([job(tmp_path, "a", "import os; os.kill(os.getpid(), 9)")], lambda _e: None)
+    assert ended["a"].code == -9
+
+
+def test_a_killed_job_is_called_a_lack_of_memory_and_an_interrupted_one_is_not_called_failed(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, name, "") for name in ("big", "late")]
+    with pytest.raises(ResourceError, match=r"big was killed \(signal 9\).*memory.*micro_batch"):
+        _raise({"big": Ended(-9), "late": Ended(0)}, jobs)
+    with pytest.raises(InterruptedRunError, match=r"^late: not started") as caught:
+        _raise({"big": Ended(0), "late": Ended(75, "not started, as the run was asked to stop.")}, jobs)
+    assert "failed" not in str(caught.value)
+    assert "Log:" not in str(caught.value)

@@ -1,0 +1,282 @@
+"""The ledger against really built models, published sizes, and what autograd really keeps."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from btx import flops
+
+torch.set_num_threads(1)
+
+PICO = {
+    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 51, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo")
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5},
+    "qwen2_moe": {"num_experts": 5, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {"num_experts": 5, "moe_intermediate_size": 12},
+    "flex_olmo": {"num_experts": 5},
+}
+LLAMA2_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+BTX = LLAMA2_7B | {"model_type": "mixtral", "num_local_experts": 4}
+MIXTRAL_8X7B = BTX | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_hidden_layers": 48, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def build(model_type: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """A pico model and its config as `save_pretrained` writes it."""
+    settings = PICO | (MOE[model_type] | {"num_experts_per_tok": 2} if model_type in MOE else {}) | changes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    return model, json.loads(model.config.to_json_string())
+
+
+def numel(model: Any, without: str = "\n") -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if without not in name)
+
+
+# --- parameters --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1, "num_hidden_layers": 1, "vocab_size": 7},
+        {"attention_bias": True},
+    ],
+    ids=["plain", "tied", "grouped", "one layer", "bias"],
+)
+@pytest.mark.parametrize("model_type", DENSE + SPARSE)
+def test_totals_are_those_of_the_built_model(model_type: str, changes: dict[str, Any]) -> None:
+    model, config = build(model_type, **changes)
+    assert flops.parameters(config).total == numel(model)
+    assert flops.parameters(config).embedding == model.get_input_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
+def test_heads_may_be_wider_or_narrower_than_the_model(model_type: str) -> None:
+    for head_dim in (6, 20):
+        model, config = build(model_type, head_dim=head_dim, num_key_value_heads=2)
+        assert flops.parameters(config).total == numel(model)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 1, 2]}],
+    ids=["one dense", "every second", "all dense"],
+)
+def test_dense_layers_among_sparse_ones_are_counted_as_dense(model_type: str, changes: dict[str, Any]) -> None:
+    model, config = build(model_type, **changes)
+    assert flops.parameters(config).total == numel(model)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [("llama", {"mlp_bias": True}), ("qwen2_moe", {"qkv_bias": False})])
+def test_the_biases_of_one_family_alone_are_counted(model_type: str, changes: dict[str, Any]) -> None:
+    model, config = build(model_type, **changes)
+    assert flops.parameters(config).total == numel(model)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_absent_fields_mean_what_the_config_class_means(model_type: str) -> None:
+    settings = {k: v for k, v in PICO.items() if k != "num_key_value_heads"} | {"num_attention_heads": 32}
+    settings |= {"num_key_value_heads": None} if model_type == "olmo2" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    assert flops.parameters({"model_type": model_type} | settings).total == numel(model)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("model_type", SPARSE)
+def test_active_leaves_out_exactly_the_experts_that_are_not_chosen(model_type: str, k: int) -> None:
+    model, config = build(model_type, num_experts_per_tok=k)
+    experts = numel(model) - numel(model, without=".mlp.experts.")
+    assert experts > 0
+    assert flops.parameters(config).active == numel(model) - experts * (5 - k) // 5
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_every_parameter_of_a_dense_model_is_active(model_type: str) -> None:
+    counts = flops.parameters(build(model_type)[1])
+    assert counts.active == counts.total
+
+
+def test_only_an_untied_embedding_is_mere_lookup() -> None:
+    assert flops.parameters(build("llama")[1]).lookup == 51 * 32
+    assert flops.parameters(build("llama", tie_word_embeddings=True)[1]).lookup == 0
+
+
+def test_published_sizes_are_met() -> None:
+    assert flops.parameters(LLAMA2_7B).total == 6_738_415_616
+    assert flops.parameters(MIXTRAL_8X7B)[:2] == (46_702_792_704, 12_879_925_248)
+    assert flops.parameters(QWEN3).total == 596_049_920  # Qwen3-0.6B
+    counts = flops.parameters(QWEN3_30B_A3B)
+    assert (flops.human_count(counts.total), flops.human_count(counts.active)) == ("30.5B", "3.35B")
+
+
+def test_the_papers_active_parameters_for_four_experts_of_llama_2_7b() -> None:
+    active = [flops.parameters(BTX | {"num_experts_per_tok": k}).active for k in (1, 2)]
+    assert [round(count / 1e9, 1) for count in active] == [6.7, 11.1]
+    assert active[0] - flops.parameters(LLAMA2_7B).total == 32 * 4 * 4096  # its routers
+
+
+# --- FLOPs -------------------------------------------------------------------------------------------------
+
+
+def test_training_costs_six_and_a_forward_pass_two_a_parameter_and_token() -> None:
+    assert flops.training_flops(LLAMA2_7B, 1000) == 6 * 6_738_415_616 * 1000
+    assert flops.forward_flops(LLAMA2_7B, 1000) == 2 * 6_738_415_616 * 1000
+    assert flops.training_flops(LLAMA2_7B, 0) == 0
+
+
+def test_the_moe_stages_share_of_the_papers_compute() -> None:
+    """23 % of BTX's compute was in the MoE stage: three experts trained, then 80B tokens of top-2."""
+    experts = flops.training_flops(LLAMA2_7B, (201 + 210 + 42) * 10**9)
+    finetune = flops.training_flops(BTX | {"num_experts_per_tok": 2}, 80 * 10**9)
+    assert finetune / (experts + finetune) == pytest.approx(0.23, abs=0.006)
+
+
+def test_attention_is_twelve_l_h_d_s_a_token_and_half_of_it_if_causal() -> None:
+    whole = flops.attention_flops(LLAMA2_7B, 10, sequence=4096, causal=False)
+    assert whole == 12 * 32 * 32 * 128 * 4096 * 10
+    assert flops.attention_flops(LLAMA2_7B, 10, sequence=4096) == whole // 2
+    grouped = flops.attention_flops(LLAMA2_7B | {"num_key_value_heads": 8}, 10, sequence=4096, causal=False)
+    assert grouped == whole  # shared keys are multiplied as often
+
+
+def test_forward_flops_without_lookup_are_the_matrix_products_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, config = build("llama", attn_implementation="eager", num_key_value_heads=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=False)
+    counts, norms = flops.parameters(config), numel(model) - numel(model, without="norm")
+    products = 2 * (counts.active - counts.lookup - norms) * 16
+    attention = flops.attention_flops(config, 16, sequence=16, causal=False) // 3
+    rope = counter.get_total_flops() - products - attention  # its angles: one product, once a pass
+    assert 0 <= rope <= 2 * 16 * config["hidden_size"]
+
+
+# --- bytes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpoint_bytes_are_those_of_a_saved_checkpoint(model_type: str, dtype: str, tmp_path: Any) -> None:
+    from safetensors import safe_open
+
+    model, config = build(model_type, tie_word_embeddings=model_type == "llama")
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert flops.checkpoint_bytes(config, dtype) == stored
+
+
+def test_training_state_is_sixteen_bytes_a_parameter_and_eighteen_with_bf16_copies() -> None:
+    total = flops.parameters(LLAMA2_7B).total
+    for precision, want in (("fp32", 16), ("bf16", 18)):
+        state = flops.memory(LLAMA2_7B, batch=2, sequence=64, precision=precision, checkpointing=True)
+        assert state.total - state.activations == want * total
+        assert state.activations == flops.activation_bytes(
+            LLAMA2_7B, tokens=128, precision=precision, checkpointing=True
+        )
+
+
+def saved_bytes(model: Any, ids: torch.Tensor, *, bf16: bool) -> int:
+    """What autograd keeps from a forward pass, each storage once, weights and their bf16 copies left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {p.mT.shape for p in model.parameters() if p.ndim == 2}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in weights and tensor.shape not in shapes:
+            kept[pointer] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "precision"),
+    [*((t, "fp32") for t in DENSE + SPARSE), *((t, "bf16") for t in DENSE)],
+)
+def test_the_estimate_of_activations_is_what_autograd_keeps(model_type: str, precision: Any) -> None:
+    """To 5 %; in bf16 for dense models alone, as autocast leaves the native experts' products in fp32."""
+    heads = {"head_dim": 8} if model_type.startswith("qwen3") else {}
+    model, config = build(model_type, num_key_value_heads=2, **heads)
+    ids = torch.randint(3, 51, (2, 60), generator=torch.Generator().manual_seed(0))
+    want = flops.activation_bytes(config, tokens=120, precision=precision, checkpointing=False)
+    assert saved_bytes(model.train(), ids, bf16=precision == "bf16") == pytest.approx(want, rel=0.05)
+
+
+def test_checkpointing_keeps_the_layers_inputs_and_one_layer_at_a_time() -> None:
+    model, config = build("mixtral")
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    ids = torch.randint(3, 51, (2, 60), generator=torch.Generator().manual_seed(0))
+    estimate = partial(flops.activation_bytes, tokens=120, precision="fp32")
+    deeper = config | {"num_hidden_layers": 4}
+    one = estimate(deeper, checkpointing=False) - estimate(config, checkpointing=False)
+    want = estimate(config, checkpointing=True) - one  # the layer under recompute is not there yet
+    assert saved_bytes(model.train(), ids, bf16=False) == pytest.approx(want, rel=0.05)
+
+
+# --- figures for people, and errors ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "si", "count"),
+    [
+        (0, "0 B", "0"),
+        (7, "7 B", "7"),
+        (999, "999 B", "999"),
+        (999.6, "1 kB", "1k"),
+        (1234, "1.23 kB", "1.23k"),
+        (999_600, "1 MB", "1M"),
+        (6_738_415_616, "6.74 GB", "6.74B"),
+        (46_702_792_704, "46.7 GB", "46.7B"),
+        (1.83e22, "18.3 ZB", "1.83e+10T"),
+        (-2_500_000, "-2.5 MB", "-2.5M"),
+    ],
+)
+def test_figures_have_three_digits_and_a_prefix(number: float, si: str, count: str) -> None:
+    assert flops.human(number, "B") == si
+    assert flops.human(number) == si.removesuffix("B").replace(" ", "")
+    assert flops.human_count(number) == count
+
+
+def test_counting_does_not_import_torch() -> None:
+    code = "import sys, btx.flops; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
