@@ -274,7 +274,7 @@ def bench_kernels(
 @click.option("--label", required=True)
 def one_step(recipe: Path, overrides: tuple[str, ...], label: str) -> None:
     """One step in this process, events as JSON lines: what an engine starts."""
-    from btx.launch import die_with_parent
+    from btx.launch import die_with_parent, end_process
     from btx.progress import Events
 
     die_with_parent()
@@ -285,3 +285,4 @@ def one_step(recipe: Path, overrides: tuple[str, ...], label: str) -> None:
     except BtxError as error:
         events.tell({"label": label, "error": str(error)})
         sys.exit(error.exit_code)
+    end_process()

@@ -255,3 +255,7 @@ class Loop:
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights, whole, by name."""
         return dict(self.accelerator.get_state_dict(self.model))
+
+    def close(self) -> None:
+        """End trackers and process group: the last thing, as gathering the weights still needs the group."""
+        self.accelerator.end_training()

@@ -59,11 +59,9 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the file and the trackers."""
+        """End the file."""
         if self.main:
             self.file.close()
-        if self.loop.where.report_to:
-            self.loop.accelerator.end_training()
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -75,18 +76,19 @@ def fit(
     if kernel:
         tell({"label": step.label, "note": f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"})
     loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, tell=tell, watch=watch)
-    try:
-        outcome = loop.run()
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{step.label} ran out of memory on {device}. Set run.micro_batch to a smaller number, or "
-            "gradient_checkpointing: true."
-        ) from error
-    state = loop.state_dict()
-    if loop.accelerator.is_main_process:
-        model.save(out, config=net.config, state=state, dtype=dtype, like=like)
-        (out / LOGS).mkdir()
-        shutil.copyfile(work / "metrics.jsonl", out / LOGS / "metrics.jsonl")
-    loop.accelerator.wait_for_everyone()
+    with closing(loop):
+        try:
+            outcome = loop.run()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{step.label} ran out of memory on {device}. Set run.micro_batch to a smaller number, or "
+                "gradient_checkpointing: true."
+            ) from error
+        state = loop.state_dict()
+        if loop.accelerator.is_main_process:
+            model.save(out, config=net.config, state=state, dtype=dtype, like=like)
+            (out / LOGS).mkdir()
+            shutil.copyfile(work / "metrics.jsonl", out / LOGS / "metrics.jsonl")
+        loop.accelerator.wait_for_everyone()
     spent = flops.training_flops(net.config.to_dict(), outcome.tokens)
     return {**asdict(outcome), "kernel": kernel, "training_flops": spent, "parameters": model.count_parameters(net)}
