@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,10 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a folder, by relative name."""
+def describe(folder: Path, known: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a folder, by relative name; `known` are those hashed already."""
     return {
-        name: {"size": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        name: {"size": (folder / name).stat().st_size, "sha256": known.get(name) or file_digest(folder / name)}
         for name in list_files(folder)
     }
 
@@ -63,7 +63,8 @@ def content_digest(files: dict[str, dict[str, Any]]) -> str:
     return fingerprint(rows)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring what is written of a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -76,8 +77,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def publish(final: Path, produce: Callable[[Path], None], manifest: dict[str, Any]) -> dict[str, Any]:
+def publish(
+    final: Path, produce: Callable[[Path], Mapping[str, str] | None], manifest: dict[str, Any]
+) -> dict[str, Any]:
     """Let `produce` fill a private folder, then give it its final name in one rename.
+
+    `produce` may return the SHA-256 of files that it hashed while it wrote them; the others are hashed here.
 
     Returns the manifest as written: `manifest` plus `files` and `digest`. Nothing is left behind on failure. When
     `final` came into being meanwhile (another machine did the same step) the existing folder wins.
@@ -90,19 +95,18 @@ def publish(final: Path, produce: Callable[[Path], None], manifest: dict[str, An
         _sweep(final)
         shutil.rmtree(attempt, ignore_errors=True)
         attempt.mkdir()
-        produce(attempt)
-        files = describe(attempt)
+        files = describe(attempt, produce(attempt) or {})
         for name in files:
-            _sync(attempt / name)
+            sync(attempt / name)
         full = {**manifest, "files": files, "digest": content_digest(files)}
         write_json(attempt / MANIFEST, full)
-        _sync(attempt / MANIFEST)
+        sync(attempt / MANIFEST)
         for folder in [p for p in attempt.rglob("*") if p.is_dir()]:
-            _sync(folder)
-        _sync(attempt)
+            sync(folder)
+        sync(attempt)
         with contextlib.suppress(FileExistsError):
             _rename(attempt, final)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
         raise ResourceError(
             f"{final} could not be written: {error.strerror or error}. "

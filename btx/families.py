@@ -8,6 +8,7 @@ must have a value under which it does nothing, and anything else is refused by n
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from btx.errors import ArtifactError
 
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-FUSED_GATE_UP, FUSED_DOWN, FUSED_ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
 ANY = None
+SHARED_WIDTH = 128  # of a shared expert of zeros: small, and a multiple of what kernels and tensor parallelism ask for
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,41 @@ class Family:
 
     dense: str  # model_type of the dense config
     moe: str  # model_type of the MoE config
-    expert: dict[str, str]  # dense feed-forward tensor -> published per-expert name, {e} the expert
+    expert: dict[str, str]  # dense feed-forward tensor -> published name, {e} the expert. Without {e} the experts are
+    # stacked under it: (experts, rows, columns), gate above up where both have the same name
     router: str  # published name of the router's weight (E, D)
     experts_field: str  # config field with the number of experts
     width_field: str  # config field with an expert's feed-forward width
-    norm: str = "post_attention_layernorm.weight"  # its output is what the feed-forward block and the router see
+    norms: tuple[str, ...] = ("post_attention_layernorm.weight",)  # the norm whose output the feed-forward block and
+    # the router see; or, where they see the bare residual stream, all norms whose outputs are added to it
+    residual: bool = False  # whether they see the bare residual stream
+    block: str = "mlp"  # the MoE block in memory
+    gate: str = "gate"  # its router in memory
     fixed: dict[str, Any] = field(default_factory=dict)  # MoE config fields that make it exact
     carried: tuple[str, ...] = ()  # fields that the MoE model reads although its config class does not declare them
     harmless: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # dense-only field: values that do
     # nothing in the dense model (for a list: of each of its items), or ANY
+    zeros: Callable[[int], dict[str, tuple[int, ...]]] | None = None  # tensors of zeros in every layer, by model width
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the experts of a layer are one tensor on disk."""
+        return "{e}" not in self.expert[GATE]
 
     def router_name(self, layer: int) -> str:
         """Published name of a layer's router weight, of shape (experts, width)."""
         return f"model.layers.{layer}.{self.router}"
 
-    def norm_name(self, layer: int) -> str:
-        """Name of the norm weight (width,) in front of a layer's feed-forward block."""
-        return f"model.layers.{layer}.{self.norm}"
+
+def _shared_expert(width: int) -> dict[str, tuple[int, ...]]:
+    """The always-on expert of Qwen2-MoE and its gate, all zero: it adds nothing and, without a gradient, never will."""
+    rows, columns = (SHARED_WIDTH, width), (width, SHARED_WIDTH)
+    return {
+        "mlp.shared_expert.gate_proj.weight": rows,
+        "mlp.shared_expert.up_proj.weight": rows,
+        "mlp.shared_expert.down_proj.weight": columns,
+        "mlp.shared_expert_gate.weight": (1, width),
+    }
 
 
 _MIXTRAL = {
@@ -55,6 +75,11 @@ _QWEN = {
     GATE: "mlp.experts.{e}.gate_proj.weight",
     UP: "mlp.experts.{e}.up_proj.weight",
     DOWN: "mlp.experts.{e}.down_proj.weight",
+}
+_GRANITE = {
+    GATE: "block_sparse_moe.input_linear.weight",
+    UP: "block_sparse_moe.input_linear.weight",
+    DOWN: "block_sparse_moe.output_linear.weight",
 }
 
 ALL = (
@@ -76,15 +101,61 @@ ALL = (
         width_field="intermediate_size",
     ),
     Family(
+        dense="qwen2",
+        moe="qwen2_moe",
+        expert=_QWEN,
+        router="mlp.gate.weight",
+        experts_field="num_experts",
+        width_field="moe_intermediate_size",
+        fixed={
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "qkv_bias": True,
+            "shared_expert_intermediate_size": SHARED_WIDTH,
+        },
+        carried=("head_dim",),
+        zeros=_shared_expert,
+    ),
+    Family(
         dense="qwen3",
         moe="qwen3_moe",
         expert=_QWEN,
         router="mlp.gate.weight",
         experts_field="num_experts",
         width_field="moe_intermediate_size",
-        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        fixed={
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,  # the dense class goes by layer_types, the MoE class by this, in all layers
+        },
         carried=("head_dim",),
         harmless={"max_window_layers": ANY, "layer_types": ("full_attention",)},
+    ),
+    Family(
+        dense="olmo2",
+        moe="flex_olmo",
+        expert=_QWEN,
+        router="mlp.gate.weight",
+        experts_field="num_experts",
+        width_field="intermediate_size",
+        norms=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
+        residual=True,
+        fixed={"norm_topk_prob": True},
+        carried=("head_dim",),
+    ),
+    Family(
+        dense="granite",
+        moe="granitemoe",
+        expert=_GRANITE,
+        router="block_sparse_moe.router.layer.weight",
+        experts_field="num_local_experts",
+        width_field="intermediate_size",
+        block="block_sparse_moe",
+        gate="router",
+        carried=("head_dim",),
+        harmless={"mlp_bias": (False,)},
     ),
 )
 DENSE = {family.dense: family for family in ALL}
@@ -131,11 +202,6 @@ def moe_config(dense: dict[str, Any], *, experts: int, top_k: int, width: int, w
 
 
 def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:
-    if family.fixed and source.get("use_sliding_window"):
-        raise ArtifactError(
-            f"{where} uses sliding-window attention in some layers (use_sliding_window), which "
-            f"{family.moe} cannot hold exactly."
-        )
     for key, value in source.items():
         if key in known or key in _RECORDED:
             continue
@@ -149,26 +215,37 @@ def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], whe
 
 
 def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A native MoE model's state dict under the published per-expert names.
+    """A native MoE model's state dict under the published names.
 
-    transformers 5 keeps the experts of a layer fused in memory as gate_up_proj (E, 2F, D) and down_proj (E, D, F);
-    the names on disk, one tensor an expert, load in transformers 4 and 5, vLLM and llama.cpp. Views, no copies.
+    transformers 5 keeps the experts of a layer fused in memory as gate_up_proj (E, 2F, D) and down_proj (E, D, F). The
+    names on disk, one tensor an expert (GraniteMoE: stacked), load in transformers 4 and 5, vLLM and llama.cpp. Views,
+    no copies.
     """
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         match = LAYER.fullmatch(name)
         rest = match[2] if match else ""
         prefix = name.removesuffix(rest) if rest else ""
-        if rest == FUSED_ROUTER:
+        if rest == f"{family.block}.{family.gate}.weight":
             out[prefix + family.router] = tensor
-        elif rest == FUSED_GATE_UP:
-            for e, gate_up in enumerate(tensor):
-                gate, up = gate_up.chunk(2, dim=0)
-                out[prefix + family.expert[GATE].format(e=e)] = gate
-                out[prefix + family.expert[UP].format(e=e)] = up
-        elif rest == FUSED_DOWN:
-            for e, down in enumerate(tensor):
-                out[prefix + family.expert[DOWN].format(e=e)] = down
+        elif rest == f"{family.block}.experts.gate_up_proj":
+            out |= _unstacked(family, prefix, GATE, tensor)
+        elif rest == f"{family.block}.experts.down_proj":
+            out |= _unstacked(family, prefix, DOWN, tensor)
         else:
             out[name] = tensor
     return out
+
+
+def _unstacked(family: Family, prefix: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The experts of one layer, (E, rows, columns), one by one where the family publishes them so."""
+    if family.stacked:
+        return {prefix + family.expert[kind]: tensor}
+    if kind == DOWN:
+        return {prefix + family.expert[DOWN].format(e=e): down for e, down in enumerate(tensor)}
+    names = (family.expert[GATE], family.expert[UP])
+    return {
+        prefix + name.format(e=e): part
+        for e, both in enumerate(tensor)
+        for name, part in zip(names, both.chunk(2, dim=0), strict=True)
+    }

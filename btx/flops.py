@@ -57,6 +57,10 @@ FAMILIES = {
         qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="full",
         expert_width="intermediate_size",
     ),
+    "granite": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "granitemoe": Family(
+        qkv_bias="attention_bias", output_bias="attention_bias", expert_width="intermediate_size"
+    ),
 }  # fmt: skip
 
 

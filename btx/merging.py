@@ -1,65 +1,29 @@
-"""The merge: feed-forward blocks become experts, every other tensor is averaged; tensor by tensor.
+"""The merge: feed-forward blocks become experts, every other tensor is averaged; block by block.
 
-Pure functions over open checkpoints. Never more than one tensor of each model is in memory; sums are taken in
-fp32 in the order of the models and cast once (averaging in bf16 rounds a quarter of the weights wrongly).
+Over open checkpoints, of which a block of each is in memory at a time, whatever their size (a whole tensor of each
+where the averaging method must see it whole). Sums are taken in fp32 in the order of the models and cast once:
+averaging in bf16 rounds a quarter of the weights wrongly.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from btx.checkpoint import Checkpoint, Planned, write_weights
+from btx.averaging import Shared
+from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import ArtifactError, RecipeError
-from btx.families import DOWN, LAYER, Family, family_of, moe_config
-from btx.settings import MergeSettings, SharedSettings
+from btx.families import DOWN, EMBEDDING, LAYER, Family, family_of, moe_config
+from btx.settings import MergeSettings
+from btx.shards import Resume, Row, write_weights
 
 SEED = "seed"
-
-
-def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Unweighted mean in fp32, summed in order."""
-    total = tensors[0].to(torch.float32, copy=True)
-    for tensor in tensors[1:]:
-        total += tensor
-    return total.div_(len(tensors))
-
-
-def shared(
-    tensors: dict[str, torch.Tensor], base: torch.Tensor, settings: SharedSettings, *, name: str, seed: int
-) -> torch.Tensor:
-    """One tensor out of the models' ones, in fp32, by the method that the recipe names.
-
-    `tensors` by model name; `base` is the seed's own tensor, from which ties, dare_ties and model_stock take the
-    differences. All but `mean` are mergekit's. The random mask of DARE depends on `seed` and `name` only.
-    """
-    if settings.method == "mean":
-        return mean(list(tensors.values()))
-    from mergekit.merge_methods import merge_tensors
-
-    names = list(tensors)
-    full = [tensors[n].to(torch.float32) for n in names]
-    weight = [settings.weights.get(n, 1.0) for n in names]
-    if settings.method == "linear":
-        return merge_tensors(full, "linear", parameters={"weight": weight}).contiguous()  # type: ignore[no-any-return]
-    if settings.method == "slerp":
-        return merge_tensors(full, "slerp", parameters={"t": settings.t}, base_index=0)  # type: ignore[no-any-return]
-    keep = [i for i, n in enumerate(names) if n != SEED]
-    ids = [SEED, *(names[i] for i in keep)]
-    parameters: dict[str, object] = {}
-    if settings.method in ("ties", "dare_ties"):
-        parameters = {"weight": {names[i]: weight[i] for i in keep}, "density": settings.density}
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key)
-        return merge_tensors(  # type: ignore[no-any-return]
-            [base.to(torch.float32), *(full[i] for i in keep)], settings.method, ids=ids, base_index=0,
-            parameters=parameters,
-        )  # fmt: skip
 
 
 def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
@@ -103,15 +67,40 @@ class Experts:
         """Feed-forward width of one MoE expert."""
         return self.width // self.chunks if self.form == "split" else self.width
 
-    def tensor(self, models: list[torch.Tensor], expert: int, dense_name: str) -> torch.Tensor:
-        """One feed-forward tensor of MoE expert `expert`, from the models' tensors of that name."""
-        axis = 1 if dense_name == DOWN else 0
-        if self.form == "one":
-            return models[expert]
-        if self.form == "split":
-            part = models[expert // self.chunks].chunk(self.chunks, axis)[expert % self.chunks]
-            return part.to(torch.float32) * self.chunks if axis else part
-        return torch.cat([m.chunk(self.models, axis)[expert] for m in models], axis)
+    @property
+    def parts(self) -> int:
+        """Chunks that each model's feed-forward block is cut into."""
+        return {"one": 1, "split": self.chunks, "blend": self.models}[self.form]
+
+    def sources(self, expert: int) -> list[tuple[int, int]]:
+        """What MoE expert `expert` is made of: (model, chunk) pairs, in the order of its rows."""
+        if self.form == "blend":
+            return [(model, expert) for model in range(self.models)]
+        return [divmod(expert, self.parts)]
+
+    def pieces(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
+        """The feed-forward tensor `name` of MoE expert `expert`, as blocks in row-major order."""
+        rows, columns = models[0].entries[name].shape
+        if not name.endswith(DOWN):
+            size = rows // self.parts * columns
+            for model, chunk in self.sources(expert):
+                yield from models[model].blocks(name, chunk * size, (chunk + 1) * size)
+        elif self.parts == 1:
+            yield from models[expert].blocks(name)
+        else:
+            yield from self._columns(models, expert, name)
+
+    def _columns(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
+        rows, columns = models[0].entries[name].shape
+        width, step = columns // self.parts, max(1, BLOCK // columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            cut = [
+                models[m].flat(name, start * columns, stop * columns).view(-1, columns)[:, c * width : (c + 1) * width]
+                for m, c in self.sources(expert)
+            ]
+            joined = torch.cat(cut, 1)
+            yield joined.to(torch.float32) * self.chunks if self.form == "split" else joined
 
 
 def layout(settings: MergeSettings, models: int, width: int) -> Experts:
@@ -125,46 +114,20 @@ def layout(settings: MergeSettings, models: int, width: int) -> Experts:
     return Experts(settings.experts, models, chunks if settings.experts == "split" else 1, width)
 
 
-def write_average(out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings) -> None:
-    """Write the dense average of all models (feed-forward blocks too) as weights in `out`."""
-    dtype = settings.torch_dtype(base.dtype)
-    plan: list[Planned] = [(n, dtype, e.shape) for n, e in base.entries.items()]
-    write_weights(out, plan, (_shared(n, models, base, settings).to(dtype) for n in base.entries))
-
-
-def _shared(name: str, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings) -> torch.Tensor:
-    tensors = {n: m.read(name) for n, m in models.items()}
-    return shared(tensors, base.read(name), settings.shared, name=name, seed=settings.seed)
-
-
-@dataclass(frozen=True)
-class _Output:
-    name: str
-    shape: tuple[int, ...]
-    source: str  # dense tensor it is made of, or the norm that the router's scale depends on
-    expert: int | None = None
-    router: bool = False
-
-
-def _outputs(base: Checkpoint, family: Family, experts: Experts) -> Iterator[_Output]:
-    for name, entry in base.entries.items():
-        match = LAYER.fullmatch(name)
-        if not match or match[2] not in family.expert:
-            yield _Output(name, entry.shape, name)
-        else:
-            axis = 1 if match[2] == DOWN else 0
-            shape = tuple(experts.expert_width if a == axis else s for a, s in enumerate(entry.shape))
-            for e in range(experts.count):
-                published = f"model.layers.{match[1]}.{family.expert[match[2]].format(e=e)}"
-                yield _Output(published, shape, name, expert=e)
-        if match and match[2] == family.norm:
-            yield _Output(family.router_name(int(match[1])), (experts.count, *entry.shape), name, router=True)
+def write_average(
+    out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, resume: Resume | None = None
+) -> dict[str, str]:
+    """Write the dense average of all models (feed-forward blocks too) as weights in `out`; returns files' SHA-256."""
+    shared_ = Shared(models, base, settings)
+    rows = [Row(n, shared_.dtype, e.shape, partial(shared_.pieces, n)) for n, e in base.entries.items()]
+    return write_weights(out, rows, resume=resume)
 
 
 def write_moe(
-    out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, top_k: int
-) -> None:
-    """Write the merged Mixture of Experts (config and weights, published per-expert names) into `out`.
+    out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, top_k: int,
+    resume: Resume | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Write the merged Mixture of Experts (config and weights, published names) into `out`; returns files' SHA-256.
 
     `models` by name, in the order that the experts have; `base` the seed, whether or not it is among them.
     """
@@ -177,13 +140,12 @@ def write_moe(
     config = moe_config(
         base.config, experts=experts.count, top_k=top_k, width=experts.expert_width, where=str(base.folder)
     )
-    dtype = settings.torch_dtype(base.dtype)
-    config.dtype = dtype
+    shared_ = Shared(models, base, settings)
+    config.dtype = shared_.dtype
     config.architectures = [_class_name(config)]
-    rows = list(_outputs(base, family, experts))
-    plan: list[Planned] = [(row.name, dtype, row.shape) for row in rows]
-    write_weights(out, plan, (_make(row, models, base, settings, experts).to(dtype) for row in rows))
+    digests = write_weights(out, moe_rows(family, experts, shared_), resume=resume)
     config.save_pretrained(out)
+    return digests
 
 
 def _class_name(config: object) -> str:
@@ -192,26 +154,98 @@ def _class_name(config: object) -> str:
     return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
 
 
-def _make(
-    row: _Output, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, experts: Experts
-) -> torch.Tensor:
-    if row.router:
-        return _router(row, models, base, settings)
-    if row.expert is None:
-        return _shared(row.name, models, base, settings)
-    match = LAYER.fullmatch(row.source)
-    assert match
-    return experts.tensor([m.read(row.source) for m in models.values()], row.expert, match[2])
+def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
+    """Every tensor of the Mixture of Experts, in the order of the dense tensors that they are made of."""
+    found: list[Row] = []
+    dtype, models, width = shared_.dtype, list(shared_.models.values()), shared_.base.config["hidden_size"]
+    scales = RouterScales(family, shared_)
+    for name, entry in shared_.base.entries.items():
+        match = LAYER.fullmatch(name)
+        if not match or match[2] not in family.expert:
+            found.append(Row(name, dtype, entry.shape, partial(shared_.pieces, name)))
+            continue
+        layer, kind = int(match[1]), match[2]
+        prefix = name.removesuffix(kind)
+        found += _expert_rows(family, experts, models, prefix, kind, entry.shape, dtype)
+        if kind == DOWN:
+            router = family.router_name(layer)
+            make = partial(_router, router, experts.count, scales, layer, shared_)
+            found.append(Row(router, dtype, (experts.count, width), make))
+            zeros = family.zeros(width) if family.zeros else {}
+            found += [Row(prefix + n, dtype, shape, partial(_zeros, shape, dtype)) for n, shape in zeros.items()]
+    return found
 
 
-def _router(row: _Output, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings) -> torch.Tensor:
-    """A router row for every expert, scaled by the merged norm in front of it, from a seed that is the layer's own."""
+def _expert_rows(
+    family: Family, experts: Experts, models: list[Checkpoint], prefix: str, kind: str, shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> list[Row]:  # fmt: skip
+    """A dense feed-forward tensor's rows of the MoE: one an expert, or one for all experts of a layer."""
+    axis = 1 if kind == DOWN else 0
+    one = tuple(experts.expert_width if a == axis else s for a, s in enumerate(shape))
+    published = family.expert[kind]
+
+    def pieces(numbers: Iterable[int], kinds: Iterable[str]) -> Iterator[torch.Tensor]:
+        for e, k in product(numbers, kinds):
+            for piece in experts.pieces(models, e, prefix + k):
+                yield piece.to(dtype)
+
+    if not family.stacked:
+        return [
+            Row(prefix + published.format(e=e), dtype, one, partial(pieces, [e], [kind])) for e in range(experts.count)
+        ]
+    together = [k for k in family.expert if family.expert[k] == published]  # gate and up lie in one tensor
+    if kind != together[0]:
+        return []
+    stacked = (experts.count, len(together) * one[0], one[1])
+    return [Row(prefix + published, dtype, stacked, partial(pieces, range(experts.count), together))]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype)]
+
+
+def _router(name: str, count: int, scales: RouterScales, layer: int, shared_: Shared) -> list[torch.Tensor]:
+    """A router row for every expert, scaled by what the router sees, from a seed that is the layer's own."""
     from btx.routing import init_router
 
-    norm = _shared(row.source, models, base, settings)
-    key = int.from_bytes(hashlib.sha256(f"{settings.seed}/{row.name}".encode()).digest()[:7])
+    key = int.from_bytes(hashlib.sha256(f"{shared_.settings.seed}/{name}".encode()).digest()[:7])
     generator = torch.Generator().manual_seed(key)
-    return init_router(norm, experts=row.shape[0], entropy=settings.router_entropy, generator=generator)
+    entropy = shared_.settings.router_entropy
+    return [init_router(scales(layer), experts=count, entropy=entropy, generator=generator).to(shared_.dtype)]
+
+
+class RouterScales:
+    """The root mean square of each component (D,) of what a layer's router sees, from the merged weights alone.
+
+    After an RMS norm it is the norm's weight. Where the router sees the bare residual stream (FlexOlmo), that is a sum
+    of the embedding and of normed outputs, two a layer up to the router's own: their mean squares add up, as far as
+    they are uncorrelated.
+    """
+
+    def __init__(self, family: Family, shared_: Shared) -> None:
+        self.family, self.shared = family, shared_
+        self._embedding: torch.Tensor | None = None
+
+    def __call__(self, layer: int) -> torch.Tensor:
+        """Of one layer."""
+        names = [f"model.layers.{n}.{norm}" for n in range(layer + 1) for norm in self.family.norms]
+        if not self.family.residual:
+            return self.shared.whole(names[-1])
+        added = [self.shared.whole(name).square() for name in names[:-1]]  # the last is added after the router
+        return torch.stack([self._embedding_square(), *added]).sum(0).sqrt()
+
+    def _embedding_square(self) -> torch.Tensor:
+        if self._embedding is None:
+            rows, width = self.shared.base.entries[EMBEDDING].shape
+            total, rest = torch.zeros(width), torch.empty(0)
+            for piece in self.shared.pieces(EMBEDDING):
+                rest = torch.cat([rest, piece.flatten().to(torch.float32)])
+                full = len(rest) // width * width
+                total += rest[:full].view(-1, width).square().sum(0)
+                rest = rest[full:]
+            self._embedding = total / rows
+        return self._embedding
 
 
 def distance(seed: Checkpoint, other: Checkpoint) -> dict[str, float]:
@@ -223,9 +257,9 @@ def distance(seed: Checkpoint, other: Checkpoint) -> dict[str, float]:
     for name, entry in seed.entries.items():
         if len(entry.shape) < 2:
             continue
-        a, b = seed.read(name).to(torch.float32), other.read(name).to(torch.float32)
-        dot += float((a * b).sum(dtype=torch.float64))
-        mine += float(a.square().sum(dtype=torch.float64))
-        theirs += float(b.square().sum(dtype=torch.float64))
-        change += float((b - a).square().sum(dtype=torch.float64))
+        for a, b in zip(seed.blocks(name), other.blocks(name), strict=True):
+            a, b = a.to(torch.float32), b.to(torch.float32)
+            dot, mine, theirs = dot + float(a @ b), mine + float(a @ a), theirs + float(b @ b)
+            b -= a
+            change += float(b @ b)
     return {"cosine": dot / max((mine * theirs) ** 0.5, 1e-30), "change": (change / max(mine, 1e-30)) ** 0.5}

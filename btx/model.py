@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from btx.checkpoint import Planned, carry_files, write_weights
+from btx.checkpoint import carry_files
 from btx.errors import ArtifactError, ResourceError
 from btx.experts import choose, use_kernel
 from btx.families import MOE, published
 from btx.safety import read_config
 from btx.settings import RunSettings
+from btx.shards import whole, write_weights
 
 
 def device_of(where: RunSettings) -> torch.device:
@@ -62,8 +63,7 @@ def save(out: Path, *, config: Any, state: dict[str, torch.Tensor], dtype: torch
     family = MOE.get(config.model_type)
     state = {n: t for n, t in state.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
     named = published(family, state) if family else state
-    plan: list[Planned] = [(n, dtype, tuple(t.shape)) for n, t in named.items()]
-    write_weights(out, plan, (t.to("cpu", dtype) for t in named.values()))
+    write_weights(out, [whole(n, t, dtype) for n, t in named.items()])
     config.dtype = dtype
     config.save_pretrained(out)
     carry_files(like, out)

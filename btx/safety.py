@@ -41,16 +41,22 @@ NATIVE = ("eager", "sdpa")  # what a config may ask for by `*_implementation` wi
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its shard, its dtype as safetensors names it, and its shape."""
+    """Where a tensor lies: its shard, its dtype as safetensors names it, its shape, and its first byte in the file."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def count(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
 
     @property
     def size(self) -> int:
         """Bytes of the tensor on disk."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return self.count * DTYPES[self.dtype].itemsize
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -207,7 +213,10 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"its header claims {length} bytes")
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
-        entries = {n: Entry(path.name, t["dtype"], _shape(n, t["shape"])) for n, t in header.items()}
+        entries = {
+            n: Entry(path.name, t["dtype"], _shape(n, t["shape"]), 8 + length + t["data_offsets"][0])
+            for n, t in header.items()
+        }
         _check_dtypes(path, entries)
         _check_offsets(header, entries, size - 8 - length)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:

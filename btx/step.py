@@ -24,6 +24,8 @@ from btx.artifact import STATES, fingerprint, is_published, lock, publish, read_
 from btx.errors import ArtifactError
 from btx.settings import RunSettings, Settings, execution
 
+HASHED = "hashed"  # of a step's facts, kept out of its manifest
+
 Tell = Callable[[dict[str, Any]], None]
 """Takes an event of a running step: `label`, and of a training `done`, `total`, `loss`, `tokens_per_second`."""
 
@@ -41,7 +43,10 @@ class Step(BaseModel):
     name: str | None = execution(None)
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
-        """Fill `out` (private, empty); `work` keeps state between attempts. Returns facts for the manifest."""
+        """Fill `out` (private, empty); `work` keeps state between attempts. Returns facts for the manifest.
+
+        SHA-256 of files that were hashed as they were written may be among the facts, by name under `HASHED`.
+        """
         raise NotImplementedError
 
     @property
@@ -135,10 +140,13 @@ class Step(BaseModel):
             "versions": versions(),
         }
 
-        def produce(out: Path) -> None:
-            manifest["facts"] = self.run(out, self.work, tell)
+        def produce(out: Path) -> dict[str, str]:
+            facts = self.run(out, self.work, tell)
+            hashed: dict[str, str] = facts.pop(HASHED, {})
+            manifest["facts"] = facts
             manifest["seconds"] = round(time.time() - started, 1)
             manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            return hashed
 
         publish(self.folder, produce, manifest)
         shutil.rmtree(self.work / STATES, ignore_errors=True)

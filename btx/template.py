@@ -17,7 +17,7 @@ TEMPLATE = """\
 name: {name}
 
 seed:
-  checkpoint: seeds/my-model      # a Hugging Face folder: Llama, Mistral or Qwen3. `builtin` makes a small one
+  checkpoint: seeds/my-model      # a Hugging Face folder, see the README for families. `builtin` makes one
   data: []                        # text like the seed's own, mixed into the finetuning: ["corpora/web/*.jsonl.gz"]
 
 domains:                          # one expert each; .jsonl .txt .parquet, also .gz .bz2 .zst .lz4 .xz

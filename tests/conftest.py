@@ -28,7 +28,16 @@ COMMON = {
 FAMILIES = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "mistral": {"sliding_window": 16, "head_dim": 12},
+    "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
+    "olmo2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.8,
+        "attention_multiplier": 0.3,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -62,8 +71,10 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, noise: float = 0.0, 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.mul_(1.5)
+            if name.endswith(".bias"):  # which start at zero
+                parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
         if noise:
             generator = torch.Generator().manual_seed(int(noise * 1e6) + 7)
             for parameter in model.parameters():

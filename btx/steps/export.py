@@ -24,13 +24,14 @@ class Export(Step):
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Copy, describe, prove."""
         from btx.card import card
-        from btx.checkpoint import carry_files, opened, write_weights
+        from btx.checkpoint import carry_files, opened
         from btx.proof import PROOF, make_proof, write_sums
+        from btx.shards import copies, write_weights
 
         source = self.evaluate.finetune.folder
         with opened(source) as model:
-            plan = [(n, model.read(n).dtype, e.shape) for n, e in model.entries.items()]
-            write_weights(out, plan, (model.read(n) for n in model.entries), shard_bytes=self.settings.shard_bytes)
+            rows = copies(model)
+            write_weights(out, rows, shard_bytes=self.settings.shard_bytes)
             config = model.config
         write_json(out / "config.json", config)
         carry_files(source, out)
@@ -40,7 +41,7 @@ class Export(Step):
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         (out / "README.md").write_text(card(self, config, results), encoding="utf-8")
         write_sums(out)
-        return {"tensors": len(plan)}
+        return {"tensors": len(rows)}
 
 
 def _generation(config: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Finetune(Step):
         return facts
 
 
-FROZEN = {"all": None, "router": r".*\.gate\.weight", "no_experts": r"(?!.*\.mlp\.experts\.).*"}
+FROZEN = {"all": None, "router": r".*\.(gate|router)\.weight", "no_experts": r"(?!.*\.experts\.).*"}
 
 
 def freeze(model: Any, trainable: str) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.artifact import write_json
+from btx.artifact import STATES, fingerprint, write_json
 from btx.errors import RecipeError
 from btx.settings import MergeSettings
-from btx.step import Step, Tell
+from btx.step import HASHED, Step, Tell
 from btx.steps.branch import Branch
+
+if TYPE_CHECKING:
+    from btx.shards import Resume
 
 SEED = "seed"
 
@@ -30,15 +33,22 @@ class Models(Step):
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any]:
         """All models as open, checked checkpoints, and the seed."""
-        from btx.checkpoint import opened
+        from btx.checkpoint import one_thread, opened
         from btx.merging import require_same
 
+        stack.enter_context(one_thread())
         seed = stack.enter_context(opened(self.branch.seed.folder))
         models = {}
         for name, step in self.models.items():
             models[name] = seed if name == SEED else stack.enter_context(opened(step.folder))
             require_same(seed, models[name], name)
         return models, seed
+
+    def resume(self, work: Path) -> Resume:
+        """Where finished shards wait for the others, good for the parents that are there now."""
+        from btx.shards import Resume
+
+        return Resume(work / STATES, fingerprint({label: parent.digest for label, parent in self.parents.items()}))
 
 
 class Average(Models):
@@ -53,17 +63,18 @@ class Average(Models):
 
         with ExitStack() as stack:
             models, seed = self.opened(stack)
-            write_average(out, models, seed, self.settings)
+            hashed = write_average(out, models, seed, self.settings, self.resume(work))
             config = {**seed.config, "dtype": _dtype_name(self.settings.torch_dtype(seed.dtype))}
             write_json(out / "config.json", config)
             carry_files(seed.folder, out)
-        return {"models": list(models)}
+        return {"models": list(models), HASHED: hashed}
 
 
 class Merge(Models):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "merge"
+    version: ClassVar[int] = 2
     top_k: int | None  # experts a token visits; None for all
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
@@ -74,12 +85,12 @@ class Merge(Models):
         with ExitStack() as stack:
             models, seed = self.opened(stack)
             experts = layout(self.settings, len(models), seed.config["intermediate_size"])
-            write_moe(out, models, seed, self.settings, self.top_k or experts.count)
+            hashed = write_moe(out, models, seed, self.settings, self.top_k or experts.count, self.resume(work))
             carry_files(seed.folder, out)
             far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
         names = expert_names(list(models), self.settings)
         write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})
-        return {"experts": names, "distance": far}
+        return {"experts": names, "distance": far, HASHED: hashed}
 
 
 def check_method(settings: MergeSettings, models: list[str]) -> None:

@@ -14,11 +14,14 @@ from tests.integration.test_run import btx, results
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "olmo2", "granite"])
 def test_every_family_runs_whole_and_its_export_checks(tmp_path: Path, family: str) -> None:
     write_project(tmp_path, family=family)
     btx("run", "recipe.yaml", cwd=tmp_path)
-    wanted = {"mistral": "MixtralForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}[family]
+    wanted = {
+        "mistral": "MixtralForCausalLM", "qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM",
+        "olmo2": "FlexOlmoForCausalLM", "granite": "GraniteMoeForCausalLM",
+    }[family]  # fmt: skip
     assert wanted in btx("check", "runs/pico/export", cwd=tmp_path).stdout
 
 

@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from btx.averaging import Shared
 from btx.checkpoint import carry_files, opened
 from btx.families import DENSE, published
-from btx.merging import write_average, write_moe
+from btx.merging import RouterScales, write_average, write_moe
+from btx.routed import Routed, find_routers
+from btx.routing import statistics
 from btx.settings import MergeSettings
 from tests.conftest import config_of, save_model
 
@@ -53,21 +56,52 @@ def test_copies_of_a_seed_give_its_logits(tmp_path: Path, family: str, top_k: in
     torch.testing.assert_close(logits(load(merged, implementation)), logits(load(seed)), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"tie_word_embeddings": True},
-        {"tie_word_embeddings": False},
-        {"num_key_value_heads": 4},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0}},
-        {"head_dim": 20},
-    ],
-    ids=str,
-)
-def test_what_the_config_says_is_carried_over(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
-    seed = save_model(tmp_path / "seed", config_of(family, **more))
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    """A config's rope scaling, far from its default theta."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 777.0, "factor": 2.0, **more}}
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+CARRIED = {
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "all heads have keys": {"num_key_value_heads": 4},
+    "one head has keys": {"num_key_value_heads": 1},
+    "linear rope": rope("linear"),
+    "llama3 rope": rope("llama3", **LLAMA3),
+    "yarn rope": rope("yarn", original_max_position_embeddings=64),
+    "wide heads": {"head_dim": 20},
+    "norm epsilon": {"rms_norm_eps": 0.01},
+}
+BIASED = ("qwen3", "olmo2", "granite")  # and qwen2, always; the others' MoE class has no place for one
+
+
+@pytest.mark.parametrize("what", CARRIED)
+def test_what_the_config_says_is_carried_over(tmp_path: Path, family: str, what: str) -> None:
+    plain = logits(load(save_model(tmp_path / "plain", config_of(family))))
+    seed = save_model(tmp_path / "seed", config_of(family, **CARRIED[what]))
     merged = merge(tmp_path / "moe", [seed] * 2, top_k=2)
     torch.testing.assert_close(logits(load(merged)), logits(load(seed)), atol=1e-5, rtol=0)
+    if "rope" in what:
+        assert (logits(load(seed)) - plain).abs().max() > 1e-4, "the field does nothing here, so the test shows nothing"
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_of_attention_are_carried_over(tmp_path: Path, name: str) -> None:
+    seed = save_model(tmp_path / "seed", config_of(name, attention_bias=True))
+    tensors = load_file(seed / "model.safetensors")
+    assert all(t.abs().max() > 0.1 for n, t in tensors.items() if n.endswith("q_proj.bias"))
+    merged = merge(tmp_path / "moe", [seed] * 2, top_k=2)
+    torch.testing.assert_close(logits(load(merged)), logits(load(seed)), atol=1e-5, rtol=0)
+
+
+def test_the_sliding_layers_of_qwen2_are_carried_over(tmp_path: Path) -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    seed = save_model(tmp_path / "seed", config_of("qwen2", **sliding))
+    plain = save_model(tmp_path / "plain", config_of("qwen2"))
+    merged = merge(tmp_path / "moe", [seed] * 2, top_k=2)
+    torch.testing.assert_close(logits(load(merged)), logits(load(seed)), atol=1e-5, rtol=0)
+    assert (logits(load(seed)) - logits(load(plain))).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("form", [{"experts": "split", "chunks": 4}, {"experts": "blend"}], ids=str)
@@ -110,8 +144,8 @@ def test_a_one_hot_router_gives_one_expert_on_the_averaged_rest(tmp_path: Path, 
     averaged, expert = load_dense(average, folders[1]), load(folders[1])
     for target, source in zip(averaged.model.layers, expert.model.layers, strict=True):
         target.mlp.load_state_dict(source.mlp.state_dict())
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _m, _i, out: (out[0], out[1] * 0 + 1, out[2] * 0 + 1))
+    for router in find_routers(model).values():
+        router.register_forward_hook(lambda _m, _i, out: (out[0], out[1] * 0 + 1, out[2] * 0 + 1))
     torch.testing.assert_close(logits(model), logits(averaged), atol=1e-5, rtol=0)
 
 
@@ -128,7 +162,8 @@ def test_a_zero_router_over_all_experts_gives_the_mean_of_their_outputs(tmp_path
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted = torch.stack([e(x) for e in experts]).mean(0)
-        torch.testing.assert_close(model.model.layers[0].mlp(x), wanted, atol=1e-5, rtol=0)
+        block = getattr(model.model.layers[0], DENSE[family].block)
+        torch.testing.assert_close(block(x), wanted, atol=1e-5, rtol=0)
 
 
 def test_permuting_experts_with_their_router_rows_changes_nothing(tmp_path: Path, family: str) -> None:
@@ -136,10 +171,40 @@ def test_permuting_experts_with_their_router_rows_changes_nothing(tmp_path: Path
     model = load(merge(tmp_path / "moe", folders, top_k=2, router_entropy=0.5))
     before, order = logits(model), [2, 0, 1]
     with torch.no_grad():
-        for layer in model.model.layers:
-            for tensor in (layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+        for name, tensor in model.named_parameters():
+            if name.endswith((".gate.weight", ".router.weight", ".experts.gate_up_proj", ".experts.down_proj")):
                 tensor.copy_(tensor[order].clone())
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
+
+
+def wide(tmp_path: Path, family: str) -> tuple[Path, Any, torch.Tensor]:
+    """A wider seed, four copies of it merged, and ids."""
+    seed = save_model(
+        tmp_path / "seed", config_of(family, hidden_size=256, head_dim=16, num_hidden_layers=4, rms_norm_eps=1e-12)
+    )
+    model = load(merge(tmp_path / "moe", [seed] * 4, top_k=2, router_entropy=0.8))
+    return seed, model, torch.randint(0, 300, (16, 64), generator=torch.Generator().manual_seed(3))
+
+
+def test_the_scale_of_what_a_router_sees_is_foretold_from_the_weights(tmp_path: Path, family: str) -> None:
+    seed, model, ids = wide(tmp_path, family)
+    seen: list[float] = []
+    for router in find_routers(model).values():
+        router.register_forward_pre_hook(lambda _m, args: seen.append(float(args[0].square().mean())))
+    with opened(seed) as base, torch.inference_mode():
+        model(input_ids=ids)
+        scales = RouterScales(DENSE[family], Shared({"a": base}, base, MergeSettings()))
+        foretold = [float(scales(layer).square().mean()) for layer in range(4)]
+    assert foretold == pytest.approx(seen, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
+def test_a_fresh_router_has_the_asked_entropy(tmp_path: Path, family: str) -> None:
+    _, model, ids = wide(tmp_path, family)
+    with Routed(model, "top_k", 2) as routed, torch.inference_mode():
+        model(input_ids=ids)
+        found = [layer.entropy_share for layer in statistics(routed.layers)]
+    assert found == pytest.approx([0.8] * 4, abs=0.05)
 
 
 def test_two_merges_have_the_same_bytes(tmp_path: Path, family: str) -> None:
@@ -173,4 +238,5 @@ def test_published_names_are_those_that_transformers_loads(tmp_path: Path, famil
     named = published(DENSE[family], state)
     assert named.keys() == written.keys()
     assert all(torch.equal(named[n], written[n]) for n in written)
-    assert len(written) == len(load_file(seed / "model.safetensors")) + 2 * 3 + 2  # experts twice, and a router a layer
+    more = {"granite": -1 * 2, "qwen2": 3 * 2 + 4 * 2}.get(family, 3 * 2)  # of two layers: stacked; a shared expert
+    assert len(written) == len(load_file(seed / "model.safetensors")) + 2 + more  # and a router a layer

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from btx.merging import mean, shared
+from btx.averaging import mean, shared
 from btx.settings import SharedSettings
 
 BASE = torch.linspace(-1, 1, 24).reshape(4, 6)

@@ -78,7 +78,7 @@ def test_what_is_published_is_there_whole_and_verifies(tmp_path: Path) -> None:
 def test_logs_do_not_count_for_the_digest_and_everything_else_does(tmp_path: Path) -> None:
     digest = publish(tmp_path / "x", fill, {})["digest"]
     assert publish(tmp_path / "y", fill, {"more": 1})["digest"] == digest
-    files = describe(tmp_path / "x")
+    files = describe(tmp_path / "x", {})
     assert content_digest({**files, "logs/times": {"size": 0, "sha256": ""}}) == digest
     for name in ("b.txt", "sub/a.bin"):
         assert content_digest({**files, name: {"size": 1, "sha256": "0"}}) != digest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -16,77 +15,24 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from btx.checkpoint import (
-    INDEX,
-    SINGLE,
     Checkpoint,
     carry_files,
     count_non_finite,
     opened,
     require_finite,
     tokenizer_digest,
-    write_weights,
 )
 from btx.errors import ArtifactError
-from btx.safety import CARRIED, read_header
+from btx.safety import CARRIED, SINGLE, read_header
 from tests.conftest import config_of, save_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico Llama."""
     return save_model(tmp_path_factory.mktemp("model"), config_of("llama"))
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=st.lists(st.tuples(SHAPES, st.sampled_from(DTYPES)), min_size=1, max_size=6), shard=st.integers(1, 400))
-def test_what_is_written_in_shards_is_read_back_by_us_and_by_safetensors(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[tuple[int, ...], torch.dtype]], shard: int
-) -> None:
-    out = tmp_path_factory.mktemp("out")
-    tensors = {f"t{n}": torch.arange(math.prod(s)).reshape(s).to(d) for n, (s, d) in enumerate(rows)}
-    plan = [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-    write_weights(out, plan, tensors.values(), shard_bytes=shard)
-    (out / "config.json").write_text('{"model_type": "x"}')
-    with opened(out) as found:
-        assert list(found.entries) == list(tensors)
-        assert all(torch.equal(found.read(n), t) and found.read(n).dtype is t.dtype for n, t in tensors.items())
-    theirs = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
-    assert all(torch.equal(theirs[n], t) for n, t in tensors.items())
-    sizes = [file.stat().st_size for file in out.glob("*.safetensors")]
-    if len(sizes) > 1:
-        index = json.loads((out / INDEX).read_text())
-        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
-    else:
-        assert [p.name for p in out.glob("*.safetensors")] == [SINGLE]
-
-
-def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
-    tensor = torch.arange(6.0).reshape(2, 3)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        write_weights(tmp_path / name, [("t", torch.float32, (3, 2))], [tensor.T.contiguous()])
-    assert (tmp_path / "a" / SINGLE).read_bytes() == (tmp_path / "b" / SINGLE).read_bytes()
-
-
-def test_a_view_is_written_as_it_is_seen(tmp_path: Path) -> None:
-    tensor = torch.arange(6.0).reshape(2, 3)
-    write_weights(tmp_path, [("t", torch.float32, (3, 2))], [tensor.T])
-    assert torch.equal(load_file(tmp_path / SINGLE)["t"], tensor.T)
-
-
-@pytest.mark.parametrize("tensors", [[], [torch.zeros(2)] * 2, [torch.zeros(3)], [torch.zeros(2).half()]])
-def test_tensors_that_are_not_as_planned_are_a_bug_of_ours(tmp_path: Path, tensors: list[torch.Tensor]) -> None:
-    with pytest.raises((AssertionError, StopIteration)):
-        write_weights(tmp_path, [("t", torch.float32, (2,))], tensors)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nothing_that_is_no_number_is_ever_written(tmp_path: Path, bad: float) -> None:
-    with pytest.raises(ArtifactError, match="t would hold NaN or infinite values"):
-        write_weights(tmp_path, [("t", torch.float32, (2,))], [torch.tensor([1.0, bad])])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,8 +90,8 @@ def test_rotary_buffers_of_older_checkpoints_are_no_weights(folder: Path, tmp_pa
 
 
 def test_the_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
-    plan: list[Any] = [("a", torch.bfloat16, (9,)), ("b", torch.float32, (4,)), ("c", torch.bfloat16, (1,))]
-    write_weights(tmp_path, plan, (torch.zeros(s, dtype=d) for _, d, s in plan))
+    sizes = {"a": (torch.bfloat16, 9), "b": (torch.float32, 4), "c": (torch.bfloat16, 1)}
+    save_file({name: torch.zeros(size, dtype=dtype) for name, (dtype, size) in sizes.items()}, tmp_path / SINGLE)
     (tmp_path / "config.json").write_text('{"model_type": "x"}')
     assert Checkpoint(tmp_path).dtype is torch.bfloat16
 

@@ -19,13 +19,14 @@ PICO = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 51, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "granitemoe")
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5},
     "qwen2_moe": {"num_experts": 5, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     "qwen3_moe": {"num_experts": 5, "moe_intermediate_size": 12},
     "flex_olmo": {"num_experts": 5},
+    "granitemoe": {"num_local_experts": 5},
 }
 LLAMA2_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -115,7 +116,7 @@ def test_absent_fields_mean_what_the_config_class_means(model_type: str) -> None
 @pytest.mark.parametrize("model_type", SPARSE)
 def test_active_leaves_out_exactly_the_experts_that_are_not_chosen(model_type: str, k: int) -> None:
     model, config = build(model_type, num_experts_per_tok=k)
-    experts = numel(model) - numel(model, without=".mlp.experts.")
+    experts = numel(model) - numel(model, without=".experts.")
     assert experts > 0
     assert flops.parameters(config).active == numel(model) - experts * (5 - k) // 5
 

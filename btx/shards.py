@@ -1,0 +1,219 @@
+"""Writes a checkpoint's weights shard by shard, in blocks of bounded size, hashed and checked on the way.
+
+The headers are fixed before the first tensor is made, so the bytes depend on nothing but the rows. One thread hashes
+and writes what the caller makes meanwhile. With a `Resume`, a shard that an earlier attempt finished is taken as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import queue
+import shutil
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btx.artifact import canonical, file_digest, fingerprint, sync
+from btx.checkpoint import Checkpoint, count_non_finite
+from btx.errors import ArtifactError
+from btx.safety import DTYPES, INDEX, NAMES, SINGLE
+
+SHARD_BYTES = 5 * 10**9
+QUEUED = 4  # blocks that may wait to be written
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor to be written, and how to make it: flat or shaped pieces that follow each other in row-major order."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where finished shards wait until all are there, and what they must have been made from to be taken again."""
+
+    folder: Path
+    made_from: str
+
+
+def whole(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Row:
+    """A row that is one tensor, at hand on whatever device, cast and brought over when its turn comes."""
+    return Row(name, dtype, tuple(tensor.shape), lambda: [tensor.to("cpu", dtype)])
+
+
+def copies(source: Checkpoint) -> list[Row]:
+    """A row for every tensor of a checkpoint, as it is."""
+    return [
+        Row(name, DTYPES[entry.dtype], entry.shape, partial(source.blocks, name))
+        for name, entry in source.entries.items()
+    ]
+
+
+def write_weights(
+    out: Path, rows: list[Row], *, shard_bytes: int = SHARD_BYTES, resume: Resume | None = None
+) -> dict[str, str]:
+    """Write rows into safetensors shards in `out`; returns the SHA-256 of each. One shard is `model.safetensors`.
+
+    ArtifactError names a tensor that holds a NaN or an infinity; nothing with one is ever finished.
+    """
+    shards = _split(rows, shard_bytes)
+    digests = {}
+    for file, some in zip(_names(len(shards)), shards, strict=True):
+        digests[file] = _kept(out, file, some, resume) if resume else _write_shard(out / file, some)
+    if len(shards) > 1:
+        weight_map = {row.name: file for file, some in zip(digests, shards, strict=True) for row in some}
+        index = {"metadata": {"total_size": sum(row.nbytes for row in rows)}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return digests
+
+
+def _names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _split(rows: list[Row], limit: int) -> list[list[Row]]:
+    shards: list[list[Row]] = [[]]
+    filled = 0
+    for row in rows:
+        if shards[-1] and filled + row.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(row)
+        filled += row.nbytes
+    return shards
+
+
+def _kept(out: Path, file: str, rows: list[Row], resume: Resume) -> str:
+    """A shard as an earlier attempt left it, or written anew and left for a later one; linked into `out`."""
+    resume.folder.mkdir(parents=True, exist_ok=True)
+    done, record = resume.folder / file, resume.folder / f"{file}.json"
+    about = fingerprint([resume.made_from, file, [[r.name, str(r.dtype), list(r.shape)] for r in rows]])
+    digest = _finished(done, record, about)
+    if digest is None:
+        part = resume.folder / f"{file}.part"
+        record.unlink(missing_ok=True)
+        digest = _write_shard(part, rows)
+        part.replace(done)
+        part.write_text(json.dumps({"about": about, "sha256": digest}), encoding="utf-8")
+        sync(part)
+        part.replace(record)
+        sync(resume.folder)
+    try:
+        os.link(done, out / file)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(done, out / file)
+    return digest
+
+
+def _finished(done: Path, record: Path, about: str) -> str | None:
+    """The SHA-256 of a shard that was finished from the same things and is whole; None for any other."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        said = json.loads(record.read_text(encoding="utf-8"))
+        if said["about"] == about and file_digest(done) == said["sha256"]:
+            return str(said["sha256"])
+    return None
+
+
+def _header(rows: list[Row]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for row in rows:
+        end = position + row.nbytes
+        header[row.name] = {"dtype": NAMES[row.dtype], "shape": list(row.shape), "data_offsets": [position, end]}
+        position = end
+    text = canonical(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_shard(path: Path, rows: list[Row]) -> str:
+    """Write one file and bring it to the disk; returns its SHA-256."""
+    with path.open("wb", buffering=0) as out, _Sink(out.fileno()) as sink:
+        sink.put(memoryview(_header(rows)))
+        for row in rows:
+            for data in _checked(row):
+                sink.put(data)
+    sync(path)
+    return sink.digest
+
+
+def _checked(row: Row) -> Iterator[memoryview]:
+    """A row's pieces as bytes: none with a NaN or an infinity, and as many as were planned."""
+    seen = 0
+    for piece in row.pieces():
+        if piece.dtype != row.dtype:
+            raise AssertionError(f"{row.name} is {piece.dtype}, planned {row.dtype}")
+        if count_non_finite(piece):
+            raise ArtifactError(f"{row.name} would hold NaN or infinite values; nothing was published.")
+        seen += piece.numel()
+        if piece.numel():
+            yield piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    if seen != math.prod(row.shape):
+        raise AssertionError(f"{row.name} has {seen} elements, planned {row.shape}")
+
+
+class _Sink:
+    """A thread that hashes and writes blocks in order, a few behind whoever makes them."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._hash = hashlib.sha256()
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(QUEUED)
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> _Sink:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error and kind is None:
+            raise self._error
+
+    def put(self, block: memoryview) -> None:
+        """Hand over a block; an error of an earlier one is raised here."""
+        if self._error:
+            raise self._error
+        self._queue.put(block)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that was written."""
+        return self._hash.hexdigest()
+
+    def _work(self) -> None:
+        while (block := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._hash.update(block)
+                    _write_all(self._handle, block)
+                except OSError as error:
+                    self._error = error
+
+
+def _write_all(handle: int, block: memoryview) -> None:
+    while block:
+        block = block[os.write(handle, block) :]
