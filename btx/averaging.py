@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from btx.checkpoint import Checkpoint
-from btx.settings import MergeSettings, SharedSettings
+from btx.checkpoint import BLOCK, Checkpoint
+from btx.errors import ResourceError
+from btx.families import LAYER
+from btx.merge_settings import OPTIONS, WEIGHED, AveragingSettings, MergeSettings, SharedSettings, group_of
 
 SEED = "seed"
-ELEMENTWISE = ("mean", "linear")
+ELEMENTWISE = ("mean", "linear", "task_arithmetic")  # methods that can go block by block
+COPIES = 5  # of a tensor of each model, in fp32, that mergekit's other methods take: 2.2 to 3.6, and what was read
 
 
 def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -27,35 +30,38 @@ def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
     return total.div_(len(tensors))
 
 
-def shared(
-    tensors: dict[str, torch.Tensor], base: torch.Tensor, settings: SharedSettings, *, name: str, seed: int
-) -> torch.Tensor:
+def average(
+    tensors: dict[str, torch.Tensor], base: torch.Tensor, how: AveragingSettings, *, name: str, seed: int,
+    depth: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """One tensor out of the models' ones, in fp32, by the method that the recipe names.
 
-    `tensors` by model name; `base` is the seed's own tensor, from which ties, dare_ties and model_stock take the
-    differences. All but `mean` are mergekit's. The random mask of DARE depends on `seed` and `name` only.
+    `tensors` by model name; `base` is the seed's own tensor, from which some methods take the differences; `depth` is
+    the tensor's layer as a share of all. All but `mean` are mergekit's. The random mask of DARE depends on `seed` and
+    `name` only.
     """
-    if settings.method == "mean":
+    if how.method == "mean":
         return mean(list(tensors.values()))
     from mergekit.merge_methods import merge_tensors
 
-    names = list(tensors)
-    full = [tensors[n].to(torch.float32) for n in names]
-    weight = [settings.weights.get(n, 1.0) for n in names]
-    if settings.method == "linear":
-        return merge_tensors(full, "linear", parameters={"weight": weight}).contiguous()  # type: ignore[no-any-return]
-    if settings.method == "slerp":
-        return merge_tensors(full, "slerp", parameters={"t": settings.t}, base_index=0)  # type: ignore[no-any-return]
-    keep = [i for i, n in enumerate(names) if n != SEED]
-    ids = [SEED, *(names[i] for i in keep)]
+    full = {n: t.to(torch.float32) for n, t in tensors.items()}
+    weight = {n: how.weight(n, depth) for n in tensors}
+    if how.method == "linear":
+        found = merge_tensors(list(full.values()), "linear", parameters={"weight": list(weight.values())})
+        return found.contiguous()  # type: ignore[no-any-return]
+    if how.method == "slerp":
+        return merge_tensors(list(full.values()), "slerp", parameters={"t": how.t}, base_index=0)  # type: ignore[no-any-return]
+    moved = {n: t for n, t in full.items() if n != SEED}
     parameters: dict[str, object] = {}
-    if settings.method in ("ties", "dare_ties"):
-        parameters = {"weight": {names[i]: weight[i] for i in keep}, "density": settings.density}
+    if how.method in WEIGHED:
+        parameters = {"weight": {n: weight[n] for n in moved}, "lambda": how.scale}
+    if how.method in OPTIONS["density"]:
+        parameters["density"] = how.density
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key)
         return merge_tensors(  # type: ignore[no-any-return]
-            [base.to(torch.float32), *(full[i] for i in keep)], settings.method, ids=ids, base_index=0,
+            [base.to(torch.float32), *moved.values()], how.method, ids=[SEED, *moved], base_index=0,
             parameters=parameters,
         )  # fmt: skip
 
@@ -80,17 +86,34 @@ class Shared:
 
     def whole(self, name: str) -> torch.Tensor:
         """One tensor as it is written, in fp32, flat."""
-        return torch.cat([piece.to(torch.float32) for piece in self.pieces(name)])
+        return torch.cat([piece.to(torch.float32).flatten() for piece in self.pieces(name)])
 
     def _full(self, name: str) -> Iterator[torch.Tensor]:
+        how, match = self.settings.shared.of(name), LAYER.fullmatch(name)
+        depth = int(match[1]) / max(self.base.config["num_hidden_layers"] - 1, 1) if match else 0.0
+
         def make(tensors: Iterable[torch.Tensor], base: torch.Tensor) -> torch.Tensor:
             named = dict(zip(self.models, tensors, strict=True))
-            return shared(named, base, self.settings.shared, name=name, seed=self.settings.seed)
+            return average(named, base, how, name=name, seed=self.settings.seed, depth=depth)
 
-        if self.settings.shared.method in ELEMENTWISE:
-            for base, *blocks in zip(
-                self.base.blocks(name), *(m.blocks(name) for m in self.models.values()), strict=True
-            ):
-                yield make(blocks, base)
-        else:
+        if how.method not in ELEMENTWISE:
             yield make([m.read(name) for m in self.models.values()], self.base.read(name))
+            return
+        for base, *blocks in zip(self.base.blocks(name), *(m.blocks(name) for m in self.models.values()), strict=True):
+            yield make(blocks, base)
+
+
+def require_memory(base: Checkpoint, settings: SharedSettings, *, models: int, limit: int) -> None:
+    """ResourceError when averaging so many models would take more than `limit` bytes at its largest tensor."""
+    counts = {
+        name: min(entry.count, BLOCK) if settings.of(name).method in ELEMENTWISE else entry.count
+        for name, entry in base.entries.items()
+    }
+    name = max(counts, key=lambda n: counts[n])
+    wanted = 4 * counts[name] * COPIES * (models + 1)
+    if wanted > limit:
+        raise ResourceError(
+            f"{name} of {models} models takes about {wanted / 2**30:.2g} GiB to merge by {settings.of(name).method}, "
+            f"run.max_memory is {limit / 2**30:.2g} GiB. Set it to more, or give the group {group_of(name)} under "
+            f"merge.shared.groups a method that goes block by block ({', '.join(ELEMENTWISE)})."
+        )

@@ -73,14 +73,17 @@ def check_lengths(seed: Path, recipe: Recipe) -> None:
 
 
 def check_layout(merge: Merge, builtin_width: int) -> None:
-    """RecipeError when the seed's feed-forward blocks cannot be cut as the recipe says."""
+    """RecipeError when the seed's feed-forward blocks cannot be cut as the recipe says, ResourceError for memory."""
+    from btx.averaging import require_memory
+    from btx.checkpoint import opened
     from btx.merging import layout
-    from btx.safety import read_config
 
-    seed = merge.branch.seed
-    given = isinstance(seed, Given)
-    width = native_config(read_config(seed.folder), str(seed.folder)).intermediate_size if given else builtin_width
-    layout(merge.settings, len(merge.models), width)
+    seed, width, count = merge.branch.seed, builtin_width, len(merge.models)
+    if isinstance(seed, Given):
+        with opened(seed.folder) as found:
+            width = native_config(found.config, str(seed.folder)).intermediate_size
+            require_memory(found, merge.settings.shared, models=count, limit=merge.where.max_memory)
+    layout(merge.settings, count, width)
 
 
 def check_place(run: RunSettings, root: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from btx import __version__
+from btx.bench.verbs import bench
 from btx.errors import BtxError
 
 if TYPE_CHECKING:
@@ -129,9 +130,14 @@ def _stage(name: str, about: str) -> None:
     @RECIPE
     @SET
     @click.option("--domain", metavar="NAME", hidden=name != "train", help="Only this domain.")
-    def verb(recipe: Path, overrides: tuple[str, ...], domain: str | None) -> None:
+    @click.option(
+        "--max-memory", metavar="SIZE", hidden=name != "merge", help="As --set run.max_memory=SIZE, say 4GiB."
+    )
+    def verb(recipe: Path, overrides: tuple[str, ...], domain: str | None, max_memory: str | None) -> None:
         if domain and name != "train":
             raise click.UsageError(f"--domain belongs to train; {name} is one step for all domains.")
+        if max_memory:
+            overrides = (*overrides, f"run.max_memory={max_memory}")
         carry_out(recipe, overrides, name, domain)
 
 
@@ -227,45 +233,7 @@ def schema() -> None:
     click.echo(json.dumps(recipe_schema(), indent=2))
 
 
-@main.group()
-def bench() -> None:
-    """Measurements, as ratios to a peer in the same run."""
-
-
-@bench.command("train")
-@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Optimiser steps a round.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of each, taken in turns."
-)
-def bench_train(steps: int, rounds: int) -> None:
-    """Training tokens/s of the loop as a ratio to a bare loop of the same model."""
-    from btx.bench.training import bench_training
-
-    bench_training(steps=steps, rounds=rounds)
-
-
-@bench.command("kernels")
-@click.option("--shape", "shapes", multiple=True, metavar="NAME", help="Only this shape; may be given again.")
-@click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; may be given again.")
-@click.option("--dtype", "dtypes", multiple=True, metavar="NAME", help="Only float32 or bfloat16.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Rounds of all, taken in turns."
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the rows as JSON as well.")
-def bench_kernels(
-    shapes: tuple[str, ...], kernels: tuple[str, ...], dtypes: tuple[str, ...], rounds: int, out: Path | None
-) -> None:
-    """Every expert kernel as a ratio to dense products of the same active FLOPs."""
-    from rich.console import Console
-
-    from btx.bench.kernels import bench_kernels as measure
-    from btx.bench.kernels import table
-
-    console = Console()
-    with console.status("") as status:
-        rows = measure(shapes=list(shapes), kernels=list(kernels), dtypes=list(dtypes) or ["float32", "bfloat16"],
-                       rounds=rounds, out=out, tell=status.update)  # fmt: skip
-    console.print(table(rows))
+main.add_command(bench)
 
 
 @main.command("_step", hidden=True)

@@ -20,8 +20,8 @@ from btx.averaging import Shared
 from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import ArtifactError, RecipeError
 from btx.families import DOWN, EMBEDDING, LAYER, Family, family_of, moe_config
-from btx.settings import MergeSettings
-from btx.shards import Resume, Row, write_weights
+from btx.merge_settings import MergeSettings
+from btx.shards import Progress, Resume, Row, write_weights
 
 SEED = "seed"
 
@@ -115,17 +115,18 @@ def layout(settings: MergeSettings, models: int, width: int) -> Experts:
 
 
 def write_average(
-    out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, resume: Resume | None = None
-) -> dict[str, str]:
+    out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings,
+    resume: Resume | None = None, progress: Progress | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Write the dense average of all models (feed-forward blocks too) as weights in `out`; returns files' SHA-256."""
     shared_ = Shared(models, base, settings)
     rows = [Row(n, shared_.dtype, e.shape, partial(shared_.pieces, n)) for n, e in base.entries.items()]
-    return write_weights(out, rows, resume=resume)
+    return write_weights(out, rows, resume=resume, progress=progress)
 
 
 def write_moe(
     out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, top_k: int,
-    resume: Resume | None = None,
+    resume: Resume | None = None, progress: Progress | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write the merged Mixture of Experts (config and weights, published names) into `out`; returns files' SHA-256.
 
@@ -143,7 +144,7 @@ def write_moe(
     shared_ = Shared(models, base, settings)
     config.dtype = shared_.dtype
     config.architectures = [_class_name(config)]
-    digests = write_weights(out, moe_rows(family, experts, shared_), resume=resume)
+    digests = write_weights(out, moe_rows(family, experts, shared_), resume=resume, progress=progress)
     config.save_pretrained(out)
     return digests
 
@@ -228,12 +229,18 @@ class RouterScales:
         self._embedding: torch.Tensor | None = None
 
     def __call__(self, layer: int) -> torch.Tensor:
-        """Of one layer."""
+        """Of one layer; ArtifactError when it is zero throughout."""
         names = [f"model.layers.{n}.{norm}" for n in range(layer + 1) for norm in self.family.norms]
-        if not self.family.residual:
-            return self.shared.whole(names[-1])
-        added = [self.shared.whole(name).square() for name in names[:-1]]  # the last is added after the router
-        return torch.stack([self._embedding_square(), *added]).sum(0).sqrt()
+        if self.family.residual:
+            added = [self.shared.whole(name).square() for name in names[:-1]]  # the last is added after the router
+            return torch.stack([self._embedding_square(), *added]).sum(0).sqrt()
+        scale = self.shared.whole(names[-1])
+        if not scale.any():
+            raise ArtifactError(
+                f"{names[-1]} is zero throughout in the merged model, so the router of its layer would see nothing but "
+                f"zeros. Use other weights for it than those of {self.shared.base.folder}."
+            )
+        return scale
 
     def _embedding_square(self) -> torch.Tensor:
         if self._embedding is None:

@@ -27,7 +27,7 @@ class Lines:
     def tell(self, event: dict[str, Any]) -> None:
         """Print an event; those of a training at most every PLAIN_EVERY seconds, and the last one."""
         text = _words(event)
-        if "loss" in event:
+        if "done" in event:
             now = time.monotonic()
             if now - self.last.get(event["label"], -PLAIN_EVERY) < PLAIN_EVERY and event["done"] != event["total"]:
                 return
@@ -40,6 +40,8 @@ def _words(event: dict[str, Any]) -> str:
     if "loss" in event:
         rate = event["tokens_per_second"]
         return f"step {event['done']}/{event['total']}  loss {event['loss']:.3f}  {rate:,.0f} tokens/s"
+    if "done" in event:
+        return f"{event['done']:,} of {event['total']:,} {event['unit']}"
     if "ended" in event:
         return "" if event["ended"] == 0 else f"ended with exit code {event['ended']}"
     if "warning" in event:
@@ -75,7 +77,7 @@ class Bars:
         if "done" in event:
             if label not in self.tasks:
                 self.tasks[label] = self.progress.add_task(label, total=event["total"], loss="", rate="")
-            fields: dict[str, Any] = {}
+            fields: dict[str, Any] = {"rate": event.get("unit", "")}
             if "loss" in event:
                 fields = {"loss": f"loss {event['loss']:.3f}", "rate": f"{event['tokens_per_second']:,.0f} tok/s"}
             self.progress.update(self.tasks[label], completed=event["done"], total=event["total"], **fields)

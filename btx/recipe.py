@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
+from btx.merge_settings import MergeSettings
 from btx.settings import (
     BuiltinSeed,
     Count,
@@ -21,7 +22,6 @@ from btx.settings import (
     EvaluateSettings,
     ExportSettings,
     FinetuneSettings,
-    MergeSettings,
     RunSettings,
     Settings,
     Text,
@@ -126,10 +126,10 @@ class Recipe(Settings):
     def _fits(self) -> Recipe:
         """What spans sections: names, numbers of experts, batches."""
         _refuse_unknown("finetune.mix", "domain", self.finetune.mix, [*self.domains, "seed"])
-        _refuse_unknown("merge.shared.weights", "model", self.merge.shared.weights, self.models)
-        weighed = [name for name in self.models if self.merge.shared.method == "linear" or name != "seed"]
-        if not any(self.merge.shared.weights.get(name, 1.0) for name in weighed):
-            raise ValueError("merge.shared.weights: all are zero; give at least one model a positive weight")
+        for where, how in self.merge.shared.everything.items():
+            _refuse_unknown(f"{where}.weights", "model", how.weights, self.models)
+            if not how.counts(self.models):
+                raise ValueError(f"{where}.weights: all are zero at some depth; give a model a positive weight")
         self._enough_experts()
         self._whole_batches()
         for name, domain in self.domains.items():

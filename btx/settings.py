@@ -33,6 +33,15 @@ def _count(value: Any) -> Any:
     return int(number)
 
 
+def _bytes(value: Any) -> Any:
+    """Read 1GiB, 512 MiB, 2GB as bytes; leave anything else for the type to judge."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT])(i?)B\s*", value) if isinstance(value, str) else None
+    if not match:
+        return _count(value)
+    power = "kMGT".index(match[2].replace("K", "k")) + 1
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-4 as text; pydantic takes it as the number that was meant. True and false are no numbers."""
     if isinstance(value, bool):
@@ -42,6 +51,7 @@ def _number(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0, le=LARGEST)]
 Whole = Annotated[int, BeforeValidator(_count), Field(ge=0, le=LARGEST)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0, le=LARGEST)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Part = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
@@ -135,50 +145,6 @@ class TrainSettings(Settings):
         return self
 
 
-class SharedSettings(Settings):
-    """How the tensors that are no experts become one. All but `mean` are mergekit's."""
-
-    method: Literal["mean", "linear", "ties", "dare_ties", "slerp", "model_stock"] = "mean"
-    weights: dict[str, Weight] = Field(default_factory=dict, description="by model; one that is not named has 1")
-    density: Annotated[Share, Field(gt=0)] = Field(
-        0.5, description="ties, dare_ties: share of each difference that is kept"
-    )
-    t: Share = Field(0.5, description="slerp: place between the first and the second model")
-
-    @model_validator(mode="after")
-    def _weighed(self) -> SharedSettings:
-        if self.weights and self.method not in ("linear", "ties", "dare_ties"):
-            raise ValueError(f"weights do nothing under method {self.method}; use linear, ties or dare_ties")
-        for name, methods in {"density": ("ties", "dare_ties"), "t": ("slerp",)}.items():
-            if name in self.model_fields_set and self.method not in methods:
-                raise ValueError(f"{name} does nothing under method {self.method}; it belongs to {', '.join(methods)}")
-        if "seed" in self.weights and self.method != "linear":
-            raise ValueError(f"{self.method} takes differences from the seed, so a weight of the seed does nothing")
-        return self
-
-
-def _shared(value: Any) -> Any:
-    return {"method": value} if isinstance(value, str) else value
-
-
-class MergeSettings(Settings):
-    """The merge: which models, how the shared tensors are averaged, how feed-forwards become experts."""
-
-    include_seed: bool = Field(True, description="the untouched seed is one more expert, as in the paper")
-    shared: Annotated[SharedSettings, BeforeValidator(_shared)] = SharedSettings()
-    experts: Literal["one", "split", "blend"] = Field("one", description="one expert a model, or the paper's variants")
-    chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
-    router_entropy: Annotated[Share, Field(gt=0)] = Field(
-        0.99, description="mean entropy of the fresh router, as a share of log(experts)"
-    )
-    seed: Whole = 0
-    dtype: Literal["seed", "fp32", "bf16", "fp16"] = "seed"
-
-    def torch_dtype(self, seed: torch.dtype) -> torch.dtype:
-        """The dtype that is written, given the seed's."""
-        return torch_dtype(self.dtype, seed)
-
-
 def torch_dtype(name: str, seed: torch.dtype) -> torch.dtype:
     """A torch dtype from its name in a recipe; `seed` means the seed's own."""
     import torch
@@ -263,6 +229,7 @@ class RunSettings(Settings):
         "auto", description="sequences per device and backward pass; the balance loss is over one pass of all devices"
     )
     threads: Count | Literal["auto"] = execution("auto", description="CPU threads of a job")
+    max_memory: Bytes = execution(2**30, description="of a merge, above the interpreter's own: 1GiB, 4GB, ...")
     checkpoint_minutes: Positive = execution(10.0, description="time between saved training states")
     checkpoint_steps: Count | None = execution(None, description="save after this many steps instead")
     launch: Text | None = execution(None, description="an `accelerate config` file: jobs start by accelerate launch")

@@ -30,6 +30,7 @@ from btx.safety import DTYPES, INDEX, NAMES, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 QUEUED = 4  # blocks that may wait to be written
+Progress = Callable[[Path, int, int], None]  # takes the file at work, bytes done and bytes in all
 
 
 @dataclass(frozen=True)
@@ -69,30 +70,41 @@ def copies(source: Checkpoint) -> list[Row]:
 
 
 def write_weights(
-    out: Path, rows: list[Row], *, shard_bytes: int = SHARD_BYTES, resume: Resume | None = None
-) -> dict[str, str]:
+    out: Path, rows: list[Row], *, shard_bytes: int | None = None, resume: Resume | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Write rows into safetensors shards in `out`; returns the SHA-256 of each. One shard is `model.safetensors`.
 
-    ArtifactError names a tensor that holds a NaN or an infinity; nothing with one is ever finished.
+    `progress` is told of every row. ArtifactError names a tensor that holds a NaN or an infinity; nothing with one is
+    ever finished.
     """
-    shards = _split(rows, shard_bytes)
-    digests = {}
-    for file, some in zip(_names(len(shards)), shards, strict=True):
-        digests[file] = _kept(out, file, some, resume) if resume else _write_shard(out / file, some)
-    if len(shards) > 1:
-        weight_map = {row.name: file for file, some in zip(digests, shards, strict=True) for row in some}
-        index = {"metadata": {"total_size": sum(row.nbytes for row in rows)}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shards = shards_of(rows, shard_bytes or SHARD_BYTES)
+    total = sum(row.nbytes for row in rows)
+    done, digests = 0, {}
+    for file, some in shards.items():
+
+        def tell(written: int, file: str = file, before: int = done) -> None:
+            if progress:
+                progress(out / file, before + written, total)
+
+        digests[file] = _kept(out, file, some, resume, tell) if resume else _write_shard(out / file, some, tell)
+        done += sum(row.nbytes for row in some)
+        tell(0, before=done)
+    write_index(out, shards)
     return digests
 
 
-def _names(count: int) -> list[str]:
-    if count == 1:
-        return [SINGLE]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+def write_index(out: Path, shards: dict[str, list[Row]]) -> None:
+    """Say which tensor lies in which file, where there are several."""
+    if len(shards) > 1:
+        weight_map = {row.name: file for file, some in shards.items() for row in some}
+        total = sum(row.nbytes for some in shards.values() for row in some)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(rows: list[Row], limit: int) -> list[list[Row]]:
+def shards_of(rows: list[Row], limit: int) -> dict[str, list[Row]]:
+    """Rows by file name, in order; a file has `limit` bytes at most, or one tensor that is larger."""
     shards: list[list[Row]] = [[]]
     filled = 0
     for row in rows:
@@ -101,10 +113,12 @@ def _split(rows: list[Row], limit: int) -> list[list[Row]]:
             filled = 0
         shards[-1].append(row)
         filled += row.nbytes
-    return shards
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return dict(zip(names, shards, strict=True))
 
 
-def _kept(out: Path, file: str, rows: list[Row], resume: Resume) -> str:
+def _kept(out: Path, file: str, rows: list[Row], resume: Resume, tell: Callable[[int], None]) -> str:
     """A shard as an earlier attempt left it, or written anew and left for a later one; linked into `out`."""
     resume.folder.mkdir(parents=True, exist_ok=True)
     done, record = resume.folder / file, resume.folder / f"{file}.json"
@@ -113,7 +127,7 @@ def _kept(out: Path, file: str, rows: list[Row], resume: Resume) -> str:
     if digest is None:
         part = resume.folder / f"{file}.part"
         record.unlink(missing_ok=True)
-        digest = _write_shard(part, rows)
+        digest = _write_shard(part, rows, tell)
         part.replace(done)
         part.write_text(json.dumps({"about": about, "sha256": digest}), encoding="utf-8")
         sync(part)
@@ -135,7 +149,8 @@ def _finished(done: Path, record: Path, about: str) -> str | None:
     return None
 
 
-def _header(rows: list[Row]) -> bytes:
+def header_of(rows: list[Row]) -> bytes:
+    """The first bytes of a file, which say where each tensor lies."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for row in rows:
@@ -147,13 +162,16 @@ def _header(rows: list[Row]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, rows: list[Row]) -> str:
+def _write_shard(path: Path, rows: list[Row], tell: Callable[[int], None]) -> str:
     """Write one file and bring it to the disk; returns its SHA-256."""
+    written = 0
     with path.open("wb", buffering=0) as out, _Sink(out.fileno()) as sink:
-        sink.put(memoryview(_header(rows)))
+        sink.put(memoryview(header_of(rows)))
         for row in rows:
             for data in _checked(row):
                 sink.put(data)
+            written += row.nbytes
+            tell(written)
     sync(path)
     return sink.digest
 

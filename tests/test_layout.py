@@ -44,6 +44,7 @@ FLOORS = (
         "routing",
         "artifact",
         "settings",
+        "merge_settings",
         "flops",
         "signals",
         "progress",

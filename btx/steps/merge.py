@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.artifact import STATES, fingerprint, write_json
 from btx.errors import RecipeError
-from btx.settings import MergeSettings
+from btx.merge_settings import MergeSettings
 from btx.step import HASHED, Step, Tell
 from btx.steps.branch import Branch
 
 if TYPE_CHECKING:
-    from btx.shards import Resume
+    from btx.shards import Progress, Resume
 
 SEED = "seed"
+TELL_EVERY = 1.0  # seconds
 
 
 class Models(Step):
@@ -33,11 +35,14 @@ class Models(Step):
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any]:
         """All models as open, checked checkpoints, and the seed."""
+        from btx.averaging import require_memory
         from btx.checkpoint import one_thread, opened
         from btx.merging import require_same
 
         stack.enter_context(one_thread())
         seed = stack.enter_context(opened(self.branch.seed.folder))
+        limit = self.where.max_memory
+        require_memory(seed, self.settings.shared, models=len(self.models), limit=limit)
         models = {}
         for name, step in self.models.items():
             models[name] = seed if name == SEED else stack.enter_context(opened(step.folder))
@@ -49,6 +54,18 @@ class Models(Step):
         from btx.shards import Resume
 
         return Resume(work / STATES, fingerprint({label: parent.digest for label, parent in self.parents.items()}))
+
+    def progress(self, tell: Tell) -> Progress:
+        """Tells of a merge that takes a while how many bytes are written, once a second."""
+        last = time.monotonic()
+
+        def told(_file: Path, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > TELL_EVERY:
+                last = time.monotonic()
+                tell({"label": self.label, "done": done // 10**6, "total": total // 10**6, "unit": "MB"})
+
+        return told
 
 
 class Average(Models):
@@ -63,7 +80,7 @@ class Average(Models):
 
         with ExitStack() as stack:
             models, seed = self.opened(stack)
-            hashed = write_average(out, models, seed, self.settings, self.resume(work))
+            hashed = write_average(out, models, seed, self.settings, self.resume(work), self.progress(tell))
             config = {**seed.config, "dtype": _dtype_name(self.settings.torch_dtype(seed.dtype))}
             write_json(out / "config.json", config)
             carry_files(seed.folder, out)
@@ -85,7 +102,8 @@ class Merge(Models):
         with ExitStack() as stack:
             models, seed = self.opened(stack)
             experts = layout(self.settings, len(models), seed.config["intermediate_size"])
-            hashed = write_moe(out, models, seed, self.settings, self.top_k or experts.count, self.resume(work))
+            top_k = self.top_k or experts.count
+            hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell))
             carry_files(seed.folder, out)
             far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
         names = expert_names(list(models), self.settings)
@@ -94,18 +112,15 @@ class Merge(Models):
 
 
 def check_method(settings: MergeSettings, models: list[str]) -> None:
-    """RecipeError when the averaging method does not go with that many models, or a weight names none of them."""
-    method = settings.shared.method
-    if method == "slerp" and len(models) != 2:
-        raise RecipeError(
-            f"merge.shared: slerp goes between two models, here are {len(models)} ({', '.join(models)}). "
-            "Use mean, linear, ties, dare_ties or model_stock."
-        )
-    if method == "model_stock" and len([m for m in models if m != SEED]) < 2:
-        raise RecipeError("merge.shared: model_stock needs two experts or more besides the seed.")
-    for name in settings.shared.weights:
-        if name not in models:
-            raise RecipeError(f"merge.shared.weights: there is no model {name!r}; models are {', '.join(models)}.")
+    """RecipeError when an averaging method does not go with that many models."""
+    for where, how in settings.shared.everything.items():
+        if how.method == "slerp" and len(models) != 2:
+            raise RecipeError(
+                f"{where}: slerp goes between two models, here are {len(models)} ({', '.join(models)}). "
+                "Use mean, linear, task_arithmetic, ties, dare_ties or model_stock."
+            )
+        if how.method == "model_stock" and len([m for m in models if m != SEED]) < 2:
+            raise RecipeError(f"{where}: model_stock needs two experts or more besides the seed.")
 
 
 def expert_names(models: list[str], settings: MergeSettings) -> list[str]:

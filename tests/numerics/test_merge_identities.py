@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from btx.averaging import Shared
 from btx.checkpoint import carry_files, opened
 from btx.families import DENSE, published
+from btx.merge_settings import MergeSettings
 from btx.merging import RouterScales, write_average, write_moe
 from btx.routed import Routed, find_routers
 from btx.routing import statistics
-from btx.settings import MergeSettings
 from tests.conftest import config_of, save_model
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 300

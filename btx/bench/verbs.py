@@ -1,0 +1,74 @@
+"""`btx bench`: one verb a kind of measurement. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measurements, as ratios to a peer in the same run."""
+
+
+@bench.command("train")
+@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Optimiser steps a round.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of each, taken in turns."
+)
+def bench_train(steps: int, rounds: int) -> None:
+    """Training tokens/s of the loop as a ratio to a bare loop of the same model."""
+    from btx.bench.training import bench_training
+
+    bench_training(steps=steps, rounds=rounds)
+
+
+@bench.command("kernels")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME", help="Only this shape; may be given again.")
+@click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; may be given again.")
+@click.option("--dtype", "dtypes", multiple=True, metavar="NAME", help="Only float32 or bfloat16.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Rounds of all, taken in turns."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the rows as JSON as well.")
+def bench_kernels(
+    shapes: tuple[str, ...], kernels: tuple[str, ...], dtypes: tuple[str, ...], rounds: int, out: Path | None
+) -> None:
+    """Every expert kernel as a ratio to dense products of the same active FLOPs."""
+    from rich.console import Console
+
+    from btx.bench.kernels import bench_kernels as measure
+    from btx.bench.kernels import table
+
+    console = Console()
+    with console.status("") as status:
+        rows = measure(shapes=list(shapes), kernels=list(kernels), dtypes=list(dtypes) or ["float32", "bfloat16"],
+                       rounds=rounds, out=out, tell=status.update)  # fmt: skip
+    console.print(table(rows))
+
+
+@bench.command("merge")
+@click.option("--shape", default="0.65b", show_default=True, help="0.65b, 7b or 70b.")
+@click.option("--models", type=click.IntRange(min=2), default=4, show_default=True, help="Models to merge.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, taken in turns.")
+@click.option("--sparse", is_flag=True, help="Simulate: files of zeros that take no disk; no cp and no mergekit.")
+@click.option("--directory", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where to work.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON as well.")
+def bench_merge(shape: str, models: int, rounds: int, sparse: bool, directory: Path | None, out: Path | None) -> None:
+    """The merge beside cp of what it writes and, where installed, mergekit: seconds and peak memory."""
+    import json
+
+    from rich.console import Console
+
+    from btx.bench.merge import bench_merge as measure
+
+    console = Console()
+    with console.status("") as status:
+        found = measure(shape=shape, models=models, rounds=rounds, sparse=sparse, directory=directory,
+                        tell=status.update)  # fmt: skip
+    for name, value in found.items():
+        text = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        console.print(f"{name:<18} {text}")
+    if out:
+        out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""The settings of the merge: what a recipe may say under `merge`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from btx.settings import Count, Positive, Settings, Share, Weight, Whole, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]
+Group = Literal["attention", "norms", "embeddings", "head"]
+GROUPS: tuple[str, ...] = get_args(Group)
+WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that weigh the models
+FROM_SEED = ("task_arithmetic", "ties", "dare_ties", "model_stock")  # methods that add up differences from the seed
+OPTIONS = {"density": ("ties", "dare_ties"), "t": ("slerp",), "scale": ("task_arithmetic", "ties", "dare_ties")}
+
+LayerWeights = Weight | Annotated[list[Weight], Field(min_length=1)]
+
+
+class AveragingSettings(Settings):
+    """How tensors of several models become one. All methods but `mean` are mergekit's."""
+
+    method: Method = "mean"
+    weights: dict[str, LayerWeights] = Field(
+        default_factory=dict,
+        description="by model, 1 for one that is not named; a list goes from the first layer to the last, linearly "
+        "between its values, and tensors outside of the layers take its first (as in mergekit)",
+    )
+    density: Annotated[Share, Field(gt=0)] = Field(
+        0.5, description="ties, dare_ties: share of each difference that is kept"
+    )
+    t: Share = Field(0.5, description="slerp: place between the first and the second model")
+    scale: Positive = Field(1.0, description="task_arithmetic, ties, dare_ties: factor of the summed differences")
+
+    @model_validator(mode="after")
+    def _weighed(self) -> AveragingSettings:
+        if self.weights and self.method not in WEIGHED:
+            raise ValueError(f"weights do nothing under method {self.method}; use {', '.join(WEIGHED)}")
+        for name, methods in OPTIONS.items():
+            if name in self.model_fields_set and self.method not in methods:
+                raise ValueError(f"{name} does nothing under method {self.method}; it belongs to {', '.join(methods)}")
+        if "seed" in self.weights and self.method != "linear":
+            raise ValueError(f"{self.method} takes differences from the seed, so a weight of the seed does nothing")
+        return self
+
+    def weight(self, model: str, depth: float) -> float:
+        """A model's weight at a depth from 0, the first layer, to 1, the last."""
+        found = self.weights.get(model, 1.0)
+        if not isinstance(found, list):
+            return found
+        place = depth * (len(found) - 1)
+        low = min(int(place), len(found) - 2) if len(found) > 1 else 0
+        high = min(low + 1, len(found) - 1)
+        return found[low] + (place - low) * (found[high] - found[low])
+
+    def counts(self, models: list[str]) -> bool:
+        """Whether at every depth some of the models that it weighs has a positive weight."""
+        weighed = [name for name in models if self.method == "linear" or name != "seed"]
+        lengths = {len(w) for w in self.weights.values() if isinstance(w, list)} - {1}
+        knots = {0.0, *(knot / (length - 1) for length in lengths for knot in range(length))}
+        return all(any(self.weight(name, depth) for name in weighed) for depth in knots)
+
+
+def _named(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+Averaging = Annotated[AveragingSettings, BeforeValidator(_named)]
+
+
+class SharedSettings(AveragingSettings):
+    """How the tensors that are no experts become one: all alike, or some groups of them otherwise."""
+
+    groups: dict[Group, Averaging] = Field(
+        default_factory=dict,
+        description="what goes otherwise: attention, norms (those of q and k too), embeddings (with a tied head), head",
+    )
+
+    def of(self, tensor: str) -> AveragingSettings:
+        """What holds for a tensor, by its name on disk."""
+        return self.groups.get(group_of(tensor), self)  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def everything(self) -> dict[str, AveragingSettings]:
+        """Each choice by its place in the recipe."""
+        return {"merge.shared": self, **{f"merge.shared.groups.{name}": one for name, one in self.groups.items()}}
+
+
+def group_of(tensor: str) -> str:
+    """The group of a tensor by its name on disk: attention, norms, embeddings, head, or feed_forward."""
+    if tensor.startswith("model.embed_tokens."):
+        return "embeddings"
+    if tensor.startswith("lm_head."):
+        return "head"
+    if "norm." in tensor:
+        return "norms"
+    return "attention" if ".self_attn." in tensor else "feed_forward"
+
+
+class MergeSettings(Settings):
+    """The merge: which models, how the shared tensors are averaged, how feed-forwards become experts."""
+
+    include_seed: bool = Field(True, description="the untouched seed is one more expert, as in the paper")
+    shared: Annotated[SharedSettings, BeforeValidator(_named)] = SharedSettings()
+    experts: Literal["one", "split", "blend"] = Field("one", description="one expert a model, or the paper's variants")
+    chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
+    router_entropy: Annotated[Share, Field(gt=0)] = Field(
+        0.99, description="mean entropy of the fresh router, as a share of log(experts)"
+    )
+    seed: Whole = 0
+    dtype: Literal["seed", "fp32", "bf16", "fp16"] = "seed"
+
+    def torch_dtype(self, seed: torch.dtype) -> torch.dtype:
+        """The dtype that is written, given the seed's."""
+        return torch_dtype(self.dtype, seed)
