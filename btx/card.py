@@ -105,3 +105,22 @@ It loads in transformers 5 (made with {version("transformers")}); transformers 4
 config and may compute something else without a word. `SHA256SUMS` has the digest of every file but `btx.json`, which
 has them too; `proof.json` has the logits of probe prompts; `btx check FOLDER` compares both.
 """
+
+
+def changed_card(did: str, parent: str, rows: dict[str, dict[str, float]]) -> str:
+    """The card of a mixture that a verb of `btx moe` made of another."""
+    front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": parent,
+                            "tags": ["btx", "mixture-of-experts"]}, sort_keys=False)  # fmt: skip
+    measured = f"Bits per byte on held-out documents:\n\n{table(rows, 'domain')}" if rows else "Nothing was measured."
+    return f"""---
+{front}---
+
+# {parent}, changed
+
+Made of {parent} by `{did}` (btx {__version__}). Tensors that the verb does not change have the bits they had.
+
+{measured}
+
+`SHA256SUMS` has the digest of every file but `btx.json`, `proof.json` the logits of probe prompts; `btx check FOLDER`
+compares both.
+"""

@@ -19,6 +19,7 @@ import click
 from btx import __version__
 from btx.bench.verbs import bench
 from btx.errors import BtxError
+from btx.moe_verbs import moe
 
 if TYPE_CHECKING:
     from btx.pipeline import Graph
@@ -234,6 +235,7 @@ def schema() -> None:
 
 
 main.add_command(bench)
+main.add_command(moe)
 
 
 @main.command("_step", hidden=True)

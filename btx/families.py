@@ -201,6 +201,26 @@ def moe_config(dense: dict[str, Any], *, experts: int, top_k: int, width: int, w
     return AutoConfig.for_model(family.moe, **kept)
 
 
+def class_name(config: object) -> str:
+    """The stock class of a native config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+
+
+def dense_config(family: Family, moe: dict[str, Any]) -> Any:
+    """The native dense config of a model of one expert of a Mixture of Experts; `moe` is its parsed config.json."""
+    from transformers import AutoConfig
+
+    source = AutoConfig.for_model(**moe).to_dict()
+    known = AutoConfig.for_model(family.dense).to_dict().keys() | set(family.carried)
+    kept = {k: v for k, v in source.items() if k in known and k not in (*_RECORDED, "intermediate_size")}
+    config = AutoConfig.for_model(family.dense, **kept, intermediate_size=source[family.width_field])
+    config.dtype = source.get("dtype")
+    config.architectures = [class_name(config)]
+    return config
+
+
 def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:
     for key, value in source.items():
         if key in known or key in _RECORDED:

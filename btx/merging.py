@@ -8,7 +8,7 @@ averaging in bf16 rounds a quarter of the weights wrongly.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -19,7 +19,7 @@ import torch
 from btx.averaging import Shared
 from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import ArtifactError, RecipeError
-from btx.families import DOWN, EMBEDDING, LAYER, Family, family_of, moe_config
+from btx.families import DOWN, EMBEDDING, LAYER, Family, class_name, family_of, moe_config
 from btx.merge_settings import MergeSettings
 from btx.shards import Progress, Resume, Row, write_weights
 
@@ -143,16 +143,10 @@ def write_moe(
     )
     shared_ = Shared(models, base, settings)
     config.dtype = shared_.dtype
-    config.architectures = [_class_name(config)]
+    config.architectures = [class_name(config)]
     digests = write_weights(out, moe_rows(family, experts, shared_), resume=resume, progress=progress)
     config.save_pretrained(out)
     return digests
-
-
-def _class_name(config: object) -> str:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
 
 
 def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
@@ -255,14 +249,14 @@ class RouterScales:
         return self._embedding
 
 
-def distance(seed: Checkpoint, other: Checkpoint) -> dict[str, float]:
-    """How far a model has gone from the seed over all its matrices: cosine, and norm of the change over the seed's.
+def distance(seed: Checkpoint, other: Checkpoint, *, names: Collection[str] | None = None) -> dict[str, float]:
+    """How far a model has gone from the seed over all matrices, or those named: cosine, and the change over the seed's.
 
     Independent models have a cosine near 0, descendants near 1. Norm weights are left out: they are all near one.
     """
     dot = mine = theirs = change = 0.0
     for name, entry in seed.entries.items():
-        if len(entry.shape) < 2:
+        if len(entry.shape) < 2 or (names is not None and name not in names):
             continue
         for a, b in zip(seed.blocks(name), other.blocks(name), strict=True):
             a, b = a.to(torch.float32), b.to(torch.float32)

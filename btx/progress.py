@@ -27,7 +27,7 @@ class Lines:
     def tell(self, event: dict[str, Any]) -> None:
         """Print an event; those of a training at most every PLAIN_EVERY seconds, and the last one."""
         text = _words(event)
-        if "done" in event:
+        if "loss" in event or "unit" in event:
             now = time.monotonic()
             if now - self.last.get(event["label"], -PLAIN_EVERY) < PLAIN_EVERY and event["done"] != event["total"]:
                 return
@@ -40,7 +40,7 @@ def _words(event: dict[str, Any]) -> str:
     if "loss" in event:
         rate = event["tokens_per_second"]
         return f"step {event['done']}/{event['total']}  loss {event['loss']:.3f}  {rate:,.0f} tokens/s"
-    if "done" in event:
+    if "unit" in event:
         return f"{event['done']:,} of {event['total']:,} {event['unit']}"
     if "ended" in event:
         return "" if event["ended"] == 0 else f"ended with exit code {event['ended']}"

@@ -134,7 +134,10 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """All tensors of a folder by name, from the headers alone; ArtifactError when they do not make one model."""
+    """All tensors of a folder by name, from the headers alone, in the order in which they lie on the disk.
+
+    ArtifactError when they do not make one model.
+    """
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file() and single.is_file():
         raise ArtifactError(
@@ -146,7 +149,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     entries = read_header(single) if single.is_file() else _read_shards(folder, index)
     if not entries:
         raise ArtifactError(f"{folder} holds no tensors. Fetch the checkpoint again.")
-    return entries
+    return dict(sorted(entries.items(), key=lambda item: (item[1].file, item[1].offset)))
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
@@ -170,7 +173,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
             f"{index} and the shards disagree on {len(wrong)} tensors, first {sorted(wrong)[:3]}. "
             "Fetch the checkpoint again."
         )
-    return {name: entries[name] for name in weight_map}
+    return entries
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ class Export(Step):
     """A checkpoint folder for others: published names, tokenizer, card, SHA256SUMS, proof."""
 
     kind: ClassVar[str] = "export"
+    version: ClassVar[int] = 2
     evaluate: Evaluate
     settings: ExportSettings
     title: str
@@ -29,16 +30,17 @@ class Export(Step):
         from btx.shards import copies, write_weights
 
         source = self.evaluate.finetune.folder
+        results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         with opened(source) as model:
             rows = copies(model)
             write_weights(out, rows, shard_bytes=self.settings.shard_bytes)
             config = model.config
         write_json(out / "config.json", config)
         carry_files(source, out)
+        write_json(out / "experts.json", {"experts": results["experts"]})
         if not (out / "generation_config.json").is_file():
             write_json(out / "generation_config.json", _generation(config))
         write_json(out / PROOF, make_proof(out))
-        results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         (out / "README.md").write_text(card(self, config, results), encoding="utf-8")
         write_sums(out)
         return {"tensors": len(rows)}

@@ -1,0 +1,288 @@
+"""What happens to a Mixture of Experts after the merge: experts taken out, put in, exchanged, or taken out to be dense.
+
+Folders are read and written block by block, like the merge. Whatever is not asked to change keeps its bits: the shared
+tensors, the other experts, and their rows of every router.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btx.artifact import write_json
+from btx.checkpoint import Checkpoint
+from btx.errors import ArtifactError, RecipeError, nearest
+from btx.families import DOWN, LAYER, MOE, UP, Family, dense_config, moe_config
+from btx.shards import Row, write_weights
+
+EXPERTS = "experts.json"  # of a folder: the experts' names, in order
+Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
+
+
+class Moe:
+    """An open Mixture-of-Experts folder: its family, its experts by name, its routers."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
+        if config["model_type"] not in MOE:
+            raise ArtifactError(
+                f"{checkpoint.folder} is a {config['model_type']}, no Mixture of Experts that btx writes "
+                f"({', '.join(MOE)})."
+            )
+        self.checkpoint, self.config = checkpoint, config
+        self.family: Family = MOE[config["model_type"]]
+        self.count_field = next(f for f in (self.family.experts_field, "num_local_experts") if f in config)
+        self.count = int(config[self.count_field])
+        self.width = int(config[self.family.width_field])
+        self.names = expert_names(checkpoint.folder, self.count)
+        self.layers = int(config["num_hidden_layers"])
+
+    def index(self, name: str) -> int:
+        """The number of an expert, by its name or by that number; RecipeError for one that is not there."""
+        if name in self.names:
+            return self.names.index(name)
+        if name.isdecimal() and int(name) < self.count:
+            return int(name)
+        raise RecipeError(f"{self.checkpoint.folder} has no expert {name!r}; {nearest(name, self.names)}")
+
+    def expert(self, number: int) -> Source:
+        """Where an expert's tensors come from."""
+        return partial(self._pieces, number)
+
+    def _pieces(self, number: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
+        name = prefix + self.family.expert[kind]
+        if not self.family.stacked:
+            return self.checkpoint.blocks(name.format(e=number))
+        size = self.checkpoint.entries[name].count // self.count
+        start = number * size
+        if kind != DOWN:  # gate above up
+            size //= 2
+            start += size * (kind == UP)
+        return self.checkpoint.blocks(name, start, start + size)
+
+    def router(self, layer: int) -> torch.Tensor:
+        """A layer's router weight (E, D)."""
+        return self.checkpoint.read(self.family.router_name(layer))
+
+    def shape(self, kind: str) -> tuple[int, int]:
+        """Shape of one expert's tensor."""
+        inner, width = self.width, int(self.config["hidden_size"])
+        return (width, inner) if kind == DOWN else (inner, width)
+
+
+def expert_names(folder: Path, count: int) -> list[str]:
+    """The experts' names as the folder says them, or their numbers."""
+    path = folder / EXPERTS
+    if not path.is_file():
+        return [str(n) for n in range(count)]
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["experts"]
+        if len(names) != count or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"it names {len(names)} experts, config.json {count}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}). Fetch the folder again, or remove that file.") from error
+    return list(names)
+
+
+def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
+    """A dense model's feed-forward blocks as an expert; ArtifactError when they do not fit."""
+    for layer in range(moe.layers):
+        for kind in moe.family.expert:
+            entry = dense.entries.get(f"model.layers.{layer}.{kind}")
+            if entry is None or entry.shape != moe.shape(kind):
+                seen = "missing" if entry is None else "x".join(map(str, entry.shape))
+                raise ArtifactError(
+                    f"the expert {name} ({dense.folder}): model.layers.{layer}.{kind} is {seen}, the experts of "
+                    f"{moe.checkpoint.folder} are {'x'.join(map(str, moe.shape(kind)))}. Use a model trained from the "
+                    "same seed."
+                )
+    return lambda prefix, kind: dense.blocks(prefix + kind)
+
+
+def write_changed(
+    out: Path, moe: Moe, experts: Mapping[str, int | Source], routers: Callable[[int], torch.Tensor],
+    top_k: int | None = None,
+) -> None:  # fmt: skip
+    """Write the folder with other experts: by name, an old one's number or where a new one comes from.
+
+    `routers(layer)` gives the router (number of experts, D). Old experts keep the order of their tensors in the file.
+    """
+    count = len(experts)
+    if count < 1:
+        raise RecipeError(
+            f"{moe.checkpoint.folder} would have no expert left. Use `btx moe extract` for a dense model."
+        )
+    sources = [moe.expert(e) if isinstance(e, int) else e for e in experts.values()]
+    origin = [e if isinstance(e, int) else None for e in experts.values()]
+    write_weights(out, list(_rows(moe, sources, origin, routers)))
+    chosen = min(top_k or int(moe.config["num_experts_per_tok"]), count)
+    write_json(out / "config.json", {**moe.config, moe.count_field: count, "num_experts_per_tok": chosen})
+    write_json(out / EXPERTS, {"experts": list(experts)})
+
+
+def _rows(
+    moe: Moe, sources: Sequence[Source], origin: Sequence[int | None], routers: Callable[[int], torch.Tensor]
+) -> Iterator[Row]:
+    kinds = _patterns(moe.family)
+    for name, entry in moe.checkpoint.entries.items():
+        dtype = moe.checkpoint.flat(name, 0, 0).dtype
+        match = LAYER.fullmatch(name)
+        prefix, rest = (name.removesuffix(match[2]), match[2]) if match else ("", name)
+        kind, number = next(((k, m) for k, p in kinds.items() if (m := p.fullmatch(rest))), (None, None))
+        if match and rest == moe.family.router:
+            layer = int(match[1])
+            shape = (len(sources), entry.shape[1])
+            yield Row(name, dtype, shape, partial(_router, routers, layer, dtype))
+        elif kind is None or number is None:
+            yield Row(name, dtype, entry.shape, partial(moe.checkpoint.blocks, name))
+        elif moe.family.stacked:
+            together = [k for k in moe.family.expert if moe.family.expert[k] == moe.family.expert[kind]]
+            yield Row(name, dtype, (len(sources), *entry.shape[1:]),
+                      partial(_cast, [(s, k) for s in sources for k in together], prefix, dtype))  # fmt: skip
+        else:
+            for place in _places(origin, int(number["e"]), moe.count):
+                published = prefix + moe.family.expert[kind].format(e=place)
+                yield Row(published, dtype, entry.shape, partial(_cast, [(sources[place], kind)], prefix, dtype))
+
+
+def _places(origin: Sequence[int | None], old: int, count: int) -> list[int]:
+    """Where the expert that was number `old` goes; after the last old one, the new ones too."""
+    places = [place for place, e in enumerate(origin) if e == old]
+    if old == count - 1:
+        places += [place for place, e in enumerate(origin) if e is None]
+    return places
+
+
+def _patterns(family: Family) -> dict[str, re.Pattern[str]]:
+    """The published name of each kind of expert tensor as a pattern, the gate before the up that may share it."""
+    return {k: re.compile(re.escape(n).replace(r"\{e\}", r"(?P<e>\d+)")) for k, n in family.expert.items()}
+
+
+def _cast(sources: list[tuple[Source, str]], prefix: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for source, kind in sources:
+        for block in source(prefix, kind):
+            yield block.to(dtype)
+
+
+def _router(routers: Callable[[int], torch.Tensor], layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [routers(layer).to(dtype)]
+
+
+def remove(out: Path, moe: Moe, names: Sequence[str]) -> None:
+    """Write the folder without some experts and their rows of the routers."""
+    gone = {moe.index(name) for name in names}
+    kept = [e for e in range(moe.count) if e not in gone]
+    write_changed(out, moe, {moe.names[e]: e for e in kept}, lambda layer: moe.router(layer)[kept])
+
+
+def replace(out: Path, moe: Moe, name: str, source: Source) -> None:
+    """Write the folder with another model's feed-forward blocks in the place of an expert, whose router rows stay."""
+    number = moe.index(name)
+    experts: dict[str, int | Source] = {n: e for e, n in enumerate(moe.names)}
+    experts[moe.names[number]] = source
+    write_changed(out, moe, experts, moe.router)
+
+
+def add(out: Path, moe: Moe, name: str, source: Source, rows: Callable[[int], torch.Tensor]) -> None:
+    """Write the folder with one more expert, the last; `rows(layer)` gives its row (D,) of each router."""
+    if name in moe.names:
+        raise RecipeError(
+            f"{moe.checkpoint.folder} has an expert {name!r} already. Use `btx moe replace`, or another name."
+        )
+    experts: dict[str, int | Source] = {n: e for e, n in enumerate(moe.names)}
+    old = moe.router
+    write_changed(out, moe, {**experts, name: source},
+                  lambda layer: torch.cat([old(layer), rows(layer)[None].to(old(layer).dtype)]))  # fmt: skip
+
+
+def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
+    """Write experts whole, with their rows of the routers and their places, so that `unmask` can put them back."""
+    out.mkdir()
+    places = sorted({moe.index(name) for name in names})
+    rows: list[Row] = []
+    for layer in range(moe.layers):
+        prefix = f"model.layers.{layer}."
+        dtype = moe.router(layer).dtype
+        for e in places:
+            rows += [Row(f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(_cast, [(moe.expert(e), k)], prefix, dtype))
+                     for k in moe.family.expert]  # fmt: skip
+        router = moe.router(layer)[places]
+        rows.append(Row(moe.family.router_name(layer), dtype, tuple(router.shape), partial(list, [router])))
+    write_weights(out, rows)
+    kept = {"places": places, "names": [moe.names[e] for e in places], "top_k": moe.config["num_experts_per_tok"]}
+    write_json(out / "config.json", {"model_type": moe.config["model_type"], **kept})
+
+
+def unmask(out: Path, moe: Moe, away: Checkpoint) -> None:
+    """Write the mixture with kept experts back in their places, router rows too."""
+    places, total = away.config["places"], moe.count + len(away.config["places"])
+    stay = [e for e in range(total) if e not in places]
+    experts: dict[str, int | Source] = {}
+    for place in range(total):
+        if place in stay:
+            experts[moe.names[stay.index(place)]] = stay.index(place)
+        else:
+            experts[away.config["names"][places.index(place)]] = partial(_kept, away, place)
+
+    def routers(layer: int) -> torch.Tensor:
+        now = moe.router(layer)
+        whole = now.new_empty(total, now.shape[1])
+        whole[stay], whole[places] = now, away.read(moe.family.router_name(layer))
+        return whole
+
+    write_changed(out, moe, experts, routers, top_k=away.config["top_k"])
+
+
+def _kept(away: Checkpoint, place: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
+    return away.blocks(f"{prefix}{place}.{kind}")
+
+
+def extract(out: Path, moe: Moe, name: str) -> None:
+    """Write one expert and the shared tensors as a dense model: what the mixture computes when only it is chosen."""
+    source, family = moe.expert(moe.index(name)), moe.family
+    zeros = family.zeros(int(moe.config["hidden_size"])) if family.zeros else {}
+    kinds = _patterns(family)
+    rows: list[Row] = []
+    for tensor, entry in moe.checkpoint.entries.items():
+        match = LAYER.fullmatch(tensor)
+        prefix, rest = (tensor.removesuffix(match[2]), match[2]) if match else ("", tensor)
+        dtype = moe.checkpoint.flat(tensor, 0, 0).dtype
+        if rest == family.router:
+            rows += [Row(prefix + k, dtype, moe.shape(k), partial(_cast, [(source, k)], prefix, dtype)) for k in kinds]
+        elif rest in zeros:
+            _require_zero(moe, tensor)
+        elif not any(p.fullmatch(rest) for p in kinds.values()):
+            rows.append(Row(tensor, dtype, entry.shape, partial(moe.checkpoint.blocks, tensor)))
+    config = dense_config(family, moe.config)
+    write_weights(out, rows)
+    config.save_pretrained(out)
+
+
+def _require_zero(moe: Moe, tensor: str) -> None:
+    if tensor.endswith("down_proj.weight") and any(bool(block.any()) for block in moe.checkpoint.blocks(tensor)):
+        raise ArtifactError(
+            f"{moe.checkpoint.folder}: {tensor} is not zero, so every token also visits a shared expert, which no "
+            f"{moe.family.dense} model has a place for. Only folders whose shared expert is zero can be made dense."
+        )
+
+
+def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
+    """Config fields in which a dense model, made a mixture, would differ from this one, as `field: ours, its`."""
+    made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where).to_dict()
+    fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "vocab_size", "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings")  # fmt: skip
+    mine = native(moe.config)
+    return [f"{f}: {mine.get(f)!r}, {made.get(f)!r}" for f in fields if mine.get(f) != made.get(f)]
+
+
+def native(config: dict[str, Any]) -> dict[str, Any]:
+    """A parsed config.json with the defaults of its class filled in."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config).to_dict()  # type: ignore[no-any-return]

@@ -1,0 +1,242 @@
+"""A mixture's life after the merge: what each change keeps to the bit, and what the changed model computes."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from btx import lifecycle
+from btx.artifact import write_json
+from btx.checkpoint import Checkpoint, opened
+from btx.errors import ArtifactError, RecipeError
+from btx.families import DENSE
+from btx.lifecycle import Moe
+from btx.routed import find_routers
+from btx.router_fit import MARGIN, Normal, fit_rows, solve, targets
+from tests.conftest import config_of, save_model
+from tests.numerics.test_merge_identities import load, logits, merge
+
+NAMES = ["math", "code", "seed"]
+
+
+@pytest.fixture
+def dense(tmp_path: Path, family: str) -> list[Path]:
+    """Three models of one seed, and a fourth."""
+    return [save_model(tmp_path / f"dense-{i}", config_of(family), noise=0.05 * i) for i in range(4)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, dense: list[Path]) -> Path:
+    """The first three as a mixture whose router is far from even."""
+    out = merge(tmp_path / "moe", dense[:3], top_k=2, router_entropy=0.5)
+    write_json(out / "experts.json", {"experts": NAMES})
+    return out
+
+
+def change(folder: Path, name: str, work: Any) -> Path:
+    """Apply a change to a folder, into one beside it."""
+    out = folder.parent / name
+    out.mkdir()
+    with opened(folder) as checkpoint:
+        work(out, Moe(checkpoint))
+    return out
+
+
+def add(out: Path, moe: Moe, dense: Path, name: str = "law") -> None:
+    """Add a dense model with some router row."""
+    with opened(dense) as model:
+        row = torch.linspace(-0.3, 0.3, int(moe.config["hidden_size"]))
+        lifecycle.add(out, moe, name, lifecycle.from_dense(model, moe, name), lambda layer: row * (layer + 1))
+
+
+def same_files(a: Path, b: Path, *names: str) -> None:
+    """The files are the same to the byte."""
+    for name in names or ("model.safetensors", "config.json", "experts.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
+    return load_file(folder / "model.safetensors")
+
+
+def test_remove_is_the_inverse_of_add_to_the_byte(folder: Path, dense: list[Path]) -> None:
+    larger = change(folder, "larger", lambda out, moe: add(out, moe, dense[3]))
+    back = change(larger, "back", lambda out, moe: lifecycle.remove(out, moe, ["law"]))
+    same_files(folder, back, "model.safetensors", "experts.json")
+    assert Checkpoint(folder).config == Checkpoint(back).config
+    again = change(back, "again", lambda out, moe: add(out, moe, dense[3]))
+    same_files(larger, again)
+
+
+def test_add_keeps_the_bits_of_everything_else_and_has_the_new_expert(
+    folder: Path, dense: list[Path], family: str
+) -> None:
+    larger = change(folder, "larger", lambda out, moe: add(out, moe, dense[3]))
+    old, new = tensors(folder), tensors(larger)
+    router = DENSE[family].router
+    for name, tensor in old.items():
+        if name.endswith(router) or tensor.shape != new[name].shape:
+            assert torch.equal(new[name][:3], tensor)
+        else:
+            assert torch.equal(new[name], tensor)
+    one_hot, wanted = load(larger), load(change(larger, "law", lambda out, moe: lifecycle.extract(out, moe, "law")))
+    assert one_hot.config.num_experts_per_tok == 2
+    only(one_hot, 3)
+    torch.testing.assert_close(logits(one_hot), logits(wanted), atol=1e-5, rtol=0)
+
+
+def only(model: Any, expert: int) -> None:
+    """Send every token to one expert."""
+    for router in find_routers(model).values():
+        router.register_forward_hook(
+            lambda _m, _i, out: (out[0], torch.tensor([1.0, 0.0]).expand_as(out[1]), out[2] * 0 + expert)
+        )
+
+
+@pytest.mark.parametrize("expert", range(3))
+def test_extract_gives_the_dense_model_of_one_expert(folder: Path, dense: list[Path], expert: int) -> None:
+    alone = change(folder, "alone", lambda out, moe: lifecycle.extract(out, moe, NAMES[expert]))
+    model = load(folder)
+    only(model, expert)
+    torch.testing.assert_close(logits(load(alone)), logits(model), atol=1e-5, rtol=0)
+    assert tensors(alone).keys() == tensors(dense[0]).keys()
+    down = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(tensors(alone)[down], tensors(dense[expert])[down])
+
+
+@pytest.mark.parametrize("gone", [["math"], ["seed"], ["1"], ["math", "code"]], ids=str)
+def test_a_removed_expert_is_as_one_that_is_never_chosen(folder: Path, gone: list[str]) -> None:
+    smaller = load(change(folder, "smaller", lambda out, moe: lifecycle.remove(out, moe, gone)))
+    numbers = [NAMES.index(n) if n in NAMES else int(n) for n in gone]
+    kept = [n for n in range(3) if n not in numbers]
+    k = min(2, len(kept))
+    assert smaller.config.num_experts_per_tok == k
+    model = load(folder)
+
+    def without(_m: Any, _i: Any, out: Any) -> Any:
+        weight, index = out[0][:, kept].float().softmax(-1).topk(k, -1)
+        padding = torch.zeros(len(index), 2 - k)
+        index = torch.cat([torch.tensor(kept)[index], padding.long() + kept[0]], 1)
+        return out[0], torch.cat([weight / weight.sum(-1, keepdim=True), padding], 1), index
+
+    for router in find_routers(model).values():
+        router.register_forward_hook(without)
+    torch.testing.assert_close(logits(smaller), logits(model), atol=1e-5, rtol=0)
+
+
+def test_replacing_an_expert_with_itself_changes_no_byte(folder: Path, dense: list[Path], family: str) -> None:
+    def work(out: Path, moe: Moe, with_: Path) -> None:
+        with opened(with_) as model:
+            lifecycle.replace(out, moe, "code", lifecycle.from_dense(model, moe, "code"))
+
+    same = change(folder, "same", lambda out, moe: work(out, moe, dense[1]))
+    found, wanted = tensors(same), tensors(folder)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+    other = tensors(change(folder, "other", lambda out, moe: work(out, moe, dense[3])))
+    changed = {n for n in wanted if not torch.equal(other[n], wanted[n])}
+    assert len(changed) == 2 * (2 if DENSE[family].stacked else 3)
+    assert not any(n.endswith(DENSE[family].router) for n in changed)
+
+
+@pytest.mark.parametrize("off", [["math"], ["code", "seed"]], ids=str)
+def test_what_was_masked_comes_back_with_its_bits_in_its_place(folder: Path, off: list[str]) -> None:
+    def hide(out: Path, moe: Moe) -> None:
+        lifecycle.remove(out, moe, off)
+        lifecycle.keep(out / "masked", moe, off)
+
+    masked = change(folder, "off", hide)
+    removed = change(folder, "removed", lambda out, moe: lifecycle.remove(out, moe, off))
+    same_files(masked, removed)
+
+    def show(out: Path, moe: Moe) -> None:
+        with opened(masked / "masked") as away:
+            lifecycle.unmask(out, moe, away)
+
+    back = change(masked, "on", show)
+    found, wanted = tensors(back), tensors(folder)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+    assert Checkpoint(back).config == Checkpoint(folder).config
+    same_files(back, folder, "experts.json")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    seed = save_model(tmp_path / "seed", config_of("llama"))
+    folder = merge(tmp_path / "moe", [seed] * 2, top_k=2)
+    wide = save_model(tmp_path / "wide", config_of("llama", intermediate_size=64))
+    with opened(folder) as checkpoint, opened(wide) as dense, ExitStack():
+        moe = Moe(checkpoint)
+        assert moe.names == ["0", "1"]
+        with pytest.raises(ArtifactError, match=r"gate_proj\.weight is 64x32, .* are 48x32"):
+            lifecycle.from_dense(dense, moe, "law")
+        with pytest.raises(RecipeError, match="no expert '2'"):
+            lifecycle.remove(tmp_path, moe, ["2"])
+        with pytest.raises(RecipeError, match="no expert left"):
+            lifecycle.remove(tmp_path, moe, ["0", "1"])
+        with pytest.raises(RecipeError, match="an expert '1' already"):
+            lifecycle.add(tmp_path, moe, "1", moe.expert(0), moe.router)
+    with opened(seed) as checkpoint, pytest.raises(ArtifactError, match="no Mixture of Experts"):
+        Moe(checkpoint)
+
+
+# --- the router row of an added expert ---------------------------------------------------------------------
+
+
+def test_the_row_is_the_ridge_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = [Normal.empty(6), Normal.empty(6)]
+    x = [torch.randn(40, 6, generator=generator) for _ in sides]
+    y = [torch.randn(40, generator=generator) for _ in sides]
+    for side, a, b in zip(sides, x, y, strict=True):
+        side.add(a[:15], b[:15])
+        side.add(a[15:], b[15:])
+    row = solve(sides).double().requires_grad_()
+    error = sum(((a.double() @ row - b.double()) ** 2).mean() for a, b in zip(x, y, strict=True))
+    penalty = 1e-3 * sum(side.gram_DD / side.tokens for side in sides).diagonal().mean() * (row**2).sum()
+    (gradient,) = torch.autograd.grad(error + penalty, row)
+    assert gradient.abs().max() < 1e-5
+
+
+def test_targets_are_above_the_best_and_below_the_chosen() -> None:
+    old = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.0, 0.1]])
+    assert torch.allclose(targets(old, k=2, new=True), torch.tensor([0.5, 0.2]) + MARGIN)
+    assert torch.allclose(targets(old, k=2, new=False), torch.tensor([0.3, 0.1]) - MARGIN)
+
+
+def test_a_fitted_row_takes_the_new_domain_and_leaves_the_old_ones(folder: Path, dense: list[Path]) -> None:
+    """Two domains of different tokens: the new expert comes first on one and is hardly chosen on the other."""
+    generator = torch.Generator().manual_seed(1)
+    new = [torch.randint(0, 4, (8, 24), generator=generator)]
+    old = [torch.randint(100, 104, (8, 24), generator=generator)]
+    rows = fit_rows(load(folder), new, old, experts=3)
+    with opened(dense[3]) as model:
+        larger = change(
+            folder, "fitted",
+            lambda out, moe: lifecycle.add(out, moe, "law", lifecycle.from_dense(model, moe, "law"), rows.__getitem__),
+        )  # fmt: skip
+    fitted = load(larger)
+    again = fit_rows(fitted, new, old, experts=3)
+    assert len(again) == len(rows)
+    share = {name: first_choice(fitted, batch[0]) for name, batch in (("new", new), ("old", old))}
+    assert share["new"] > 0.9
+    assert share["old"] < 0.1
+
+
+@torch.inference_mode()
+def first_choice(model: Any, ids: torch.Tensor) -> float:
+    """Share of tokens, over all layers, whose first expert is the last one."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        r.register_forward_hook(lambda _m, _i, out: seen.append(out[2][:, 0])) for r in find_routers(model).values()
+    ]
+    model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return float((torch.cat(seen) == 3).float().mean())
