@@ -18,12 +18,21 @@ if TYPE_CHECKING:
 
 BY_CODE = {e.exit_code: e for e in (RecipeError, ArtifactError, DivergedError, ResourceError, InterruptedRunError)}
 PR_SET_PDEATHSIG = 1
+LAUNCHER = "from btx.launch import accelerate_launch; accelerate_launch()"  # for python -c
 
 
 def die_with_parent() -> None:
     """Ask Linux to send SIGTERM to this process when its parent ends, however it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def accelerate_launch() -> None:
+    """`accelerate launch` in this process, ending with its parent: its processes would outlive btx without it."""
+    die_with_parent()
+    from accelerate.commands.launch import main
+
+    main()
 
 
 def end_process() -> None:
@@ -64,10 +73,10 @@ class Launcher:
         config = self.graph.recipe.run.launch
         start = [sys.executable, "-m"]
         if config:
-            start += ["accelerate.commands.launch", "--config_file", str(Path(config).absolute()), "-m"]
+            start = [sys.executable, "-c", LAUNCHER, "--config_file", str(Path(config).absolute()), "-m"]
         sets = [part for text in self.overrides for part in ("--set", text)]
         argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label]
-        return Job(step.label, argv, _log(step))
+        return Job(step.label, argv, _log(step), launcher=bool(config))
 
 
 def _log(step: Step) -> Path:

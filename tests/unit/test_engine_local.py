@@ -75,6 +75,23 @@ def test_a_job_that_our_signal_meets_before_it_can_save_counts_as_interrupted(tm
     assert Local(1).run([job(tmp_path, "a", code)], interrupt)["a"].code == 75
 
 
+def test_the_exit_code_that_a_launcher_hides_is_the_one_that_its_process_told(tmp_path: Path) -> None:
+    told = job(tmp_path, "told", "print(json.dumps({'error': 'nan', 'code': 4})); sys.exit(1)")
+    silent = job(tmp_path, "silent", "sys.exit(1)")
+    ended = Local(2).run([Job(j.label, j.argv, j.log, launcher=True) for j in (told, silent)], lambda _e: None)
+    assert ended == {"told": Ended(4, "nan"), "silent": Ended(1)}
+
+
+def test_a_launcher_that_our_signal_meets_before_its_processes_can_save_counts_as_interrupted(tmp_path: Path) -> None:
+    def interrupt(event: dict[str, Any]) -> None:
+        if "ready" in event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    code = "signal.signal(15, lambda *a: sys.exit(1))\nprint(json.dumps({'ready': 1, 'label': ''}), flush=True)\n"
+    a = job(tmp_path, "a", code + "time.sleep(60)")
+    assert Local(1).run([Job(a.label, a.argv, a.log, launcher=True)], interrupt)["a"].code == 75
+
+
 def test_a_job_that_is_killed_is_reported_with_its_signal(tmp_path: Path) -> None:
     ended = Local(1).run([job(tmp_path, "a", "import os; os.kill(os.getpid(), 9)")], lambda _e: None)
     assert ended["a"].code == -9
