@@ -205,9 +205,25 @@ def lock(path: Path, *, waiting: Callable[[str], None]) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX)
         stream.seek(0)
         stream.truncate()
-        stream.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        stream.write(f"pid {os.getpid()} on {socket.gethostname()} since {since}{_launch()}")
         stream.flush()
         yield
+
+
+def _launch() -> str:
+    """What tells the processes of one distributed launch from those of others: where they meet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f", launch {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def held_by_launch(path: Path) -> bool:
+    """Whether a process of this process's own distributed launch holds a file lock."""
+    try:
+        return path.read_text(encoding="utf-8").endswith(_launch()) and locked(path)
+    except OSError:
+        return False
 
 
 def locked(path: Path) -> bool:
