@@ -93,13 +93,14 @@ def _sentence(label: str, end: Ended, log: Path) -> str:
     """How one job ended, and where to look."""
     seen = f" Log: {log}" if log.exists() else ""
     if end.code == InterruptedRunError.exit_code:
-        return f"{label}: {end.error}{seen}"
+        return f"{label}: {end.error.removeprefix(f'{label} ')}{seen}"
     if end.code == -signal.SIGKILL:
         return (
             f"{label} was killed (signal 9), as the system does when memory runs out. Give it more, lower "
             f"run.micro_batch or run.workers, or set train.gradient_checkpointing: true.{seen}"
         )
-    return f"{label} failed (exit code {end.code}): {end.error or 'see its log.'}{seen}"
+    why = end.error.removeprefix(f"{label}: ") or "see its log."
+    return f"{label} failed (exit code {end.code}): {why}{seen}"
 
 
 def _raise(ended: dict[str, Ended], jobs: list[Job]) -> None:

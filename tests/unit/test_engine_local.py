@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from btx.engines.local import Ended, Job, Local
-from btx.errors import InterruptedRunError, ResourceError
+from btx.errors import BtxError, InterruptedRunError, ResourceError
 from btx.launch import _raise
 
 
@@ -105,3 +105,14 @@ def test_a_killed_job_is_called_a_lack_of_memory_and_an_interrupted_one_is_not_c
         _raise({"big": Ended(0), "late": Ended(75, "not started, as the run was asked to stop.")}, jobs)
     assert "failed" not in str(caught.value)
     assert "Log:" not in str(caught.value)
+
+
+def test_a_job_is_named_once_in_the_sentence_of_its_end(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "train:a", "")]
+    for end, said in [
+        (Ended(75, "train:a was asked to stop."), "train:a: was asked to stop."),
+        (Ended(4, "train:a: 2 steps in a row."), "train:a failed (exit code 4): 2 steps in a row."),
+    ]:
+        with pytest.raises(BtxError) as caught:
+            _raise({"train:a": end}, jobs)
+        assert str(caught.value) == said
