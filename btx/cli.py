@@ -284,5 +284,6 @@ def one_step(recipe: Path, overrides: tuple[str, ...], label: str) -> None:
         step.build(events.tell)
     except BtxError as error:
         events.tell({"label": label, "error": str(error), "code": error.exit_code})
+        end_process(error.exit_code)
         sys.exit(error.exit_code)
     end_process()

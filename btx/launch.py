@@ -35,16 +35,16 @@ def accelerate_launch() -> None:
     main()
 
 
-def end_process() -> None:
-    """End a process of a distributed training whose work is published, without Python's own clearing up.
+def end_process(code: int = 0) -> None:
+    """End a process of a distributed training, whose work is published or saved, without Python's own clearing up.
 
     Threads of the collectives that are met by it abort the process now and then (seen with gloo: `terminate called
-    without an active exception`), and a step that is done would be reported as failed.
+    without an active exception`), or are waited for without end, and a step that is done would be reported as failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 class Launcher:

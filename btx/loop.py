@@ -269,5 +269,13 @@ class Loop:
         return dict(self.accelerator.get_state_dict(self.model))
 
     def close(self) -> None:
-        """End trackers and process group: the last thing, as gathering the weights still needs the group."""
-        self.accelerator.end_training()
+        """End the trackers, the last thing; of several processes the group is left to `btx.launch.end_process`.
+
+        To free it waits now and then without end for a thread of its own (seen with gloo, in its destructor), and the
+        other processes then wait for this one.
+        """
+        if self.accelerator.num_processes == 1:
+            self.accelerator.end_training()
+        else:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()

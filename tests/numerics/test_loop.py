@@ -229,3 +229,15 @@ def test_processes_decide_together_to_stop_and_by_the_first_ones_clock_to_save(t
             num_processes=2, is_main_process=main, device="cpu", reduce=lambda t, _how, o=others: t + torch.tensor(o)
         )
         assert loop._agreed(asked, due) == agreed
+
+
+def test_of_several_processes_none_frees_the_group_which_may_wait_without_end(tmp_path: Path) -> None:
+    loop = loop_of("dense", tmp_path, "a")
+    for processes, ended in [(2, ["tracker"]), (1, ["all"])]:
+        seen: list[str] = []
+        tracker = SimpleNamespace(finish=lambda seen=seen: seen.append("tracker"))
+        loop.accelerator = SimpleNamespace(
+            num_processes=processes, trackers=[tracker], end_training=lambda seen=seen: seen.append("all")
+        )
+        loop.close()
+        assert seen == ended
