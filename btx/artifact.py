@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from btx.errors import ArtifactError, ResourceError
 
@@ -108,13 +108,18 @@ def publish(
             _rename(attempt, final)
         sync(final.parent)
     except OSError as error:
-        raise ResourceError(
-            f"{final} could not be written: {error.strerror or error}. "
-            "Free space or fix the permissions, then run the same command again."
-        ) from error
+        raise unwritable(final, error) from error
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
     return read_manifest(final)
+
+
+def unwritable(path: Path, error: OSError) -> ResourceError:
+    """What the system refused, as a sentence with the remedy."""
+    return ResourceError(
+        f"{path} could not be written: {error.strerror or error}. "
+        "Free space or fix the permissions, then run the same command again."
+    )
 
 
 def _sweep(final: Path) -> None:
@@ -199,19 +204,41 @@ def lock(path: Path, *, waiting: Callable[[str], None]) -> Iterator[None]:
     The lock is the kernel's (flock): it ends with its process, whatever happens to it. On a shared file system it
     needs one that supports flock between hosts (NFSv4, Lustre with -o flock, GPFS).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as stream:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            waiting(stream.read().strip() or "another process")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        stream.truncate()
-        stream.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        stream.flush()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _take(stack.enter_context(path.open("a+", encoding="utf-8")), waiting)
+        except OSError as error:
+            raise unwritable(path, error) from error
         yield
+
+
+def _take(stream: IO[str], waiting: Callable[[str], None]) -> None:
+    """Wait for the lock of an open file, and write into it who has it now."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        waiting(stream.read().strip() or "another process")
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.ftruncate(stream.fileno(), 0)  # and no buffer, which would be written again on closing when the disk is full
+    os.write(stream.fileno(), f"pid {os.getpid()} on {socket.gethostname()} since {since}{_launch()}".encode())
+
+
+def _launch() -> str:
+    """What tells the processes of one distributed launch from those of others: where they meet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f", launch {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def held_by_launch(path: Path) -> bool:
+    """Whether a process of this process's own distributed launch holds a file lock."""
+    try:
+        return path.read_text(encoding="utf-8").endswith(_launch()) and locked(path)
+    except OSError:
+        return False
 
 
 def locked(path: Path) -> bool:

@@ -22,6 +22,8 @@ from btx.steps.pretrain import Pretrain
 from btx.steps.tokens import TokensStep
 from btx.steps.train import Train
 
+ALONE = ("NO", "MULTI_CPU")  # kinds of accelerate's launch files under which it starts one process, without MPI
+
 
 def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
     """Raise what is wrong with the input of these steps, whose folders will lie under `root`; nothing is written."""
@@ -92,15 +94,34 @@ def check_place(run: RunSettings, root: Path) -> None:
     from btx.model import device_of
 
     choose(run.kernel, device_of(run))
-    if run.launch and not Path(run.launch).is_file():
-        raise RecipeError(
-            f"run.launch: there is no file {Path(run.launch).absolute()}. `accelerate config` writes one; "
-            "relative paths start at the working directory."
-        )
+    if run.launch:
+        check_launch(Path(run.launch).absolute())
     check_trackers(run.report_to)
     above = next(p for p in (root, *root.parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ResourceError(f"run.directory: {above} is no folder that can be written to. Choose another one.")
+
+
+def check_launch(path: Path) -> None:
+    """RecipeError unless `accelerate launch` takes the file, and will start as many processes as it says."""
+    if not path.is_file():
+        raise RecipeError(
+            f"run.launch: there is no file {path}. `accelerate config` writes one; relative paths start at the "
+            "working directory."
+        )
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        about = load_config_from_file(str(path))
+    except Exception as error:  # it checks little itself, so that wrong content ends in any of several kinds
+        why = " ".join(str(error).split())
+        raise RecipeError(f"run.launch: {path} is no file that accelerate takes ({why}). Write it anew.") from error
+    kind = str(getattr(about.distributed_type, "value", about.distributed_type))
+    if kind in ALONE and int(about.num_processes or 1) > 1:
+        raise RecipeError(
+            f"run.launch: {path} asks for {about.num_processes} processes, of which accelerate starts one alone "
+            f"under distributed_type: {kind}. Set MULTI_GPU (on CPUs with use_cpu: true) or FSDP."
+        )
 
 
 def check_trackers(names: list[str]) -> None:

@@ -253,6 +253,7 @@ def one_step(recipe: Path, overrides: tuple[str, ...], label: str) -> None:
         step: Step = graph_of(recipe, overrides).steps[label]
         step.build(events.tell)
     except BtxError as error:
-        events.tell({"label": label, "error": str(error)})
+        events.tell({"label": label, "error": str(error), "code": error.exit_code})
+        end_process(error.exit_code)
         sys.exit(error.exit_code)
     end_process()

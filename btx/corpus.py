@@ -108,6 +108,8 @@ def _files(path: Path, base: Path, where: str) -> list[str]:
 
 def hint(path: Path) -> str:
     """A clause that says what was probably meant by a path that does not exist."""
+    if path.is_file():
+        return " (it is a file)"
     if any(sign in str(path) for sign in "*?["):
         return " (no file matches)"
     if not path.parent.is_dir():

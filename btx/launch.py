@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BY_CODE = {e.exit_code: e for e in (RecipeError, ArtifactError, DivergedError, ResourceError, InterruptedRunError)}
 PR_SET_PDEATHSIG = 1
+LAUNCHER = "from btx.launch import accelerate_launch; accelerate_launch()"  # for python -c
 
 
 def die_with_parent() -> None:
@@ -26,16 +27,24 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def end_process() -> None:
-    """End a process of a distributed training whose work is published, without Python's own clearing up.
+def accelerate_launch() -> None:
+    """`accelerate launch` in this process, ending with its parent: its processes would outlive btx without it."""
+    die_with_parent()
+    from accelerate.commands.launch import main
+
+    main()
+
+
+def end_process(code: int = 0) -> None:
+    """End a process of a distributed training, whose work is published or saved, without Python's own clearing up.
 
     Threads of the collectives that are met by it abort the process now and then (seen with gloo: `terminate called
-    without an active exception`), and a step that is done would be reported as failed.
+    without an active exception`), or are waited for without end, and a step that is done would be reported as failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 class Launcher:
@@ -64,10 +73,10 @@ class Launcher:
         config = self.graph.recipe.run.launch
         start = [sys.executable, "-m"]
         if config:
-            start += ["accelerate.commands.launch", "--config_file", str(Path(config).absolute()), "-m"]
+            start = [sys.executable, "-c", LAUNCHER, "--config_file", str(Path(config).absolute()), "-m"]
         sets = [part for text in self.overrides for part in ("--set", text)]
         argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label]
-        return Job(step.label, argv, _log(step))
+        return Job(step.label, argv, _log(step), launcher=bool(config))
 
 
 def _log(step: Step) -> Path:
@@ -84,13 +93,14 @@ def _sentence(label: str, end: Ended, log: Path) -> str:
     """How one job ended, and where to look."""
     seen = f" Log: {log}" if log.exists() else ""
     if end.code == InterruptedRunError.exit_code:
-        return f"{label}: {end.error}{seen}"
+        return f"{label}: {end.error.removeprefix(f'{label} ')}{seen}"
     if end.code == -signal.SIGKILL:
         return (
             f"{label} was killed (signal 9), as the system does when memory runs out. Give it more, lower "
             f"run.micro_batch or run.workers, or set train.gradient_checkpointing: true.{seen}"
         )
-    return f"{label} failed (exit code {end.code}): {end.error or 'see its log.'}{seen}"
+    why = end.error.removeprefix(f"{label}: ") or "see its log."
+    return f"{label} failed (exit code {end.code}): {why}{seen}"
 
 
 def _raise(ended: dict[str, Ended], jobs: list[Job]) -> None:

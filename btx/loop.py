@@ -152,12 +152,13 @@ class Loop:
             while self.step < self.steps:
                 metrics.record(self._one_step())
                 self.step += 1
-                if self.step < self.steps and (stop.asked or self._due(saved)):
+                asked, due = self._agreed(stop.asked, self._due(saved))
+                if self.step < self.steps and (asked or due):
                     save_state(self.work, self.accelerator, self.model, self.optimizer, self.step)
                     saved = time.monotonic()
-                if stop.asked and self.step < self.steps:
+                if asked and self.step < self.steps:
                     raise InterruptedRunError(
-                        f"{self.label} was asked to stop ({stop.asked}); its state at step "
+                        f"{self.label} was asked to stop ({asked}); its state at step "
                         f"{self.step} is saved. Run the same command again to go on."
                     )
         return Outcome(
@@ -172,6 +173,17 @@ class Loop:
             precision=self.precision,
             epochs=self.stream.epochs,
         )
+
+    def _agreed(self, asked: str, due: bool) -> tuple[str, bool]:
+        """Whether any process was asked to stop, and whether the first one's clock says that a state is due.
+
+        Saving is a collective, and signals and clocks reach processes at different steps: all must decide alike.
+        """
+        if self.accelerator.num_processes == 1:
+            return asked, due
+        votes = torch.tensor([bool(asked), due and self.accelerator.is_main_process], dtype=torch.float32)
+        stop, save = self.accelerator.reduce(votes.to(self.accelerator.device), "sum").tolist()
+        return asked or ("a signal to another process" if stop else ""), save > 0
 
     def _due(self, saved: float) -> bool:
         if self.where.checkpoint_steps:
@@ -257,5 +269,13 @@ class Loop:
         return dict(self.accelerator.get_state_dict(self.model))
 
     def close(self) -> None:
-        """End trackers and process group: the last thing, as gathering the weights still needs the group."""
-        self.accelerator.end_training()
+        """End the trackers, the last thing; of several processes the group is left to `btx.launch.end_process`.
+
+        To free it waits now and then without end for a thread of its own (seen with gloo, in its destructor), and the
+        other processes then wait for this one.
+        """
+        if self.accelerator.num_processes == 1:
+            self.accelerator.end_training()
+        else:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()

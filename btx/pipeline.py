@@ -290,5 +290,10 @@ def link(root: Path, step: Step) -> None:
     if short.is_symlink() and Path(os.readlink(short)) == target:
         return
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(short)
+    try:
+        fresh.symlink_to(target)
+        fresh.replace(short)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        said = f"{short} cannot be made a link to {target}: {error.strerror}."
+        raise ResourceError(f"{said} Move away what is there, then run the same command again.") from error

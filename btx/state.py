@@ -108,6 +108,7 @@ def load_state(work: Path, accelerator: Any, model: nn.Module, optimizer: Any) -
 
 
 def _restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    from accelerate.utils import broadcast_object_list
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_state_dict
 
     flat = load_file(folder / "optimizer.safetensors")
@@ -115,10 +116,13 @@ def _restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
     for name, tensor in flat.items():
         parameter, key = name.rsplit("|", 1)
         state.setdefault(parameter, {})[key] = tensor
-    current = get_optimizer_state_dict(model, optimizer.optimizer, options=_options())
+    current = get_optimizer_state_dict(
+        model, optimizer.optimizer, options=_options()
+    )  # whole on the first process only
+    groups = broadcast_object_list([current.get("param_groups")])[0]
     set_state_dict(
         model, optimizer.optimizer,
         model_state_dict=load_file(folder / "model.safetensors"),
-        optim_state_dict={"state": state, "param_groups": current["param_groups"]},
+        optim_state_dict={"state": state, "param_groups": groups},
         options=_options(load=True),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from btx import __version__
-from btx.artifact import STATES, fingerprint, is_published, lock, publish, read_manifest, verify_once
+from btx.artifact import STATES, fingerprint, held_by_launch, is_published, lock, publish, read_manifest, verify_once
 from btx.errors import ArtifactError
 from btx.settings import RunSettings, Settings, execution
 
@@ -105,7 +105,7 @@ class Step(BaseModel):
         """Run and publish, unless it is done; one process at a time does it, others wait and find it done."""
 
         if int(os.environ.get("RANK", "0")):
-            self._help(tell)
+            self._help()
             return
 
         def waiting(owner: str) -> None:
@@ -121,8 +121,15 @@ class Step(BaseModel):
                 )
             self._attempt(tell)
 
-    def _help(self, tell: Tell) -> None:
-        """As a further process of a distributed training: compute with the first one, which alone publishes."""
+    def _help(self) -> None:
+        """As a further process of a distributed training: compute with the first one, which alone publishes.
+
+        The first one may have to wait for the lock, and find the step done by others: then there is nothing to help.
+        """
+        while not held_by_launch(self.work.with_suffix(".lock")):
+            if self.done:
+                return
+            time.sleep(0.5)
         with tempfile.TemporaryDirectory() as scratch:
             self.run(Path(scratch), self.work, lambda _event: None)
 

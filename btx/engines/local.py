@@ -20,6 +20,7 @@ from typing import Any
 from btx.signals import Stop
 
 Tell = Callable[[dict[str, Any]], None]
+LAUNCHER_FAILED = 1  # what torchrun and its like end with, whatever their processes ended with
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Job:
     label: str
     argv: list[str]
     log: Path
+    launcher: bool = False  # whether it is a launcher of processes, whose own exit code says nothing of theirs
 
 
 @dataclass
@@ -45,6 +47,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     slot: int
     error: str = ""
+    code: int = 0  # that its last word ends with
     asked: bool = False
 
 
@@ -99,19 +102,23 @@ class Local:
             ended[label] = _end(one)
             tell({"label": label, "ended": ended[label].code})
         elif "error" in event:
-            running[label].error = str(event["error"])
+            running[label].error, running[label].code = str(event["error"]), int(event.get("code", 0))
         else:
             tell(event)
 
 
 def _end(one: _Running) -> Ended:
-    """A job that our signal met outside its loop, where it has nothing to save, was interrupted like the others."""
+    """How a job ended; the exit code that a launcher hides is the one that its process told.
+
+    A job that our signal met outside its loop, where it has nothing to save, was interrupted like the others.
+    """
     code = one.process.wait()
-    if one.asked and code == -signal.SIGTERM:
+    hidden = one.job.launcher and code == LAUNCHER_FAILED
+    if one.asked and not one.error and (hidden or code == -signal.SIGTERM):
         return Ended(
             os.EX_TEMPFAIL, "was asked to stop. Run the same command again to go on from its last saved state."
         )
-    return Ended(code, one.error)
+    return Ended((one.code or code) if hidden else code, one.error)
 
 
 def _listen(label: str, process: subprocess.Popen[bytes], events: queue.Queue[Any]) -> None:

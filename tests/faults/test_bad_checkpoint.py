@@ -273,3 +273,8 @@ def test_links_into_the_blobs_of_a_hugging_face_cache_are_followed(world: World)
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"sha-of-{file.name}")
     world.set("seed.checkpoint", str(snapshot))
     world.examine()
+
+
+def test_a_file_in_the_place_of_a_folder_is_called_one(world: World) -> None:
+    world.set("seed.checkpoint", "seed/config.json")
+    refused(world.write(), world.runs, 3, ("seed.checkpoint", "no folder", "config.json (it is a file)"))

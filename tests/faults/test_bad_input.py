@@ -46,6 +46,16 @@ def raw(content: bytes, name: str = "math.jsonl") -> Break:
     return do
 
 
+def launch(text: str) -> Break:
+    """Name a launch file that holds this text."""
+
+    def do(world: World) -> None:
+        (world.root / "two.yaml").write_text(text)
+        world.set("run.launch", str(world.root / "two.yaml"))
+
+    return do
+
+
 GOOD = b'{"text": "a line that is good"}\n'
 RECIPES: dict[str, tuple[Break, tuple[str, ...]]] = {
     "unknown section": (setting("trian", {}), ("trian", "no such key", "'train'")),
@@ -131,6 +141,12 @@ RECIPES: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "unknown kernel": (setting("run.kernel", "groupd_mm"), ("run.kernel", "'groupd_mm'", "'grouped_mm'")),
     "no launch file": (setting("run.launch", "nowhere.yaml"), ("run.launch", "nowhere.yaml", "accelerate config")),
+    "launch file of nothing": (launch("{}"), ("run.launch", "two.yaml", "distributed_type", "Write it anew")),
+    "launch file that is no mapping": (launch("[1"), ("run.launch", "two.yaml", "Write it anew")),
+    "launch file of which one process comes": (
+        launch("{distributed_type: MULTI_CPU, num_processes: 2, use_cpu: true}"),
+        ("run.launch", "2 processes", "MULTI_CPU", "MULTI_GPU", "FSDP"),
+    ),
     "odd heads of a builtin seed": (
         setting("seed", {"checkpoint": "builtin", "builtin": {"hidden_size": 30}}),
         ("seed.builtin:", "hidden_size (30)", "multiple"),

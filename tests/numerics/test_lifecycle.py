@@ -215,18 +215,17 @@ def test_a_fitted_row_takes_the_new_domain_and_leaves_the_old_ones(folder: Path,
     generator = torch.Generator().manual_seed(1)
     new = [torch.randint(0, 4, (8, 24), generator=generator)]
     old = [torch.randint(100, 104, (8, 24), generator=generator)]
-    rows = fit_rows(load(folder), new, old, experts=3)
+    fitted = load(folder)
     with opened(dense[3]) as model:
-        larger = change(
-            folder, "fitted",
-            lambda out, moe: lifecycle.add(out, moe, "law", lifecycle.from_dense(model, moe, "law"), rows.__getitem__),
-        )  # fmt: skip
-    fitted = load(larger)
-    again = fit_rows(fitted, new, old, experts=3)
-    assert len(again) == len(rows)
-    share = {name: first_choice(fitted, batch[0]) for name, batch in (("new", new), ("old", old))}
-    assert share["new"] > 0.9
-    assert share["old"] < 0.1
+        for round_ in range(2):  # as btx moe does: what a layer sees changes with the layers before it
+            rows = fit_rows(fitted, new, old, experts=3)
+
+            def grow(out: Path, moe: Moe, rows: Any = rows) -> None:
+                lifecycle.add(out, moe, "law", lifecycle.from_dense(model, moe, "law"), rows.__getitem__)
+
+            fitted = load(change(folder, f"fitted-{round_}", grow))
+    assert first_choice(fitted, new[0]) > 0.9
+    assert first_choice(fitted, old[0]) < 0.1
 
 
 @torch.inference_mode()

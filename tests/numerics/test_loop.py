@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,3 +214,30 @@ def test_the_schedule_warms_up_and_falls_to_a_tenth() -> None:
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     middle = 10 + 89 / 2
     assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx(0.55, abs=1e-3)
+
+
+def test_processes_decide_together_to_stop_and_by_the_first_ones_clock_to_save(tmp_path: Path) -> None:
+    """A signal or a clock may reach one process a step before the other, and a save by one alone never ends."""
+    loop = loop_of("dense", tmp_path, "a")
+    for main, others, asked, due, agreed in [
+        (True, [1.0, 0.0], "", False, ("a signal to another process", False)),
+        (True, [0.0, 0.0], "SIGTERM", True, ("SIGTERM", True)),
+        (False, [0.0, 0.0], "", True, ("", False)),
+        (False, [0.0, 1.0], "", False, ("", True)),
+    ]:
+        loop.accelerator = SimpleNamespace(
+            num_processes=2, is_main_process=main, device="cpu", reduce=lambda t, _how, o=others: t + torch.tensor(o)
+        )
+        assert loop._agreed(asked, due) == agreed
+
+
+def test_of_several_processes_none_frees_the_group_which_may_wait_without_end(tmp_path: Path) -> None:
+    loop = loop_of("dense", tmp_path, "a")
+    for processes, ended in [(2, ["tracker"]), (1, ["all"])]:
+        seen: list[str] = []
+        tracker = SimpleNamespace(finish=lambda seen=seen: seen.append("tracker"))
+        loop.accelerator = SimpleNamespace(
+            num_processes=processes, trackers=[tracker], end_training=lambda seen=seen: seen.append("all")
+        )
+        loop.close()
+        assert seen == ended

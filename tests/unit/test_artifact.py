@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from btx.artifact import (
     write_json,
 )
 from btx.errors import ArtifactError, ResourceError
+from btx.pipeline import link
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -223,3 +225,29 @@ def test_a_lock_is_seen_from_outside(tmp_path: Path) -> None:
     with lock(path, waiting=lambda _owner: None):
         assert locked(path)
     assert not locked(path)
+
+
+def test_a_lock_that_cannot_be_written_is_a_resource_error_and_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_handle: int, _text: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("btx.artifact.os.write", full)
+    with (
+        pytest.raises(ResourceError, match=r"a\.lock could not be written: No space left on device\. Free space"),
+        lock(tmp_path / "a.lock", waiting=lambda _owner: None),
+    ):
+        pytest.fail("the lock was taken")
+    assert not locked(tmp_path / "a.lock")
+
+
+def test_a_folder_in_the_place_of_a_short_name_is_left_alone_and_told(tmp_path: Path) -> None:
+    step = SimpleNamespace(kind="export", folder=tmp_path / "steps" / "export-1")
+    link(tmp_path, step)
+    assert (tmp_path / "export").readlink() == Path("steps/export-1")
+    (tmp_path / "export").unlink()
+    (tmp_path / "export").mkdir()
+    with pytest.raises(ResourceError, match=r"export cannot be made a link .*: Is a directory\. Move away"):
+        link(tmp_path, step)
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from btx.engines.local import Ended, Job, Local
-from btx.errors import InterruptedRunError, ResourceError
+from btx.errors import BtxError, InterruptedRunError, ResourceError
 from btx.launch import _raise
 
 
@@ -75,6 +75,23 @@ def test_a_job_that_our_signal_meets_before_it_can_save_counts_as_interrupted(tm
     assert Local(1).run([job(tmp_path, "a", code)], interrupt)["a"].code == 75
 
 
+def test_the_exit_code_that_a_launcher_hides_is_the_one_that_its_process_told(tmp_path: Path) -> None:
+    told = job(tmp_path, "told", "print(json.dumps({'error': 'nan', 'code': 4})); sys.exit(1)")
+    silent = job(tmp_path, "silent", "sys.exit(1)")
+    ended = Local(2).run([Job(j.label, j.argv, j.log, launcher=True) for j in (told, silent)], lambda _e: None)
+    assert ended == {"told": Ended(4, "nan"), "silent": Ended(1)}
+
+
+def test_a_launcher_that_our_signal_meets_before_its_processes_can_save_counts_as_interrupted(tmp_path: Path) -> None:
+    def interrupt(event: dict[str, Any]) -> None:
+        if "ready" in event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    code = "signal.signal(15, lambda *a: sys.exit(1))\nprint(json.dumps({'ready': 1, 'label': ''}), flush=True)\n"
+    a = job(tmp_path, "a", code + "time.sleep(60)")
+    assert Local(1).run([Job(a.label, a.argv, a.log, launcher=True)], interrupt)["a"].code == 75
+
+
 def test_a_job_that_is_killed_is_reported_with_its_signal(tmp_path: Path) -> None:
     ended = Local(1).run([job(tmp_path, "a", "import os; os.kill(os.getpid(), 9)")], lambda _e: None)
     assert ended["a"].code == -9
@@ -88,3 +105,14 @@ def test_a_killed_job_is_called_a_lack_of_memory_and_an_interrupted_one_is_not_c
         _raise({"big": Ended(0), "late": Ended(75, "not started, as the run was asked to stop.")}, jobs)
     assert "failed" not in str(caught.value)
     assert "Log:" not in str(caught.value)
+
+
+def test_a_job_is_named_once_in_the_sentence_of_its_end(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "train:a", "")]
+    for end, said in [
+        (Ended(75, "train:a was asked to stop."), "train:a: was asked to stop."),
+        (Ended(4, "train:a: 2 steps in a row."), "train:a failed (exit code 4): 2 steps in a row."),
+    ]:
+        with pytest.raises(BtxError) as caught:
+            _raise({"train:a": end}, jobs)
+        assert str(caught.value) == said
