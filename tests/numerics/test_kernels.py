@@ -180,6 +180,19 @@ def test_a_wrong_expert_offset_is_caught(name: str, monkeypatch: pytest.MonkeyPa
         compare(function, WANTED, torch.float32)
 
 
+def test_a_wrong_expert_offset_is_caught_in_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = kernel("sparse")
+    module: Any = inspect.getmodule(function)
+    right = module._columns
+
+    def shifted(ends_E: Tensor, rows: int, columns: int) -> Tensor:
+        return (right(ends_E, rows, columns) + columns) % (columns * len(ends_E))
+
+    monkeypatch.setattr(module, "_columns", shifted)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(function, WANTED, torch.float32)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("wanted", range(4), ids=["x", "gate_up", "down", "weight"])
 def test_a_gradient_alone_is_what_it_is_among_all(name: str, wanted: int) -> None:
