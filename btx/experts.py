@@ -70,10 +70,15 @@ def choose(name: str, device: torch.device) -> str:
 def use_kernel(model: nn.Module, name: str) -> None:
     """Run a native MoE model's experts on a kernel by name; does nothing to a dense model.
 
-    RecipeError when the model's experts are of a kind that the kernel does not compute.
+    RecipeError when the model's experts are of a kind that the kernel does not compute, or not to be put on any.
     """
     found = [m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "num_experts")]
     if not found:
+        if name != "eager" and any(hasattr(m, "num_experts") for m in model.modules()):
+            raise RecipeError(
+                f"run.kernel: the experts of {type(model).__name__} cannot be put on {name}, since this transformers "
+                "computes them by a loop of their own (GraniteMoE before transformers 5.13). Use kernel: eager."
+            )
         return
     if name in ours():
         for module in found:

@@ -61,7 +61,7 @@ def tensors(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[T
     weight = torch.rand(t, k, generator=chance, dtype=torch.float64).to(kind).to(device)
     grad, index = normal(t, d), index.to(device)
     if case.strided:
-        x, weight, grad, index = (a.T.contiguous().T for a in (x, weight, grad, index))
+        x, weight, grad, index, gate_up, down = (a.mT.contiguous().mT for a in (x, weight, grad, index, gate_up, down))
     return [x, gate_up, down, weight], index, grad
 
 

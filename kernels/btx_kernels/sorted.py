@@ -2,7 +2,8 @@
 
 For the CPU, and any device that has matrix products. Runs in every floating type, float64 included. What it saves:
 
-- Every product writes into its place of a buffer; nothing of the size of all experts is made or cleared per expert.
+- Every product goes into its place of a buffer, and by the faster library (`_products`); nothing of the size of all
+  experts is made or cleared per expert.
 - Between the passes it keeps the pre-activations (S, 2F) and the experts' outputs (S, D). The gathered inputs and the
   activations are made again, which costs 2 % of the backward pass; buffers for them have one expert's rows, stay in the
   cache and are used again from expert to expert.
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from btx_kernels._order import order
+from btx_kernels._products import product
 
 SILU, SILU_BACKWARD = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
 CACHED = 2**18  # numbers worked on at once where every one is touched several times: they stay in a core's cache
@@ -52,9 +54,9 @@ class _Sorted(torch.autograd.Function):
                 continue
             x_ND = torch.index_select(x_TD, 0, token_S[a:b], out=buffer.of(0, b - a, x_TD.shape[1]))
             hidden_NF = hidden_SF[a:b] if keep else buffer.of(2, b - a, gate_up_EFD.shape[1])
-            gate_NF, up_NF = torch.mm(x_ND, gate_up_EFD[e].T, out=hidden_NF).chunk(2, dim=1)
+            gate_NF, up_NF = product(x_ND, gate_up_EFD[e].T, hidden_NF).chunk(2, dim=1)
             act_NF = SILU(gate_NF, out=buffer.of(1, b - a, up_NF.shape[1])).mul_(up_NF)
-            torch.mm(act_NF, down_EDF[e].T, out=out_SD[a:b])
+            product(act_NF, down_EDF[e].T, out_SD[a:b])
         ctx.save_for_backward(x_TD, gate_up_EFD, down_EDF, weight_TK, hidden_SF, out_SD, *by_expert[:2])
         ctx.runs = runs
         return _sum(out_SD, by_expert.place_S, weight_TK, index_TK.shape[1])
@@ -84,19 +86,19 @@ class _Sorted(torch.autograd.Function):
             gate_NF, up_NF = hidden_SF[a:b].chunk(2, dim=1)
             silu_NF = SILU(gate_NF, out=buffer.of(1, n, half))
             if grad_down_EDF is not None:
-                torch.mm(grad_ND.T, torch.mul(silu_NF, up_NF, out=buffer.of(2, n, half)), out=grad_down_EDF[e])
+                product(grad_ND.T, torch.mul(silu_NF, up_NF, out=buffer.of(2, n, half)), grad_down_EDF[e])
             if not (wants_x or wants_up):
                 continue
-            grad_act_NF = torch.mm(grad_ND, down_EDF[e], out=buffer.of(2, n, half))
+            grad_act_NF = product(grad_ND, down_EDF[e], buffer.of(2, n, half))
             grad_hidden_NF = buffer.of(3, n, 2 * half)
             grad_gate_NF, grad_up_NF = grad_hidden_NF.chunk(2, dim=1)
             torch.mul(grad_act_NF, silu_NF, out=grad_up_NF)
             SILU_BACKWARD(grad_act_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
             if grad_up_EFD is not None:
                 x_ND = torch.index_select(x_TD, 0, tokens[a:b], out=buffer.of(0, n, width))
-                torch.mm(grad_hidden_NF.T, x_ND, out=grad_up_EFD[e])
+                product(grad_hidden_NF.T, x_ND, grad_up_EFD[e])
             if grad_x_SD is not None:
-                torch.mm(grad_hidden_NF, gate_up_EFD[e], out=grad_x_SD[a:b])
+                product(grad_hidden_NF, gate_up_EFD[e], grad_x_SD[a:b])
         grad_x_TD = None if grad_x_SD is None else _sum(grad_x_SD, place_S, None, weight_TK.shape[1])
         return grad_x_TD, grad_up_EFD, grad_down_EDF, None, grad_weight_S.view_as(weight_TK), None
 

@@ -70,8 +70,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, gate_up_EFD, down_EDF, index_TK, weight_TK, hidden_SF = ctx.saved_tensors[:6]
-        by_expert, grad_TD = Order(*ctx.saved_tensors[6:]), grad_TD.contiguous()
+        x_TD, gate_up_EFD, down_EDF, index_TK, weight_TK, hidden_SF, *sorted_S = ctx.saved_tensors  # to be read once
+        by_expert, grad_TD = Order(*sorted_S), grad_TD.contiguous()
         (tokens, width), (count, _, half) = x_TD.shape, down_EDF.shape
         wants_x, wants_up, wants_down = ctx.needs_input_grad[:3]
         if not tokens:

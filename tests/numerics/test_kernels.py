@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from btx_kernels import _order, reference
+from btx_kernels import _order, _products, reference
 from hypothesis import example, given, settings
 from torch import Tensor
 
@@ -75,6 +75,44 @@ def test_sorted_equals_the_reference(dtype: torch.dtype, case: Case) -> None:
     compare(kernel("sorted"), case, dtype)
 
 
+ONEDNN = [
+    Case(300, 2, 3, 96, 130),
+    Case(301, 1, 4, 65, 67, "one", strided=True),
+    Case(257, 3, 5, 129, 33, "away"),
+    Case(120, 2, 3, 40, 64, "few", strided=True),
+]
+
+
+@pytest.mark.parametrize("case", ONEDNN, ids=str)
+def test_sorted_equals_the_reference_by_onednns_products(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+
+    def onednn(a: Tensor, *others: Any) -> Tensor:
+        asked.append(a)
+        return torch.ops.mkldnn._linear_pointwise(a, *others)
+
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this torch has no such product")
+    monkeypatch.setattr(_products, "SMALL", 0)
+    monkeypatch.setattr(_products, "_onednn", lambda: onednn)
+    compare(kernel("sorted"), case, torch.float32)
+    assert len(asked) % 6 == 0
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "onednn"),
+    [("AVX512", "AuthenticAMD", True), ("AVX2", "AuthenticAMD", False), ("AVX512", "GenuineIntel", False)],
+)
+def test_float32_products_leave_mkl_where_it_lacks_avx512_alone(
+    capability: str, vendor: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(_products, "_processor", lambda: f"vendor_id : {vendor}")
+    found = _products._onednn.__wrapped__()
+    assert (found is not None) == (onednn and torch.backends.mkldnn.is_available())
+
+
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(case=cases(most=36))
 @example(case=Case(0, 2, 3, 8, 8))
@@ -138,6 +176,19 @@ def test_a_wrong_expert_offset_is_caught(name: str, monkeypatch: pytest.MonkeyPa
         return found._replace(ends_E=torch.cat([found.ends_E[:1] - 1, found.ends_E[1:]]))
 
     monkeypatch.setattr(inspect.getmodule(function), "order", shifted)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(function, WANTED, torch.float32)
+
+
+def test_a_wrong_expert_offset_is_caught_in_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = kernel("sparse")
+    module: Any = inspect.getmodule(function)
+    right = module._columns
+
+    def shifted(ends_E: Tensor, rows: int, columns: int) -> Tensor:
+        return (right(ends_E, rows, columns) + columns) % (columns * len(ends_E))
+
+    monkeypatch.setattr(module, "_columns", shifted)
     with pytest.raises(AssertionError, match="off by"):
         compare(function, WANTED, torch.float32)
 

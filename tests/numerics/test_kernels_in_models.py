@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from btx.errors import RecipeError, ResourceError
 from btx.experts import HUB, absent, choose, known, ours, use_kernel
-from tests.moe_models import FAMILIES, build, forward
+from tests.moe_models import FAMILIES, build, forward, use_checkpointing
 
 CPU = torch.device("cpu")
 HERE = [name for name in known() if name not in HUB]
@@ -89,6 +89,16 @@ def test_a_model_under_accelerates_bf16_trains_on_sorted_with_finite_gradients()
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in grads)
 
 
+@pytest.mark.parametrize("name", ours())
+def test_gradient_checkpointing_changes_no_gradient_on_our_kernels(name: str) -> None:
+    plain, checkpointed = (on(build("mixtral", num_hidden_layers=1).train(), name) for _ in range(2))
+    assert use_checkpointing(checkpointed) == 1
+    for model in (plain, checkpointed):
+        forward(model).loss.backward()
+    for (path, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=lambda text, path=path: f"{path}: {text}")
+
+
 def test_unknown_kernels_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(RecipeError, match="grouped_mm"):
         choose("groupedmm", CPU)
@@ -131,6 +141,16 @@ def test_experts_with_a_gate_of_their_own_are_refused(monkeypatch: pytest.Monkey
 
 def test_a_dense_model_is_left_as_it_is() -> None:
     use_kernel(nn.Linear(2, 2), "sorted")
+
+
+@pytest.mark.parametrize("name", ["sorted", "grouped_mm"])
+def test_experts_with_a_loop_of_their_own_are_refused_not_left_on_it_in_silence(name: str) -> None:
+    experts = nn.Linear(2, 2)
+    experts.num_experts = 4  # as GraniteMoE's in transformers 5.10
+    model = nn.Sequential(experts)
+    use_kernel(model, "eager")
+    with pytest.raises(RecipeError, match="kernel: eager"):
+        use_kernel(model, name)
 
 
 def test_a_kernel_whose_packages_are_absent_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
