@@ -189,12 +189,17 @@ def replace(out: Path, moe: Moe, name: str, source: Source) -> None:
     write_changed(out, moe, experts, moe.router)
 
 
-def add(out: Path, moe: Moe, name: str, source: Source, rows: Callable[[int], torch.Tensor]) -> None:
-    """Write the folder with one more expert, the last; `rows(layer)` gives its row (D,) of each router."""
+def require_new(moe: Moe, name: str) -> None:
+    """RecipeError for a name that an expert has already."""
     if name in moe.names:
         raise RecipeError(
             f"{moe.checkpoint.folder} has an expert {name!r} already. Use `btx moe replace`, or another name."
         )
+
+
+def add(out: Path, moe: Moe, name: str, source: Source, rows: Callable[[int], torch.Tensor]) -> None:
+    """Write the folder with one more expert, the last; `rows(layer)` gives its row (D,) of each router."""
+    require_new(moe, name)
     experts: dict[str, int | Source] = {n: e for e, n in enumerate(moe.names)}
     old = moe.router
     write_changed(out, moe, {**experts, name: source},

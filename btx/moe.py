@@ -186,6 +186,7 @@ def extract(work: Work, name: str) -> None:
 
 def add(work: Work, name: str, expert: Path) -> None:
     """Write the mixture with one more expert, its router rows found by ridge regression."""
+    lifecycle.require_new(work.moe, name)
     if name not in work.texts or len(work.texts) < 2:
         raise RecipeError(
             f"add needs text to find the router's rows by: --data {name}=PATH of the new expert's own domain, and "

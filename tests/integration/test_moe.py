@@ -1,0 +1,102 @@
+"""`btx moe` on a real export, as a user calls it: each verb's folder loads, checks, and is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from btx.cli import main
+from tests.conftest import write_project
+from tests.integration.test_run import btx
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico project, run to its export."""
+    folder = tmp_path_factory.mktemp("project")
+    write_project(folder)
+    btx("export", "recipe.yaml", cwd=folder)
+    return folder
+
+
+def call(project: Path, *words: str, code: int = 0, data: bool = True) -> str:
+    """`btx moe` with these words."""
+    texts = [part for d in ("math", "code") for part in ("--data", f"{d}={project}/corpora/{d}.jsonl")] if data else []
+    result = CliRunner().invoke(main, ["moe", *words, *texts])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def check(folder: Path) -> None:
+    """`btx check` says yes."""
+    result = CliRunner().invoke(main, ["check", str(folder)])
+    assert result.exit_code == 0, result.output
+
+
+def expert(project: Path, domain: str) -> str:
+    """The folder of a trained expert."""
+    return str(next((project / "runs/pico/steps").glob(f"train-{domain}-*")))
+
+
+def test_an_expert_leaves_and_comes_back(project: Path, tmp_path: Path) -> None:
+    export = project / "runs/pico/export"
+    without, back = tmp_path / "without", tmp_path / "back"
+    said = call(project, "remove", str(export), "--name", "code", "--out", str(without))
+    assert "| before |" in said
+    assert "| change |" in said
+    check(without)
+    call(project, "add", str(without), expert(project, "code"), "--name", "code", "--out", str(back))
+    check(back)
+    card = (back / "README.md").read_text()
+    assert "btx moe add code" in card
+    assert "| change |" in card
+    again = tmp_path / "again"
+    call(project, "remove", str(back), "--name", "code", "--out", str(again), data=False)
+    for name in ("model.safetensors", "config.json", "experts.json", "tokenizer.json"):
+        assert (again / name).read_bytes() == (without / name).read_bytes(), name
+
+
+def test_masked_experts_lie_beside_and_come_back(project: Path, tmp_path: Path) -> None:
+    export, off, on = project / "runs/pico/export", tmp_path / "off", tmp_path / "on"
+    call(project, "mask", str(export), "--name", "math", "--out", str(off), data=False)
+    check(off)
+    call(project, "unmask", str(off), "--out", str(on), data=False)
+    check(on)
+    found, wanted = (load_file(f / "model.safetensors") for f in (on, export))
+    assert found.keys() == wanted.keys()
+    assert all((found[n] == wanted[n]).all() for n in wanted)
+
+
+def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
+    export, dense, other = project / "runs/pico/export", tmp_path / "dense", tmp_path / "other"
+    assert "MistralForCausalLM" not in call(project, "extract", str(export), "--name", "math", "--out", str(dense))
+    check(dense)
+    call(project, "replace", str(export), str(dense), "--name", "code", "--out", str(other))
+    check(other)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["remove", "{export}", "--name", "cdoe", "--out", "{out}"], 2, "did you mean 'code'"),
+        (["remove", "{dense}", "--name", "code", "--out", "{out}"], 3, "no Mixture of Experts"),
+        (["remove", "{export}", "--name", "code", "--out", "{export}"], 2, "is there already"),
+        (["unmask", "{export}", "--out", "{out}"], 3, "nothing is masked"),
+        (["add", "{export}", "{dense}", "--name", "law", "--out", "{out}"], 2, "--data law=PATH"),
+        (["add", "{export}", "{dense}", "--name", "code", "--out", "{out}"], 2, "an expert 'code' already"),
+        (["replace", "{export}", "{nowhere}", "--name", "code", "--out", "{out}"], 3, "is no folder"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_mistakes_end_in_a_sentence_and_leave_nothing(
+    project: Path, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    places = {"export": project / "runs/pico/export", "dense": expert(project, "code"), "out": tmp_path / "out",
+              "nowhere": tmp_path / "nowhere"}  # fmt: skip
+    output = call(project, *(w.format(**places) for w in words), code=code)
+    assert said in output
+    assert not list(tmp_path.iterdir())
