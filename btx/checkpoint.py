@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class Checkpoint:
         for at in range(start, end, size):
             yield self.flat(name, at, min(at + size, end))
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the weights have."""
         sizes: dict[str, int] = {}

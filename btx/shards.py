@@ -1,7 +1,7 @@
 """Writes a checkpoint's weights shard by shard, in blocks of bounded size, hashed and checked on the way.
 
-The headers are fixed before the first tensor is made, so the bytes depend on nothing but the rows. One thread hashes
-and writes what the caller makes meanwhile. With a `Resume`, a shard that an earlier attempt finished is taken as it is.
+The headers are fixed before the first tensor is made, so the bytes depend on nothing but the rows. Two threads hash and
+write what the caller makes meanwhile. With a `Resume`, a shard that an earlier attempt finished is taken as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from btx.safety import DTYPES, INDEX, NAMES, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 QUEUED = 4  # blocks that may wait to be written
-Progress = Callable[[Path, int, int], None]  # takes the file at work, bytes done and bytes in all
+Progress = Callable[[Path, int, int], None]  # takes the file at work, bytes of tensors done and in all
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def write_weights(
 ) -> dict[str, str]:  # fmt: skip
     """Write rows into safetensors shards in `out`; returns the SHA-256 of each. One shard is `model.safetensors`.
 
-    `progress` is told of every row. ArtifactError names a tensor that holds a NaN or an infinity; nothing with one is
+    `progress` is told of every block. ArtifactError names a tensor that holds a NaN or an infinity; nothing with one is
     ever finished.
     """
     shards = shards_of(rows, shard_bytes or SHARD_BYTES)
@@ -164,16 +165,28 @@ def header_of(rows: list[Row]) -> bytes:
 
 def _write_shard(path: Path, rows: list[Row], tell: Callable[[int], None]) -> str:
     """Write one file and bring it to the disk; returns its SHA-256."""
-    written = 0
-    with path.open("wb", buffering=0) as out, _Sink(out.fileno()) as sink:
-        sink.put(memoryview(header_of(rows)))
-        for row in rows:
-            for data in _checked(row):
-                sink.put(data)
-            written += row.nbytes
-            tell(written)
+    digest = hashlib.sha256()
+    with (
+        path.open("wb", buffering=0) as out,
+        _Behind(digest.update) as hashing,
+        _Behind(partial(_write_all, out.fileno())) as writing,
+    ):
+        header = memoryview(header_of(rows))
+        for data, done in chain([(header, 0)], _blocks(rows)):
+            hashing.put(data)
+            writing.put(data)
+            tell(done)
     sync(path)
-    return sink.digest
+    return digest.hexdigest()
+
+
+def _blocks(rows: list[Row]) -> Iterator[tuple[memoryview, int]]:
+    """All rows' bytes, with how many they are up to there."""
+    done = 0
+    for row in rows:
+        for data in _checked(row):
+            done += len(data)
+            yield data, done
 
 
 def _checked(row: Row) -> Iterator[memoryview]:
@@ -191,17 +204,16 @@ def _checked(row: Row) -> Iterator[memoryview]:
         raise AssertionError(f"{row.name} has {seen} elements, planned {row.shape}")
 
 
-class _Sink:
-    """A thread that hashes and writes blocks in order, a few behind whoever makes them."""
+class _Behind:
+    """A thread that takes blocks in order, a few behind whoever makes them."""
 
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-        self._hash = hashlib.sha256()
+    def __init__(self, take: Callable[[memoryview], None]) -> None:
+        self._take = take
         self._queue: queue.Queue[memoryview | None] = queue.Queue(QUEUED)
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def __enter__(self) -> _Sink:
+    def __enter__(self) -> _Behind:
         self._thread.start()
         return self
 
@@ -217,17 +229,11 @@ class _Sink:
             raise self._error
         self._queue.put(block)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that was written."""
-        return self._hash.hexdigest()
-
     def _work(self) -> None:
         while (block := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._hash.update(block)
-                    _write_all(self._handle, block)
+                    self._take(block)
                 except OSError as error:
                     self._error = error
 
