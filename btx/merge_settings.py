@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]
 Group = Literal["attention", "norms", "embeddings", "head"]
+Router = Literal["random", "orthogonal", "activations", "embeddings"]
+FROM_DATA = ("activations", "embeddings")
 GROUPS: tuple[str, ...] = get_args(Group)
 WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that weigh the models
 FROM_SEED = ("task_arithmetic", "ties", "dare_ties", "model_stock")  # methods that add up differences from the seed
@@ -108,11 +110,23 @@ class MergeSettings(Settings):
     shared: Annotated[SharedSettings, BeforeValidator(_named)] = SharedSettings()
     experts: Literal["one", "split", "blend"] = Field("one", description="one expert a model, or the paper's variants")
     chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
+    router: Router = Field(
+        "random",
+        description="the fresh router: random or orthogonal rows; or from each domain's data at what the router sees "
+        "(activations), or from its mean input embedding (embeddings): these two load the merged model once, in fp32",
+    )
+    router_tokens: Count = Field(20_000, description="activations, embeddings: tokens of each domain")
     router_entropy: Annotated[Share, Field(gt=0)] = Field(
         0.99, description="mean entropy of the fresh router, as a share of log(experts)"
     )
     seed: Whole = 0
     dtype: Literal["seed", "fp32", "bf16", "fp16"] = "seed"
+
+    @model_validator(mode="after")
+    def _owned(self) -> MergeSettings:
+        if self.router in FROM_DATA and self.experts == "blend":
+            raise ValueError(f"router: {self.router} needs experts that belong to a domain, which blended ones do not")
+        return self
 
     def torch_dtype(self, seed: torch.dtype) -> torch.dtype:
         """The dtype that is written, given the seed's."""

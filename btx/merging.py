@@ -206,8 +206,11 @@ def _router(name: str, count: int, scales: RouterScales, layer: int, shared_: Sh
 
     key = int.from_bytes(hashlib.sha256(f"{shared_.settings.seed}/{name}".encode()).digest()[:7])
     generator = torch.Generator().manual_seed(key)
-    entropy = shared_.settings.router_entropy
-    return [init_router(scales(layer), experts=count, entropy=entropy, generator=generator).to(shared_.dtype)]
+    made = init_router(
+        scales(layer), experts=count, entropy=shared_.settings.router_entropy, generator=generator,
+        orthogonal=shared_.settings.router == "orthogonal",
+    )  # fmt: skip
+    return [made.to(shared_.dtype)]
 
 
 class RouterScales:

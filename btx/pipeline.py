@@ -6,15 +6,16 @@ step that is not done is run: the trainings by the engine, in processes of their
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from btx import artifact, corpus
+from btx import corpus
 from btx.checks import check_inputs
+from btx.digests import Digests
 from btx.errors import ArtifactError, RecipeError, ResourceError, nearest
+from btx.merge_settings import FROM_DATA
 from btx.recipe import Recipe
 from btx.step import Step, Tell, undone
 from btx.steps.branch import Branch
@@ -31,41 +32,6 @@ from btx.steps.train import Train
 
 S = TypeVar("S", bound=Step)
 STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
-
-
-class Digests:
-    """SHA-256 of input files, remembered by path, size and time of change, so that a second run need not read them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.changed = False
-        try:
-            self.known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
-
-    def __call__(self, file: Path) -> str:
-        """The digest of a file."""
-        about = file.stat()
-        key = f"{file.resolve()}|{about.st_size}|{about.st_mtime_ns}"
-        if key not in self.known:
-            self.known[key] = artifact.file_digest(file)
-            self.changed = True
-        return self.known[key]
-
-    def save(self) -> None:
-        """Write what was learned; a cache, so losing it costs time only."""
-        if not self.changed:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self.known, indent=0), encoding="utf-8")
-            temporary.replace(self.path)
-        except OSError as error:
-            raise ResourceError(
-                f"{self.path} cannot be written: {error}. Free space or fix the permissions."
-            ) from error
 
 
 class Graph:
@@ -100,17 +66,20 @@ class Graph:
             )
         models = {"branch": branch, "experts": experts, "settings": recipe.merge, **self._place()}
         average = self._add(Average(**models))
-        merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, **models))
-        check_method(recipe.merge, list(merge.models))
-        self._after(average, merge, tokens, tokenizer)
-
-    def _after(self, average: Average, merge: Merge, tokens: dict[str, TokensStep], tokenizer: Step) -> None:
-        recipe = self.recipe
         if not tokens:
             raise RecipeError("no domain has `data`, so there is nothing to finetune or evaluate on.")
         mixed = dict(tokens)
         if recipe.seed.sources:
             mixed["seed"] = self._tokens("seed", recipe.seed.sources, recipe.seed.valid, tokenizer)
+        known = router_data(recipe, mixed)
+        merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, tokens=known, **models))
+        check_method(recipe.merge, list(merge.models))
+        self._after(average, merge, tokens, mixed)
+
+    def _after(
+        self, average: Average, merge: Merge, tokens: dict[str, TokensStep], mixed: dict[str, TokensStep]
+    ) -> None:
+        recipe = self.recipe
         finetune = self._add(
             Finetune(
                 merge=merge, tokens=mixed, weights=mix(recipe, list(mixed)), settings=recipe.finetuning, **self._place()
@@ -238,6 +207,19 @@ class Graph:
     def check(self, steps: list[Step]) -> None:
         """Look at all input of the steps that are still to be done; what is wrong is raised, nothing is written."""
         check_inputs(steps, self.recipe, self.root)
+
+
+def router_data(recipe: Recipe, tokens: dict[str, TokensStep]) -> dict[str, TokensStep]:
+    """The tokens that a router is made from, by model; none for one that needs no data."""
+    if recipe.merge.router not in FROM_DATA:
+        return {}
+    known = {name: step for name, step in tokens.items() if name in recipe.models}
+    if len(known) < 2:
+        raise RecipeError(
+            f"merge.router: {recipe.merge.router} needs `data` of two models or more, here are "
+            f"{', '.join(known) or 'none'}. Give the domains some, or use random."
+        )
+    return known
 
 
 def mix(recipe: Recipe, names: list[str]) -> dict[str, float]:

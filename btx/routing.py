@@ -139,23 +139,26 @@ def logit_std(entropy: float, *, experts: int) -> float:
     rows = min(65536, max(4096, 2**20 // experts))
     sample = torch.randn(rows, experts, generator=torch.Generator().manual_seed(2403_07816))
     low, high = 0.0, 1.0
-    while _mean_entropy(sample * high) > entropy * math.log(experts):
+    while mean_entropy(sample * high) > entropy * math.log(experts):
         low, high = high, 2.0 * high
     for _ in range(24):  # to 1e-7 of the bracket, past what float32 logits can tell apart
         middle = 0.5 * (low + high)
-        above = _mean_entropy(sample * middle) > entropy * math.log(experts)
+        above = mean_entropy(sample * middle) > entropy * math.log(experts)
         low, high = (middle, high) if above else (low, middle)
     return 0.5 * (low + high)
 
 
-def init_router(norm_weight_D: Tensor, *, experts: int, entropy: float, generator: torch.Generator) -> Tensor:
+def init_router(
+    norm_weight_D: Tensor, *, experts: int, entropy: float, generator: torch.Generator, orthogonal: bool = False
+) -> Tensor:
     """Router weight_ED, float32, of mean softmax entropy `entropy` · log E over tokens; 1 gives zeros.
 
     `norm_weight_D` is the root mean square of each component of the router's input: the weight of the RMS
     norm before it, when the normalised input is isotropic; measure it where the router sees the bare
     residual (FlexOlmo). An input x then has logits of variance Σ_d (W_ed w_d)²: rows are drawn normal and
     scaled so that this is `logit_std`² exactly, whatever the width. N(0, 1) rows instead, at width 4096,
-    have entropy 0.02: one expert takes 99 %.
+    have entropy 0.02: one expert takes 99 %. `orthogonal` makes the experts' logits uncorrelated: rows W_ed w_d are at
+    right angles where there are no more of them than components.
     """
     scale_D = norm_weight_D.detach().to(device=generator.device, dtype=torch.float32)
     if scale_D.ndim != 1 or not bool(scale_D.isfinite().all()) or not bool(scale_D.any()):
@@ -164,6 +167,10 @@ def init_router(norm_weight_D: Tensor, *, experts: int, entropy: float, generato
         )
     std = logit_std(entropy, experts=experts)
     normal_ED = torch.randn(experts, len(scale_D), generator=generator, device=generator.device)
+    if orthogonal and experts <= int(scale_D.count_nonzero()):
+        used = scale_D != 0
+        basis = torch.linalg.qr((normal_ED * scale_D)[:, used].T).Q.T
+        normal_ED[:, used] = basis / scale_D[used]
     weight_ED: Tensor = normal_ED * (std / (normal_ED * scale_D).norm(dim=-1, keepdim=True))
     return weight_ED
 
@@ -194,7 +201,7 @@ def _layer_statistics(layer: Routing, dead_below: float | None) -> LayerStatisti
     experts = layer.logits_TE.shape[-1]
     load = _shares(layer.index_TK, torch.ones_like(layer.weight_TK), experts)
     threshold = 0.1 / experts if dead_below is None else dead_below
-    entropy = _mean_entropy(layer.logits_TE)
+    entropy = mean_entropy(layer.logits_TE)
     return LayerStatistics(
         load=load,
         gate_share=_shares(layer.index_TK, layer.weight_TK, experts),
@@ -212,5 +219,6 @@ def _shares(index_TK: Tensor, amount_TK: Tensor, experts: int) -> list[float]:
     return shares
 
 
-def _mean_entropy(logits_TE: Tensor) -> float:
+def mean_entropy(logits_TE: Tensor) -> float:
+    """Mean over tokens of the softmax's entropy, in nats."""
     return float(torch.special.entr(logits_TE.detach().float().softmax(-1)).sum(-1).mean())

@@ -15,7 +15,7 @@ import queue
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from btx.artifact import canonical, file_digest, fingerprint, sync
-from btx.checkpoint import Checkpoint, count_non_finite
+from btx.checkpoint import Checkpoint, count_non_finite, opened
 from btx.errors import ArtifactError
 from btx.safety import DTYPES, INDEX, NAMES, SINGLE
 
@@ -202,6 +202,22 @@ def _checked(row: Row) -> Iterator[memoryview]:
             yield piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data
     if seen != math.prod(row.shape):
         raise AssertionError(f"{row.name} has {seen} elements, planned {row.shape}")
+
+
+def overwrite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Write tensors over a folder's of the same names and shapes, cast to its dtypes; returns the files changed."""
+    with opened(folder) as found:
+        entries = {name: found.entries[name] for name in tensors}
+    for name, tensor in tensors.items():
+        entry = entries[name]
+        row = whole(name, tensor, DTYPES[entry.dtype])
+        if row.shape != entry.shape:
+            raise AssertionError(f"{name} is {row.shape}, the file holds {entry.shape}")
+        with (folder / entry.file).open("r+b", buffering=0) as stream:
+            stream.seek(entry.offset)
+            for data in _checked(row):
+                _write_all(stream.fileno(), data)
+    return {entry.file for entry in entries.values()}
 
 
 class _Behind:

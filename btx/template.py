@@ -41,6 +41,7 @@ train:
 merge:
   include_seed: true              # the untouched seed is one more expert
   shared: mean                    # or linear, task_arithmetic, ties, dare_ties, slerp, model_stock (mergekit's)
+  router: random                  # or orthogonal, activations, embeddings (these two from the domains' data)
   router_entropy: 0.99            # of the fresh router, as a share of log(experts)
 
 finetune:                         # what is not said here of the optimiser is as in train

@@ -7,17 +7,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from btx.artifact import STATES, fingerprint, write_json
 from btx.errors import RecipeError
-from btx.merge_settings import MergeSettings
+from btx.merge_settings import FROM_DATA, MergeSettings
 from btx.step import HASHED, Step, Tell
 from btx.steps.branch import Branch
+from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
+    import torch
+
     from btx.shards import Progress, Resume
 
 SEED = "seed"
 TELL_EVERY = 1.0  # seconds
+SEQUENCE, ROWS = 256, 16  # tokens of a sequence and sequences of a batch that a router is made from
 
 
 class Models(Step):
@@ -91,8 +97,9 @@ class Merge(Models):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "merge"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     top_k: int | None  # experts a token visits; None for all
+    tokens: dict[str, TokensStep] = Field(default_factory=dict)  # of the models, where the router is made from data
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
@@ -107,8 +114,38 @@ class Merge(Models):
             carry_files(seed.folder, out)
             far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
         names = expert_names(list(models), self.settings)
+        if self.settings.router in FROM_DATA:
+            tell({"label": self.label, "note": f"routers from {self.settings.router}"})
+            changed = self._route(out, [name.rpartition(".")[0] or name for name in names]
+                                  if self.settings.experts == "split" else names)  # fmt: skip
+            hashed = {file: digest for file, digest in hashed.items() if file not in changed}
         write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})
         return {"experts": names, "distance": far, HASHED: hashed}
+
+    def _route(self, out: Path, owners: list[str]) -> set[str]:
+        """Make the routers of the merged model in `out` anew from the domains' data; returns the files it changed."""
+        from btx import model
+        from btx.families import MOE
+        from btx.router_init import fresh_routers
+        from btx.shards import overwrite
+
+        model.set_threads(self.where)
+        net = model.load(out, where=self.where).to(model.device_of(self.where)).eval()
+        batches = {name: _batches(step, self.settings.router_tokens) for name, step in self.tokens.items()}
+        routers = fresh_routers(net, batches, owners, how=self.settings.router, entropy=self.settings.router_entropy)
+        family = MOE[net.config.model_type]
+        return overwrite(out, {family.router_name(layer): router for layer, router in enumerate(routers)})
+
+
+def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:
+    """The first training tokens of a domain as batches of ids."""
+    import torch
+
+    from btx.tokens import Tokens
+
+    ids = torch.from_numpy(Tokens(step.folder).train[:count].astype("int64"))
+    length = min(SEQUENCE, len(ids))
+    return list(torch.split(ids[: len(ids) // length * length].view(-1, length), ROWS))
 
 
 def check_method(settings: MergeSettings, models: list[str]) -> None:

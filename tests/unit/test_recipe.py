@@ -156,7 +156,7 @@ def keys(world: World) -> dict[str, str]:
 @pytest.mark.parametrize(
     "key",
     ["directory", "workers", "kernel", "micro_batch", "threads", "checkpoint_minutes", "checkpoint_steps", "launch",
-     "report_to", "device"],
+     "report_to", "device", "max_memory"],
 )  # fmt: skip
 def test_how_a_run_is_done_changes_no_key(world: World, key: str) -> None:
     before = keys(world)
@@ -188,6 +188,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "merge.include_seed": (False, "average"),
     "merge.shared": ("linear", "average"),
     "merge.router_entropy": (0.5, "average"),
+    "merge.router": ("orthogonal", "average"),
     "finetune.top_k": (1, "merge"),
     "finetune.balance": ({"form": "switch"}, "finetune"),
     "finetune.mix": ({"math": 1, "law": 2}, "finetune"),

@@ -1,0 +1,136 @@
+"""Fresh routers from data, in closed form: rows that know which expert belongs to which domain, without any training.
+
+Both ways look at a merged model, at what each of its routers truly sees (behind the norm, on the averaged rest):
+
+- `activations`: ridge regression from a token's router input x to its domain, all domains counting alike: with targets
+  1 for the own domain and 0 for the others, less their mean, W = (Σ_d E_d[x xᵀ] + λ I)⁻¹ (E_d[x] − mean over d).
+- `embeddings`: each domain's mean input embedding, less the mean over the domains.
+
+A layer's rows are then scaled together so that the mean entropy of their softmax over the tokens is what was asked. An
+expert without data of its own, such as the seed's, has the row of a domain with average inputs: zeros.
+
+Axes: T tokens, E experts, D width of the model, N domains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btx.routed import find_routers
+from btx.router_fit import RIDGE
+from btx.routing import mean_entropy
+
+KEPT = 512  # tokens of each domain and layer that the scale is measured on
+
+
+@dataclass
+class Seen:
+    """What one router saw of one domain: sums over tokens in float64, and some of the tokens."""
+
+    gram_DD: Tensor | float = 0.0
+    sum_D: Tensor | float = 0.0
+    tokens: int = 0
+    some_TD: list[Tensor] = field(default_factory=list)
+
+    def add(self, x_TD: Tensor) -> None:
+        """Take in some tokens."""
+        room = KEPT - sum(map(len, self.some_TD))
+        if room > 0:
+            self.some_TD.append(x_TD[:room].float())
+        x_TD = x_TD.double()
+        self.gram_DD = self.gram_DD + x_TD.T @ x_TD
+        self.sum_D = self.sum_D + x_TD.sum(0)
+        self.tokens += len(x_TD)
+
+
+@torch.inference_mode()
+def observe(model: Any, batches: Mapping[str, Iterable[Tensor]]) -> dict[str, list[Seen]]:
+    """What every router, first layer first, sees of each domain's batches of token ids (B, S)."""
+    routers = list(find_routers(model).values())
+    found = {name: [Seen() for _ in routers] for name in batches}
+    current: list[Seen] = []
+    handles = [
+        router.register_forward_pre_hook(
+            lambda _module, args, layer=layer: current[layer].add(args[0].flatten(0, -2).cpu())
+        )
+        for layer, router in enumerate(routers)
+    ]
+    try:
+        for name, some in batches.items():
+            current = found[name]
+            for ids in some:
+                model(input_ids=ids.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def from_activations(seen: Sequence[Seen]) -> Tensor:
+    """Rows (N, D) in float32 by ridge regression to the domains."""
+    gram = torch.stack([torch.as_tensor(one.gram_DD) / one.tokens for one in seen]).sum(0)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    rows: Tensor = torch.linalg.solve(gram + ridge, _centred(seen).T).T.float()
+    return rows
+
+
+def _centred(seen: Sequence[Seen]) -> Tensor:
+    means = torch.stack([torch.as_tensor(one.sum_D) / one.tokens for one in seen])
+    return means - means.mean(0)
+
+
+@torch.inference_mode()
+def from_embeddings(model: Any, batches: Mapping[str, Iterable[Tensor]]) -> Tensor:
+    """Rows (N, D) in float32, the same for every layer: mean input embeddings, centred."""
+    table = model.get_input_embeddings().weight
+    means = [
+        torch.cat([table[ids.to(table.device).flatten()] for ids in some]).double().mean(0) for some in batches.values()
+    ]
+    rows = torch.stack(means).cpu()
+    return (rows - rows.mean(0)).float()
+
+
+def scaled(rows_ED: Tensor, seen: Iterable[Seen], entropy: float) -> Tensor:
+    """Rows times the one factor that makes the mean entropy of their softmax `entropy` · log E on the tokens seen.
+
+    Bisection: the entropy of softmax(s z) never rises with s. Entropy 1 gives zeros. Rows that tell no token from
+    another cannot be scaled and stay.
+    """
+    logits_TE = torch.cat([x for one in seen for x in one.some_TD]) @ rows_ED.T
+    spread = float((logits_TE - logits_TE.mean(-1, keepdim=True)).square().mean().sqrt())
+    if entropy >= 1.0 or spread == 0.0:
+        return rows_ED * 0.0 if entropy >= 1.0 else rows_ED
+    wanted, low, high = entropy * math.log(rows_ED.shape[0]), 0.0, 1.0 / spread
+    while mean_entropy(logits_TE * high) > wanted and high < 1e6 / spread:
+        low, high = high, 2.0 * high
+    for _ in range(24):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if mean_entropy(logits_TE * middle) > wanted else (low, middle)
+    return rows_ED * (0.5 * (low + high))
+
+
+def fresh_routers(
+    model: Any, batches: Mapping[str, Sequence[Tensor]], owners: Sequence[str], *, how: str, entropy: float
+) -> list[Tensor]:
+    """A router (E, D) in float32 for every layer; `owners` names each expert's domain, `batches` those with data.
+
+    ValueError when fewer than two domains have data.
+    """
+    if len(batches) < 2:
+        raise ValueError(f"routers from {how} need data of two domains or more, here are {len(batches)}")
+    seen, names = observe(model, batches), list(batches)
+    embedded = from_embeddings(model, batches) if how == "embeddings" else None
+    routers = []
+    for layer in range(len(next(iter(seen.values())))):
+        here = [seen[name][layer] for name in names]
+        rows_ND = from_activations(here) if embedded is None else embedded
+        nothing = torch.zeros_like(rows_ND[0])
+        rows_ED = torch.stack([rows_ND[names.index(o)] if o in names else nothing for o in owners])
+        routers.append(scaled(rows_ED, here, entropy))
+    return routers

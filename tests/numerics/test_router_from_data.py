@@ -1,0 +1,120 @@
+"""Routers made from the domains' data: closed forms, scales, and what they do to tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from btx.checkpoint import opened
+from btx.families import DENSE
+from btx.router_fit import RIDGE
+from btx.router_init import Seen, fresh_routers, from_activations, scaled
+from btx.routing import init_router, mean_entropy
+from btx.shards import overwrite
+from tests.conftest import config_of, save_model
+from tests.numerics.test_merge_identities import load, merge
+
+DOMAINS = ("math", "code", "law")
+
+
+def seen(*domains: Tensor) -> list[Seen]:
+    """Domains as a router saw them, in two batches each."""
+    found = []
+    for x_TD in domains:
+        one = Seen()
+        one.add(x_TD[:7])
+        one.add(x_TD[7:])
+        found.append(one)
+    return found
+
+
+def cloud(seed: int, shift: float = 0.0) -> Tensor:
+    """Some points around a place."""
+    return torch.randn(50, 6, generator=torch.Generator().manual_seed(seed)) + shift * torch.eye(6)[seed]
+
+
+def test_activation_rows_are_the_ridge_solution_of_telling_domains_apart() -> None:
+    clouds = [cloud(n, 2.0) for n in range(3)]
+    rows = from_activations(seen(*clouds)).double().requires_grad_()
+    gram = sum(x.double().T @ x.double() / len(x) for x in clouds)
+    loss = RIDGE * gram.diagonal().mean() * rows.square().sum()
+    for number, x in enumerate(clouds):
+        target = torch.full((3,), -1 / 3, dtype=torch.float64)
+        target[number] += 1
+        loss = loss + (x.double() @ rows.T - target).square().mean(0).sum()
+    (gradient,) = torch.autograd.grad(loss, rows)
+    assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("entropy", [0.3, 0.8, 0.99])
+def test_rows_are_scaled_to_the_asked_entropy(entropy: float) -> None:
+    domains = seen(*(cloud(n, 2.0) for n in range(3)))
+    rows = scaled(from_activations(domains), domains, entropy)
+    logits = torch.cat([x for one in domains for x in one.some_TD]) @ rows.T
+    assert mean_entropy(logits) / math.log(3) == pytest.approx(entropy, abs=1e-3)
+
+
+def test_full_entropy_is_a_router_of_zeros_and_rows_of_zeros_stay() -> None:
+    domains = seen(cloud(0), cloud(1))
+    assert not scaled(torch.ones(2, 6), domains, 1.0).any()
+    assert not scaled(torch.zeros(2, 6), domains, 0.5).any()
+
+
+def test_orthogonal_rows_are_at_right_angles_as_the_router_sees_them() -> None:
+    norm_D = torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.2
+    norm_D[3] = 0.0
+    rows = init_router(norm_D, experts=5, entropy=0.8, generator=torch.Generator().manual_seed(2), orthogonal=True)
+    product = (rows * norm_D) @ (rows * norm_D).T
+    torch.testing.assert_close(product, product[0, 0] * torch.eye(5), atol=1e-5, rtol=0)
+    plain = init_router(norm_D, experts=5, entropy=0.8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close((plain * norm_D).norm(dim=1), (rows * norm_D).norm(dim=1))
+
+
+def batches() -> dict[str, list[Tensor]]:
+    """Three domains of tokens that do not overlap."""
+    generator = torch.Generator().manual_seed(4)
+    return {d: [torch.randint(4 * n, 4 * n + 4, (4, 16), generator=generator)] for n, d in enumerate(DOMAINS)}
+
+
+@pytest.mark.parametrize("how", ["activations", "embeddings"])
+def test_routers_from_data_know_whose_expert_is_whose(tmp_path: Path, family: str, how: str) -> None:
+    folders = [save_model(tmp_path / str(n), config_of(family), noise=0.01 * n) for n in range(4)]
+    out = merge(tmp_path / "moe", folders, top_k=2)
+    routers = fresh_routers(load(out), batches(), [*DOMAINS, "seed"], how=how, entropy=0.6)
+    assert not any(router[3].any() for router in routers), "the seed's expert has no data, so its row is zeros"
+    name = DENSE[family].router_name
+    assert overwrite(out, {name(layer): router for layer, router in enumerate(routers)}) == {"model.safetensors"}
+    with opened(out) as found:
+        assert all(torch.equal(found.read(name(layer)), router) for layer, router in enumerate(routers))
+    if how == "activations":
+        assert min(own_shares(load(out)).values()) > 0.9
+    else:
+        table = load(out).get_input_embeddings().weight.detach()
+        means = torch.stack([table[some[0]].flatten(0, 1).mean(0) for some in batches().values()])
+        centred = means - means.mean(0)
+        for router in routers:
+            torch.testing.assert_close(router[:3] / router[:3].norm(), centred / centred.norm(), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def own_shares(model: Any) -> dict[str, float]:
+    """Share of each domain's tokens, over all layers, whose first expert is its own."""
+    from btx.routed import Routed
+
+    found = {}
+    with Routed(model, "top_k", 2) as routed:
+        for number, (domain, some) in enumerate(batches().items()):
+            model(input_ids=some[0])
+            first = torch.cat([layer.index_TK[:, 0] for layer in routed.layers])
+            found[domain] = float((first == number).float().mean())
+    return found
+
+
+def test_one_domain_alone_makes_no_router(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two domains or more, here are 1"):
+        fresh_routers(None, {"math": []}, ["math"], how="activations", entropy=0.9)
