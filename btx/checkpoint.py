@@ -26,15 +26,11 @@ BLOCK = 2**20  # elements of a block: 2 or 4 MB, which stays in a cache from rea
 LARGEST_READ = 2**30  # bytes; the system returns less than 2 GiB at once
 
 
-class Checkpoint:
-    """A checked Hugging Face folder: its config, and its tensors by name, read whole or block by block."""
+class Tensors:
+    """Tensors in the files of a folder, by name, read whole or block by block."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_config(folder)
-        self.entries = {n: e for n, e in read_entries(folder).items() if not BUFFERS.search(n)}
-        if self.config.get("tie_word_embeddings") and "model.embed_tokens.weight" in self.entries:
-            self.entries.pop("lm_head.weight", None)
+    def __init__(self, folder: Path, entries: dict[str, Entry]) -> None:
+        self.folder, self.entries = folder, entries
         self._open: dict[str, int] = {}
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -73,6 +69,23 @@ class Checkpoint:
         for at in range(start, end, size):
             yield self.flat(name, at, min(at + size, end))
 
+    def close(self) -> None:
+        """Let go of the open files."""
+        for handle in self._open.values():
+            os.close(handle)
+        self._open.clear()
+
+
+class Checkpoint(Tensors):
+    """A checked Hugging Face folder: its config and its tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = read_config(folder)
+        entries = {n: e for n, e in read_entries(folder).items() if not BUFFERS.search(n)}
+        if self.config.get("tie_word_embeddings") and "model.embed_tokens.weight" in entries:
+            entries.pop("lm_head.weight", None)
+        super().__init__(folder, entries)
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the weights have."""
@@ -86,12 +99,6 @@ class Checkpoint:
         names = {e.file for e in self.entries.values()} | {"config.json"}
         names |= {n for n in CARRIED if (self.folder / n).is_file()}
         return fingerprint([[n, file_digest(self.folder / n)] for n in sorted(names)])
-
-    def close(self) -> None:
-        """Let go of the open files."""
-        for handle in self._open.values():
-            os.close(handle)
-        self._open.clear()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from btx.errors import RecipeError, ResourceError, nearest
 from btx.recipe import Recipe
 from btx.settings import RunSettings
 from btx.step import Step
+from btx.steps.adapted import Adapted
 from btx.steps.branch import Branch, native_config
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
@@ -31,7 +32,7 @@ def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
     for seed in {s.folder: s for step in steps if (s := seed_of(step)) and isinstance(s, Given)}:
         check_lengths(seed, recipe)
     for step in steps:
-        if isinstance(step, Branch) and isinstance(step.seed, Given):
+        if isinstance(step, (Branch, Adapted)) and isinstance(step.seed, Given):
             step.examine()
         if isinstance(step, Merge):
             check_layout(step, recipe.seed.builtin.intermediate_size)

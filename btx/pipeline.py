@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from btx import corpus
+from btx.artifact import fingerprint
 from btx.checks import check_inputs
 from btx.digests import Digests
 from btx.errors import ArtifactError, RecipeError, ResourceError, nearest
 from btx.merge_settings import FROM_DATA
 from btx.recipe import Recipe
 from btx.step import Step, Tell, undone
+from btx.steps.adapted import Adapted
 from btx.steps.branch import Branch
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
@@ -57,11 +59,12 @@ class Graph:
         recipe = self.recipe
         seed, tokenizer = self._seed()
         tokens = {name: self._tokens(name, d.data, d.valid, tokenizer) for name, d in recipe.domains.items() if d.data}
-        given = {name: self._given(name, d.checkpoint) for name, d in recipe.domains.items() if d.checkpoint}
+        trained = {name: self._expert(name, d.checkpoint, seed) for name, d in recipe.domains.items() if d.checkpoint}
+        given = {name: step for name, step in trained.items() if isinstance(step, Given)}
         branch = self._add(Branch(seed=seed, given=given, **self._place()))
         experts: dict[str, Step] = {}
         for name, domain in recipe.domains.items():
-            experts[name] = given.get(name) or self._add(
+            experts[name] = trained.get(name) or self._add(
                 Train(branch=branch, tokens=tokens[name], budget=domain.tokens, train=recipe.train, **self._place(name))
             )
         models = {"branch": branch, "experts": experts, "settings": recipe.merge, **self._place()}
@@ -141,6 +144,21 @@ class Graph:
             )
         checkpoint_ = Checkpoint(path)
         return Given(content=checkpoint_.digest(self.digests), path=path, **self._place(name))
+
+    def _expert(self, name: str, checkpoint: str, seed: Step) -> Step:
+        """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
+        from btx.adapter import CONFIG, WEIGHTS, is_adapter
+
+        try:
+            path = (self.base / Path(checkpoint).expanduser()).resolve()
+            found = is_adapter(path)
+        except (OSError, RuntimeError):
+            found = False
+        if not found:
+            return self._given(name, checkpoint)
+        files = [path / file for file in (CONFIG, WEIGHTS) if (path / file).is_file()]
+        content = fingerprint([[file.name, self.digests(file)] for file in files])
+        return self._add(Adapted(seed=seed, content=content, path=path, **self._place(name)))
 
     def _tokens(self, name: str, data: list[str], valid: list[str], tokenizer: Step) -> TokensStep:
         label = f"tokens:{name}"

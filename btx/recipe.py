@@ -69,7 +69,7 @@ class DomainRecipe(Settings):
     data: list[Text] = Field(default_factory=list)
     valid: list[Text] = Field(default_factory=list, description="held-out files; default: a share of the documents")
     tokens: Count | None = Field(None, description="training tokens of the expert")
-    checkpoint: Text | None = Field(None, description="an expert trained elsewhere: only checked and merged")
+    checkpoint: Text | None = Field(None, description="an expert trained elsewhere: a model, or a LoRA adapter")
 
     @model_validator(mode="after")
     def _enough(self) -> DomainRecipe:

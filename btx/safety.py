@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is no folder: a checkpoint is a local Hugging Face folder with config.json, "
             "*.safetensors and the tokenizer. Download it first, or correct the path."
         )
-    _refuse_links(folder)
+    refuse_links(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ArtifactError(
@@ -88,7 +88,7 @@ def _json(path: Path) -> Any:
         raise ArtifactError(f"{path} is no valid JSON ({error}). Fetch the checkpoint again.") from error
 
 
-def _refuse_links(folder: Path) -> None:
+def refuse_links(folder: Path) -> None:
     """Links may not leave the folder; those of a Hugging Face cache may lead to its own blobs."""
     home = folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -100,19 +100,24 @@ def _refuse_links(folder: Path) -> None:
             )
 
 
-def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
+def refuse_scripts(folder: Path, asked: Sequence[str] = ()) -> None:
+    """ArtifactError when a folder brings Python files, or asks for code by the keys in `asked`."""
     scripts = sorted(p.relative_to(folder).as_posix() for p in (*folder.glob("*.py"), *folder.glob("*/*.py")))
+    if asked or scripts:
+        raise ArtifactError(
+            f"{folder} brings its own code ({', '.join(asked or scripts)}); btx runs no code from a "
+            "checkpoint. Use a checkpoint of a family that transformers knows."
+        )
+
+
+def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     configs = {"config.json": config}
     for name in ("tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             configs[name] = _json(folder / name)
     keys = {(key, name) for name, found in configs.items() for key, _ in _walk(found)}
     asked = [f"{key} in {name}" for key, name in sorted(keys) if key in ("auto_map", "trust_remote_code")]
-    if asked or scripts:
-        raise ArtifactError(
-            f"{folder} brings its own code ({', '.join(asked or scripts)}); btx runs no code from a "
-            "checkpoint. Use a checkpoint of a family that transformers knows."
-        )
+    refuse_scripts(folder, asked)
     if config.get("quantization_config") or config.get("compression_config"):
         raise ArtifactError(
             f"{folder} is quantised (quantization_config in config.json); experts are averaged and "

@@ -1,0 +1,41 @@
+"""A LoRA adapter of the seed, made a dense expert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.artifact import write_json
+from btx.settings import execution
+from btx.step import HASHED, Step, Tell
+
+
+class Adapted(Step):
+    """A dense checkpoint: the seed with W + s B A in the place of every W that the adapter changes."""
+
+    kind: ClassVar[str] = "adapted"
+    seed: Step
+    content: str  # SHA-256 of the adapter's files
+    path: Path = execution(Path())
+
+    def examine(self) -> None:
+        """Refuse an adapter that does not go with the seed; reads it whole, writes nothing."""
+        from btx.adapter import Adapter
+        from btx.checkpoint import opened
+
+        with opened(self.seed.folder) as seed:
+            Adapter(self.path).require_fit(seed)
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Check, add and write."""
+        from btx.adapter import Adapter
+        from btx.checkpoint import carry_files, one_thread, opened
+        from btx.shards import write_weights
+
+        adapter = Adapter(self.path)
+        with opened(self.seed.folder) as seed, one_thread():
+            adapter.require_fit(seed)
+            hashed = write_weights(out, adapter.rows(seed))
+            write_json(out / "config.json", seed.config)
+        carry_files(self.seed.folder, out)
+        return {"changed": len(adapter.factors) + len(adapter.replaced), HASHED: hashed}

@@ -1,0 +1,145 @@
+"""LoRA adapters made dense experts: peft's own merge is the oracle, and what is more than LoRA is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from btx.adapter import CONFIG, WEIGHTS, Adapter, is_adapter
+from btx.artifact import write_json
+from btx.checkpoint import opened
+from btx.errors import ArtifactError
+from btx.shards import write_weights
+from tests.conftest import config_of, save_model, write_project
+from tests.faults.world import edit_json
+from tests.integration.test_run import btx, results
+
+EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def train_adapter(seed: Path, out: Path, **more: Any) -> dict[str, torch.Tensor]:
+    """Save a LoRA adapter far from its start; returns the tensors of peft's own merge."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": EVERYWHERE, **more}))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(str(out))
+    merged = model.merge_and_unload()
+    return {n: t.detach().clone() for n, t in merged.state_dict().items()}
+
+
+def ours(seed: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    """What btx makes of it."""
+    out.mkdir()
+    with opened(seed) as base:
+        found = Adapter(adapter)
+        found.require_fit(base)
+        write_weights(out, found.rows(base))
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")  # of what peft imports
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"target_modules": ["q_proj", "down_proj"], "r": 1},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"model.layers.1.mlp.up_proj": 3, "v_proj": 2}},
+        {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
+    ],
+    ids=str,
+)
+def test_peft_itself_merges_to_the_same(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+    seed = save_model(tmp_path / "seed", config_of(family))
+    wanted = train_adapter(seed, tmp_path / "adapter", **more)
+    assert is_adapter(tmp_path / "adapter")
+    found, before = ours(seed, tmp_path / "adapter", tmp_path / "out"), load_file(seed / "model.safetensors")
+    assert found.keys() == before.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=1e-5, msg=name)
+    changed = sum(not torch.equal(found[n], before[n]) for n in found)
+    assert changed == (4 if "target_modules" in more else 14)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", [3, 100, 5000])
+def test_blocks_of_any_size_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    seed = save_model(tmp_path / "seed", config_of("llama"))
+    train_adapter(seed, tmp_path / "adapter")
+    whole = ours(seed, tmp_path / "adapter", tmp_path / "whole")
+    monkeypatch.setattr("btx.adapter.BLOCK", block)
+    found = ours(seed, tmp_path / "adapter", tmp_path / "cut")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-7, rtol=1e-6, msg=name)
+
+
+def weights(change: Any) -> Any:
+    """Change the adapter's tensors."""
+
+    def do(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return do
+
+
+def config(**changes: Any) -> Any:
+    """Change adapter_config.json."""
+    return lambda folder: edit_json(folder / CONFIG, **changes)
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+WRONG = {
+    "dora": (config(use_dora=True), "use_dora: True.*merge_and_unload"),
+    "bias": (config(bias="all"), "bias: 'all'"),
+    "pissa": (config(init_lora_weights="pissa"), "init_lora_weights: 'pissa'"),
+    "another kind": (config(peft_type="IA3"), "peft_type 'IA3'"),
+    "no alpha": (config(lora_alpha=None), "damaged"),
+    "no config": (lambda folder: (folder / CONFIG).write_text("["), "damaged"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"no {WEIGHTS}"),
+    "NaN": (weights(lambda t: t[A].fill_(torch.nan)), "lora_A.weight holds 128 NaN"),
+    "no B": (weights(lambda t: t.pop(A.replace("lora_A", "lora_B"))), "lora_B none do not fit"),
+    "another width": (weights(lambda t: t.update({A: torch.zeros(4, 31)})), r"lora_A \(4, 31\)"),
+    "a stranger": (weights(lambda t: t.update({"base_model.model.x": torch.zeros(2)})), "no weight of the seed"),
+    "code": (lambda folder: (folder / "x.py").write_text(""), "runs no code"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_more_or_less_than_lora_is_refused(tmp_path: Path, case: str) -> None:
+    seed = save_model(tmp_path / "seed", config_of("llama"))
+    train_adapter(seed, tmp_path / "adapter")
+    do, words = WRONG[case]
+    do(tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match=words):
+        ours(seed, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_with_an_adapter_as_an_expert(tmp_path: Path) -> None:
+    recipe = write_project(tmp_path)
+    wanted = train_adapter(tmp_path / "seed", tmp_path / "lora")
+    recipe.write_text(recipe.read_text().replace("train:", "  law: {checkpoint: lora}\ntrain:", 1))
+    btx("run", "recipe.yaml", cwd=tmp_path)
+    btx("check", "runs/pico/export", cwd=tmp_path)
+    assert results(tmp_path)["experts"] == ["math", "code", "law", "seed"]
+    merged = load_file(next((tmp_path / "runs/pico/steps").glob("merge-*/model.safetensors")))
+    down = merged["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    torch.testing.assert_close(down, wanted["model.layers.1.mlp.down_proj.weight"], atol=1e-6, rtol=1e-5)
+    write_json(tmp_path / "lora" / CONFIG, {**json.loads((tmp_path / "lora" / CONFIG).read_text()), "use_dora": True})
+    assert "use_dora" in btx("run", "recipe.yaml", cwd=tmp_path, code=3).stderr
