@@ -83,10 +83,23 @@ def check_layout(merge: Merge, builtin_width: int) -> None:
 
     seed, width, count = merge.branch.seed, builtin_width, len(merge.models)
     if isinstance(seed, Given):
+        width = width_of(seed.folder)
         with opened(seed.folder) as found:
-            width = native_config(found.config, str(seed.folder)).intermediate_size
             require_memory(found, merge.settings.shared, models=count, limit=merge.where.max_memory)
     layout(merge.settings, count, width)
+    for name, step in merge.models.items():
+        if merge.settings.experts != "one" and isinstance(step, Given) and width_of(step.folder) != width:
+            raise RecipeError(
+                f"merge.experts: {merge.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
+                f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
+            )
+
+
+def width_of(folder: Path) -> int:
+    """The feed-forward width of a dense checkpoint."""
+    from btx.safety import read_config
+
+    return int(native_config(read_config(folder), str(folder)).intermediate_size)
 
 
 def check_place(run: RunSettings, root: Path) -> None:

@@ -33,6 +33,7 @@ FLOORS = (
         "averaging",
         "lifecycle",
         "adapter",
+        "padded",
         "router_init",
         "router_fit",
         "shards",

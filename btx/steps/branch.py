@@ -119,10 +119,9 @@ def require_ids(checkpoint: Checkpoint) -> None:
         )
 
 
-DECIDING = (
+DECIDING = (  # but for the feed-forward width, which the merge evens out
     "model_type",
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
@@ -152,6 +151,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
     from btx.checkpoint import opened, require_finite, tokenizer_digest
     from btx.merging import distance, require_same
+    from btx.padded import same_width
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."
@@ -160,12 +160,15 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
         if different:
             said = f"{who} is no descendant of the seed ({seed_folder}): config.json differs in {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
-        require_same(seed, other, who)
+        if seed.config.get("intermediate_size") != other.config.get("intermediate_size"):
+            require_complete(other)
+        wide = same_width({"seed": seed, "other": other})
+        require_same(wide["seed"], wide["other"], who)
         if tokenizer_digest(seed_folder) != tokenizer_digest(folder):
             said = f"{who} has another tokenizer than the seed ({seed_folder}): the same ids mean other tokens."
             raise ArtifactError(f"{said} Train it with the seed's tokenizer.")
         require_finite(other, f"the expert of domain {name}")
-        far = distance(seed, other)
+        far = distance(wide["seed"], wide["other"])
     if far["cosine"] < LEAST_COSINE:
         raise ArtifactError(
             f"{who} is no descendant of the seed ({seed_folder}): the cosine between their weights is "

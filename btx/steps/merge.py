@@ -40,20 +40,21 @@ class Models(Step):
         return {**self.experts, **seed}
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any]:
-        """All models as open, checked checkpoints, and the seed."""
+        """All models as open, checked checkpoints of one feed-forward width, and the seed."""
         from btx.averaging import require_memory
         from btx.checkpoint import one_thread, opened
         from btx.merging import require_same
+        from btx.padded import same_width
 
         stack.enter_context(one_thread())
         seed = stack.enter_context(opened(self.branch.seed.folder))
         limit = self.where.max_memory
         require_memory(seed, self.settings.shared, models=len(self.models), limit=limit)
-        models = {}
-        for name, step in self.models.items():
-            models[name] = seed if name == SEED else stack.enter_context(opened(step.folder))
-            require_same(seed, models[name], name)
-        return models, seed
+        found = {n: stack.enter_context(opened(s.folder)) for n, s in self.models.items() if n != SEED}
+        wide = same_width({**found, SEED: seed})
+        for name in found:
+            require_same(wide[SEED], wide[name], name)
+        return {name: wide[name] for name in self.models}, wide[SEED]
 
     def resume(self, work: Path) -> Resume:
         """Where finished shards wait for the others, good for the parents that are there now."""

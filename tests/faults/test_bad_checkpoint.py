@@ -195,7 +195,11 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
     "another family": (config("law", model_type="mistral"), ("model_type", "'llama'", "'mistral'")),
     "another width": (
         lambda w: save_model(w.law, config_of("llama", intermediate_size=64)),
-        ("intermediate_size: seed 48, expert 64", "leave the domain out"),
+        ("domain law", "no descendant", "cosine", "leave the domain out"),
+    ),
+    "a width that the weights do not have": (
+        config("law", intermediate_size=64),
+        ("weights and config.json do not fit", "48x32, should be 64x32"),
     ),
     "larger vocabulary": (
         lambda w: save_model(w.law, config_of("llama", vocab_size=301)),

@@ -1,0 +1,58 @@
+"""Models of unequal feed-forward width seen as one width: the narrower ones padded by zeros, which changes nothing.
+
+A unit of a SwiGLU block whose gate, up and down weights are zero gives silu(0) · 0 · 0 = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from btx.checkpoint import Checkpoint
+from btx.families import DOWN, GATE, LAYER, UP
+
+
+class Padded(Checkpoint):
+    """A view of an open checkpoint whose feed-forward blocks have `width` units; nothing is copied or written."""
+
+    def __init__(self, narrow: Checkpoint, width: int) -> None:
+        self.folder, self._narrow, self._width = narrow.folder, narrow, width
+        self.config = {**narrow.config, "intermediate_size": width}
+        self.entries = {}
+        for name, entry in narrow.entries.items():
+            axis = _axis(name)
+            shape = tuple(width if a == axis else s for a, s in enumerate(entry.shape))
+            self.entries[name] = replace(entry, shape=shape)
+
+    def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a tensor in row-major order, zeros where the narrow one has none."""
+        axis, own = _axis(name), self._narrow.entries[name]
+        if axis is None:
+            return self._narrow.flat(name, start, stop)
+        if axis == 0:
+            inside = self._narrow.flat(name, min(start, own.count), min(stop, own.count))
+            return torch.nn.functional.pad(inside, (0, stop - start - len(inside)))
+        first, last = start // self._width, -(-stop // self._width)
+        columns = own.shape[1]
+        rows = self._narrow.flat(name, first * columns, last * columns).view(-1, columns)
+        wide = torch.nn.functional.pad(rows, (0, self._width - columns)).flatten()
+        return wide[start - first * self._width : stop - first * self._width]
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        self._narrow.close()
+
+
+def _axis(name: str) -> int | None:
+    """The axis along which a tensor has the feed-forward width; None for one that has it nowhere."""
+    match = LAYER.fullmatch(name)
+    return {GATE: 0, UP: 0, DOWN: 1}.get(match[2]) if match else None
+
+
+def same_width(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """All models at the width of the widest."""
+    widths = {name: int(model.config["intermediate_size"]) for name, model in models.items()}
+    widest = max(widths.values())
+    return {name: model if widths[name] == widest else Padded(model, widest) for name, model in models.items()}
