@@ -32,6 +32,7 @@ FLOORS = (
         "merging",
         "averaging",
         "lifecycle",
+        "mixture",
         "router_init",
         "router_fit",
         "shards",
