@@ -208,7 +208,9 @@ def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
     """Config fields in which a dense model, made a mixture, would differ from this one, as `field: ours, its`."""
     made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where).to_dict()
     fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "vocab_size", "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings")  # fmt: skip
+              "vocab_size", "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings", "head_dim",
+              "use_sliding_window", "sliding_window", "layer_types", "attention_multiplier", "embedding_multiplier",
+              "residual_multiplier", "logits_scaling")  # fmt: skip
     mine = native(moe.config)
     return [f"{f}: {mine.get(f)!r}, {made.get(f)!r}" for f in fields if mine.get(f) != made.get(f)]
 
