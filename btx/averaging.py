@@ -15,7 +15,7 @@ import torch
 from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import ResourceError
 from btx.families import LAYER
-from btx.merge_settings import OPTIONS, WEIGHED, AveragingSettings, MergeSettings, SharedSettings, group_of
+from btx.merge_settings import GROUPS, OPTIONS, WEIGHED, AveragingSettings, MergeSettings, SharedSettings, group_of
 
 SEED = "seed"
 ELEMENTWISE = ("mean", "linear", "task_arithmetic")  # methods that can go block by block
@@ -112,8 +112,10 @@ def require_memory(base: Checkpoint, settings: SharedSettings, *, models: int, l
     name = max(counts, key=lambda n: counts[n])
     wanted = 4 * counts[name] * COPIES * (models + 1)
     if wanted > limit:
+        method, group = settings.of(name).method, group_of(name)
+        other = f", or give the group {group} under merge.shared.groups" if group in GROUPS else ", or merge.shared"
+        other += f" a method that goes block by block ({', '.join(ELEMENTWISE)})"
         raise ResourceError(
-            f"{name} of {models} models takes about {wanted / 2**30:.2g} GiB to merge by {settings.of(name).method}, "
-            f"run.max_memory is {limit / 2**30:.2g} GiB. Set it to more, or give the group {group_of(name)} under "
-            f"merge.shared.groups a method that goes block by block ({', '.join(ELEMENTWISE)})."
+            f"{name} of {models} models takes about {wanted / 2**30:.2g} GiB to merge by {method}, run.max_memory is "
+            f"{limit / 2**30:.2g} GiB. Set it to more{'' if method in ELEMENTWISE else other}."
         )

@@ -6,10 +6,9 @@ tensors, the other experts, and their rows of every router.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +16,10 @@ import torch
 
 from btx.artifact import write_json
 from btx.checkpoint import Checkpoint
-from btx.errors import ArtifactError, RecipeError, nearest
-from btx.families import DOWN, LAYER, MOE, UP, Family, dense_config, moe_config
+from btx.errors import ArtifactError, RecipeError
+from btx.families import LAYER, dense_config, moe_config
+from btx.mixture import EXPERTS, Masked, Moe, Source, patterns
 from btx.shards import Row, write_weights
-
-EXPERTS = "experts.json"  # of a folder: the experts' names, in order
-Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
-
-
-class Moe:
-    """An open Mixture-of-Experts folder: its family, its experts by name, its routers."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        config = checkpoint.config
-        if config["model_type"] not in MOE:
-            raise ArtifactError(
-                f"{checkpoint.folder} is a {config['model_type']}, no Mixture of Experts that btx writes "
-                f"({', '.join(MOE)})."
-            )
-        self.checkpoint, self.config = checkpoint, config
-        self.family: Family = MOE[config["model_type"]]
-        self.count_field = next(f for f in (self.family.experts_field, "num_local_experts") if f in config)
-        self.count = int(config[self.count_field])
-        self.width = int(config[self.family.width_field])
-        self.names = expert_names(checkpoint.folder, self.count)
-        self.layers = int(config["num_hidden_layers"])
-
-    def index(self, name: str) -> int:
-        """The number of an expert, by its name or by that number; RecipeError for one that is not there."""
-        if name in self.names:
-            return self.names.index(name)
-        if name.isdecimal() and int(name) < self.count:
-            return int(name)
-        raise RecipeError(f"{self.checkpoint.folder} has no expert {name!r}; {nearest(name, self.names)}")
-
-    def expert(self, number: int) -> Source:
-        """Where an expert's tensors come from."""
-        return partial(self._pieces, number)
-
-    def _pieces(self, number: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
-        name = prefix + self.family.expert[kind]
-        if not self.family.stacked:
-            return self.checkpoint.blocks(name.format(e=number))
-        size = self.checkpoint.entries[name].count // self.count
-        start = number * size
-        if kind != DOWN:  # gate above up
-            size //= 2
-            start += size * (kind == UP)
-        return self.checkpoint.blocks(name, start, start + size)
-
-    def router(self, layer: int) -> torch.Tensor:
-        """A layer's router weight (E, D)."""
-        return self.checkpoint.read(self.family.router_name(layer))
-
-    def shape(self, kind: str) -> tuple[int, int]:
-        """Shape of one expert's tensor."""
-        inner, width = self.width, int(self.config["hidden_size"])
-        return (width, inner) if kind == DOWN else (inner, width)
-
-
-def expert_names(folder: Path, count: int) -> list[str]:
-    """The experts' names as the folder says them, or their numbers."""
-    path = folder / EXPERTS
-    if not path.is_file():
-        return [str(n) for n in range(count)]
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["experts"]
-        if len(names) != count or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"it names {len(names)} experts, config.json {count}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}). Fetch the folder again, or remove that file.") from error
-    return list(names)
 
 
 def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
@@ -129,7 +61,7 @@ def write_changed(
 def _rows(
     moe: Moe, sources: Sequence[Source], origin: Sequence[int | None], routers: Callable[[int], torch.Tensor]
 ) -> Iterator[Row]:
-    kinds = _patterns(moe.family)
+    kinds = patterns(moe.family)
     for name, entry in moe.checkpoint.entries.items():
         dtype = moe.checkpoint.flat(name, 0, 0).dtype
         match = LAYER.fullmatch(name)
@@ -157,11 +89,6 @@ def _places(origin: Sequence[int | None], old: int, count: int) -> list[int]:
     if old == count - 1:
         places += [place for place, e in enumerate(origin) if e is None]
     return places
-
-
-def _patterns(family: Family) -> dict[str, re.Pattern[str]]:
-    """The published name of each kind of expert tensor as a pattern, the gate before the up that may share it."""
-    return {k: re.compile(re.escape(n).replace(r"\{e\}", r"(?P<e>\d+)")) for k, n in family.expert.items()}
 
 
 def _cast(sources: list[tuple[Source, str]], prefix: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -213,53 +140,53 @@ def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
     rows: list[Row] = []
     for layer in range(moe.layers):
         prefix = f"model.layers.{layer}."
-        dtype = moe.router(layer).dtype
-        for e in places:
-            rows += [Row(f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(_cast, [(moe.expert(e), k)], prefix, dtype))
-                     for k in moe.family.expert]  # fmt: skip
+        for e, k in product(places, moe.family.expert):
+            dtype = moe.dtype(e, prefix, k)
+            rows.append(
+                Row(f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(_cast, [(moe.expert(e), k)], prefix, dtype))
+            )
         router = moe.router(layer)[places]
-        rows.append(Row(moe.family.router_name(layer), dtype, tuple(router.shape), partial(list, [router])))
+        rows.append(Row(moe.family.router_name(layer), router.dtype, tuple(router.shape), partial(list, [router])))
     write_weights(out, rows)
     kept = {"places": places, "names": [moe.names[e] for e in places], "top_k": moe.config["num_experts_per_tok"]}
     write_json(out / "config.json", {"model_type": moe.config["model_type"], **kept})
 
 
-def unmask(out: Path, moe: Moe, away: Checkpoint) -> None:
+def unmask(out: Path, moe: Moe, away: Masked) -> None:
     """Write the mixture with kept experts back in their places, router rows too."""
-    places, total = away.config["places"], moe.count + len(away.config["places"])
+    places, total = away.places, moe.count + len(away.places)
     stay = [e for e in range(total) if e not in places]
     experts: dict[str, int | Source] = {}
     for place in range(total):
         if place in stay:
             experts[moe.names[stay.index(place)]] = stay.index(place)
         else:
-            experts[away.config["names"][places.index(place)]] = partial(_kept, away, place)
+            experts[away.names[places.index(place)]] = partial(away.pieces, place)
 
     def routers(layer: int) -> torch.Tensor:
         now = moe.router(layer)
         whole = now.new_empty(total, now.shape[1])
-        whole[stay], whole[places] = now, away.read(moe.family.router_name(layer))
+        whole[stay], whole[places] = now, away.checkpoint.read(moe.family.router_name(layer)).to(now.dtype)
         return whole
 
-    write_changed(out, moe, experts, routers, top_k=away.config["top_k"])
-
-
-def _kept(away: Checkpoint, place: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
-    return away.blocks(f"{prefix}{place}.{kind}")
+    write_changed(out, moe, experts, routers, top_k=away.top_k)
 
 
 def extract(out: Path, moe: Moe, name: str) -> None:
     """Write one expert and the shared tensors as a dense model: what the mixture computes when only it is chosen."""
-    source, family = moe.expert(moe.index(name)), moe.family
+    number, family = moe.index(name), moe.family
+    source = moe.expert(number)
     zeros = family.zeros(int(moe.config["hidden_size"])) if family.zeros else {}
-    kinds = _patterns(family)
+    kinds = patterns(family)
     rows: list[Row] = []
     for tensor, entry in moe.checkpoint.entries.items():
         match = LAYER.fullmatch(tensor)
         prefix, rest = (tensor.removesuffix(match[2]), match[2]) if match else ("", tensor)
         dtype = moe.checkpoint.flat(tensor, 0, 0).dtype
         if rest == family.router:
-            rows += [Row(prefix + k, dtype, moe.shape(k), partial(_cast, [(source, k)], prefix, dtype)) for k in kinds]
+            for k in kinds:
+                own = moe.dtype(number, prefix, k)
+                rows.append(Row(prefix + k, own, moe.shape(k), partial(_cast, [(source, k)], prefix, own)))
         elif rest in zeros:
             _require_zero(moe, tensor)
         elif not any(p.fullmatch(rest) for p in kinds.values()):
@@ -281,7 +208,9 @@ def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
     """Config fields in which a dense model, made a mixture, would differ from this one, as `field: ours, its`."""
     made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where).to_dict()
     fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "vocab_size", "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings")  # fmt: skip
+              "vocab_size", "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings", "head_dim",
+              "use_sliding_window", "sliding_window", "layer_types", "attention_multiplier", "embedding_multiplier",
+              "residual_multiplier", "logits_scaling")  # fmt: skip
     mine = native(moe.config)
     return [f"{f}: {mine.get(f)!r}, {made.get(f)!r}" for f in fields if mine.get(f) != made.get(f)]
 

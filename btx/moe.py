@@ -6,6 +6,7 @@ what it did to every domain that `--data NAME=PATH` names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 
 from btx import lifecycle, model
-from btx.artifact import publish, write_json
+from btx.artifact import publish, unwritable, write_json
 from btx.card import changed_card, table
-from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, tokenizer_digest
+from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite, tokenizer_digest
 from btx.corpus import resolve
 from btx.errors import ArtifactError, RecipeError
-from btx.lifecycle import Moe
 from btx.merging import distance
+from btx.mixture import Masked, Moe
 from btx.probes.bits_per_byte import Document, bits_per_byte, nats
 from btx.proof import PROOF, make_proof, write_sums
 from btx.router_fit import fit_rows
@@ -92,18 +93,38 @@ def measure(folder: Path, texts: Mapping[str, Texts]) -> dict[str, float]:
     return found
 
 
+def check_out(out: Path, folder: Path) -> None:
+    """RecipeError unless `out` is a new folder, and not one inside the mixture, which stays as it is."""
+    try:
+        if out.exists():
+            raise RecipeError(f"--out: {out} is there already. Name a new folder, or remove it.")
+        inside = out.resolve().is_relative_to(folder.resolve())
+    except OSError as error:
+        raise unwritable(out, error) from error
+    if inside:
+        raise RecipeError(f"--out: {out} lies inside {folder}, which stays as it is. Name a folder beside it.")
+
+
 class Work:
     """One verb at work on a folder: reads it, writes another, measures both."""
 
     def __init__(
         self, stack: ExitStack, folder: Path, out: Path, data: Mapping[str, str], tokens: int, say: Say
     ) -> None:
-        if out.exists():
-            raise RecipeError(f"--out: {out} is there already. Name a new folder, or remove it.")
+        folder, out = folder.absolute(), out.absolute()  # "." gets a name too
+        check_out(out, folder)
         stack.enter_context(one_thread())
-        self.stack, self.folder, self.out, self.say = stack, folder, out.absolute(), say
+        self.stack, self.folder, self.out, self.say = stack, folder, out, say
         self.moe = Moe(stack.enter_context(opened(folder)))
         self.texts = read_texts(data, folder, tokens=tokens)
+
+    def require_unmasked(self) -> None:
+        """RecipeError when experts are masked: they would stay behind, and their places would no longer hold."""
+        if (self.folder / MASKED).exists():
+            raise RecipeError(
+                f"{self.folder} has experts switched off in {MASKED}/, which the new folder would not have. Use "
+                "`btx moe unmask` first (and mask all of them at once), or give them up by removing that folder."
+            )
 
     def dense(self, folder: Path, name: str) -> Checkpoint:
         """A dense model as it may become an expert; ArtifactError unless it is of the mixture's seed."""
@@ -113,8 +134,16 @@ class Work:
             raise ArtifactError(f"{who} does not go with {self.folder}: config.json differs in {'; '.join(different)}.")
         if tokenizer_digest(folder) != tokenizer_digest(self.folder):
             raise ArtifactError(f"{who} has another tokenizer than {self.folder}: the same ids mean other tokens.")
+        for tensor in sorted(self.moe.checkpoint.entries.keys() & dense.entries.keys()):
+            if self.moe.checkpoint.entries[tensor].shape != dense.entries[tensor].shape:
+                raise ArtifactError(
+                    f"{who} does not go with {self.folder}: the shape of {tensor} is {dense.entries[tensor].shape}, "
+                    f"there it is {self.moe.checkpoint.entries[tensor].shape}. Use a model trained from the same seed."
+                )
         far = distance(self.moe.checkpoint, dense, names=self.moe.checkpoint.entries.keys() & dense.entries.keys())
-        if far["cosine"] < LEAST_COSINE:
+        if math.isnan(far["cosine"]):
+            require_finite(dense, who)
+        if not far["cosine"] >= LEAST_COSINE:
             raise ArtifactError(
                 f"{who} does not descend from the seed of {self.folder}: the cosine between their shared weights is "
                 f"{far['cosine']:.3f}, relatives have more than {LEAST_COSINE}. Train it from the same seed."
@@ -145,6 +174,7 @@ class Work:
 
 def remove(work: Work, names: list[str]) -> None:
     """Write the mixture without some experts."""
+    work.require_unmasked()
     for name in names:
         work.moe.index(name)
     work.finish(f"btx moe remove {' '.join(names)}", lambda out: lifecycle.remove(out, work.moe, names),
@@ -153,6 +183,7 @@ def remove(work: Work, names: list[str]) -> None:
 
 def mask(work: Work, names: list[str]) -> None:
     """Write the mixture without some experts, which lie beside it, whole, in a folder of their own."""
+    work.require_unmasked()
 
     def write(out: Path) -> None:
         lifecycle.remove(out, work.moe, names)
@@ -166,12 +197,13 @@ def unmask(work: Work) -> None:
     kept = work.folder / MASKED
     if not (kept / SINGLE).is_file() and not list(kept.glob("*.safetensors")):
         raise ArtifactError(f"{work.folder} has no folder {MASKED}/: nothing is masked in it.")
-    away = work.stack.enter_context(opened(kept))
+    away = Masked(work.stack.enter_context(opened(kept)), work.moe)
     work.finish("btx moe unmask", lambda out: lifecycle.unmask(out, work.moe, away), {"mixture": work.folder})
 
 
 def replace(work: Work, name: str, expert: Path) -> None:
     """Write the mixture with another model in the place of an expert."""
+    work.require_unmasked()
     work.moe.index(name)
     source = lifecycle.from_dense(work.dense(expert, name), work.moe, name)
     work.finish(f"btx moe replace {name}", lambda out: lifecycle.replace(out, work.moe, name, source),
@@ -186,6 +218,7 @@ def extract(work: Work, name: str) -> None:
 
 def add(work: Work, name: str, expert: Path) -> None:
     """Write the mixture with one more expert, its router rows found by ridge regression."""
+    work.require_unmasked()
     lifecycle.require_new(work.moe, name)
     if name not in work.texts or len(work.texts) < 2:
         raise RecipeError(

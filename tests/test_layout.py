@@ -34,6 +34,7 @@ FLOORS = (
         "lifecycle",
         "adapter",
         "padded",
+        "mixture",
         "router_init",
         "router_fit",
         "shards",

@@ -15,7 +15,7 @@ from btx.artifact import write_json
 from btx.checkpoint import Checkpoint, opened
 from btx.errors import ArtifactError, RecipeError
 from btx.families import DENSE
-from btx.lifecycle import Moe
+from btx.mixture import Masked, Moe
 from btx.routed import find_routers
 from btx.router_fit import MARGIN, Normal, fit_rows, solve, targets
 from tests.conftest import config_of, save_model
@@ -157,7 +157,7 @@ def test_what_was_masked_comes_back_with_its_bits_in_its_place(folder: Path, off
 
     def show(out: Path, moe: Moe) -> None:
         with opened(masked / "masked") as away:
-            lifecycle.unmask(out, moe, away)
+            lifecycle.unmask(out, moe, Masked(away, moe))
 
     back = change(masked, "on", show)
     found, wanted = tensors(back), tensors(folder)
