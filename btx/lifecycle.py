@@ -6,6 +6,7 @@ tensors, the other experts, and their rows of every router.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -117,11 +118,13 @@ def replace(out: Path, moe: Moe, name: str, source: Source) -> None:
 
 
 def require_new(moe: Moe, name: str) -> None:
-    """RecipeError for a name that an expert has already."""
+    """RecipeError for a name that an expert has already, or that could be taken for a number or a path."""
     if name in moe.names:
         raise RecipeError(
             f"{moe.checkpoint.folder} has an expert {name!r} already. Use `btx moe replace`, or another name."
         )
+    if name.isdecimal() or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise RecipeError(f"--name {name!r} is no name of an expert: use letters, digits, '-', '_' and '.', no number.")
 
 
 def add(out: Path, moe: Moe, name: str, source: Source, rows: Callable[[int], torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ from btx.errors import ArtifactError, RecipeError
 from btx.merging import distance
 from btx.mixture import Masked, Moe
 from btx.probes.bits_per_byte import Document, bits_per_byte, nats
-from btx.proof import PROOF, make_proof, write_sums
+from btx.proof import PROOF, SUMS, check_sums, make_proof, write_sums
 from btx.router_fit import fit_rows
 from btx.safety import SINGLE
 from btx.settings import DataSettings, RunSettings
@@ -61,8 +61,9 @@ def read_texts(sources: Mapping[str, str], folder: Path, *, tokens: int) -> dict
         for document in split.train():
             if len(ids) < tokens:
                 ids += next(iter(encoder.encode([document])))[0]
-        length = min(LENGTH, max(len(ids) // 4, 1))
-        rows = torch.tensor(ids[: min(len(ids), tokens) // length * length]).view(-1, length)
+        count = min(len(ids), tokens)
+        length = min(LENGTH, max(count // 4, 1))
+        rows = torch.tensor(ids[: count // length * length]).view(-1, length)
         documents = [(np.array(i, np.int64), len(t.encode())) for t, i in _held_out(split, encoder, tokens)]
         if not len(rows) or not documents:
             raise RecipeError(f"--data {name}: {pattern} holds {split.counts.documents} documents, too little text.")
@@ -113,6 +114,8 @@ class Work:
     ) -> None:
         folder, out = folder.absolute(), out.absolute()  # "." gets a name too
         check_out(out, folder)
+        if (folder / SUMS).is_file():  # nothing is built on a folder that is not what it was
+            check_sums(folder)
         stack.enter_context(one_thread())
         self.stack, self.folder, self.out, self.say = stack, folder, out, say
         self.moe = Moe(stack.enter_context(opened(folder)))

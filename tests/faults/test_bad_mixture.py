@@ -133,6 +133,8 @@ def test_damaged_masked_experts_are_refused(made: Path, tmp_path: Path, case: st
     damage, said = MASKED[case]
     folder = Path(shutil.copytree(made / "masked-llama", tmp_path / "bad"))
     damage(folder / "masked")
+    assert "SHA256SUMS" in moe("unmask", folder, out=tmp_path / "out", code=3)
+    (folder / "SHA256SUMS").unlink()  # without digests there are still the checks of what it holds
     assert said in moe("unmask", folder, out=tmp_path / "out", code=3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
         (["unmask", "{export}", "--out", "{out}"], 3, "nothing is masked"),
         (["add", "{export}", "{dense}", "--name", "law", "--out", "{out}"], 2, "--data law=PATH"),
         (["add", "{export}", "{dense}", "--name", "code", "--out", "{out}"], 2, "an expert 'code' already"),
+        (["add", "{export}", "{dense}", "--name", "7", "--out", "{out}"], 2, "no name of an expert"),
         (["replace", "{export}", "{nowhere}", "--name", "code", "--out", "{out}"], 3, "is no folder"),
     ],
     ids=lambda x: str(x)[:40],
@@ -100,3 +102,19 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(
     output = call(project, *(w.format(**places) for w in words), code=code)
     assert said in output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_what_it_was_is_refused(project: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(project / "runs/pico/export", copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    said = call(project, "remove", str(copy), "--name", "code", "--out", str(tmp_path / "out"), code=3)
+    assert "model.safetensors" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_few_tokens_are_enough_for_a_look(project: Path, tmp_path: Path) -> None:
+    export = project / "runs/pico/export"
+    call(project, "remove", str(export), "--name", "code", "--out", str(tmp_path / "out"), "--tokens", "64")
