@@ -31,6 +31,7 @@ from btx.safety import DTYPES, INDEX, NAMES, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 QUEUED = 4  # blocks that may wait to be written
+FLUSHED = 2**28  # bytes after which they are brought to the disk
 Progress = Callable[[Path, int, int], None]  # takes the file at work, bytes of tensors done and in all
 
 
@@ -170,11 +171,15 @@ def _write_shard(path: Path, rows: list[Row], tell: Callable[[int], None]) -> st
         path.open("wb", buffering=0) as out,
         _Behind(digest.update) as hashing,
         _Behind(partial(_write_all, out.fileno())) as writing,
+        _Behind(lambda _block: os.fdatasync(out.fileno())) as flushing,
     ):
-        header = memoryview(header_of(rows))
+        flushed, header = 0, memoryview(header_of(rows))
         for data, done in chain([(header, 0)], _blocks(rows)):
             hashing.put(data)
             writing.put(data)
+            if done - flushed > FLUSHED:  # the disk is at work while the rest is made, not only at the end
+                flushing.put(data[:0])
+                flushed = done
             tell(done)
     sync(path)
     return digest.hexdigest()
