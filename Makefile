@@ -18,7 +18,7 @@ PINS = $(VENV)/constraints.txt
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check bench megablocks plan status doctor clean $(STAGES)
+.PHONY: help run test test-all check bench megablocks portability plan status doctor clean $(STAGES)
 
 help:
 	@echo "make run                              the recipe, whole (RECIPE=$(RECIPE))"
@@ -26,6 +26,7 @@ help:
 	@echo "make $(STAGES)"
 	@echo "make plan | status | doctor           price, state, environment"
 	@echo "make megablocks                       the packages of the kernel sparse"
+	@echo "make portability                      pico exports in transformers 4.57 and llama.cpp (builds it: minutes)"
 	@echo "variables: RECIPE=file.yaml DOMAIN=name SET='a.b=value c.d=value' PYTHON=python3 VENV=.venv"
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -79,6 +80,28 @@ check: $(VENV)/.dev
 	@$(VENV)/bin/python -m pytest tests/test_layout.py
 
 megablocks: $(VENV)/.megablocks
+
+# A second environment: transformers 4, and llama.cpp with its converter from the source of llama-cpp-python.
+AWAY = $(VENV)/portability
+LLAMA = llama_cpp_python-0.3.36
+$(AWAY)/.done: $(VENV)/.dev
+	@echo "setting up $(AWAY) (once; builds llama.cpp)"
+	@$(PYTHON) -m venv $(AWAY)
+	@$(AWAY)/bin/python -m pip --quiet install torch==2.13.0 transformers==4.57.6 sentencepiece protobuf \
+		scikit-build-core packaging numpy diskcache jinja2 typing_extensions
+	@$(AWAY)/bin/python -m pip --quiet download --no-deps --no-build-isolation --no-binary llama-cpp-python \
+		-d $(AWAY) llama-cpp-python==$(subst llama_cpp_python-,,$(LLAMA))
+	@tar -xzf $(AWAY)/$(LLAMA).tar.gz -C $(AWAY)
+	@CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DGGML_OPENMP=OFF" \
+		$(AWAY)/bin/python -m pip --quiet install --no-build-isolation --no-deps $(abspath $(AWAY)/$(LLAMA))
+	@touch $@
+
+portability: $(AWAY)/.done
+	@rm -rf $(AWAY)/exports $(AWAY)/gguf
+	@$(VENV)/bin/python -m tests.portability.exports $(AWAY)/exports
+	@rm -rf $(AWAY)/exports/*-parents
+	@$(AWAY)/bin/python tests/portability/in_transformers_4.py $(AWAY)/exports/*
+	@$(AWAY)/bin/python tests/portability/in_llama_cpp.py $(AWAY)/$(LLAMA)/vendor/llama.cpp $(AWAY)/gguf $(AWAY)/exports/*
 
 bench: $(VENV)/.run
 	@$(BTX) bench train

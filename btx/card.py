@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from btx import __version__
 from btx.flops import parameters
+from btx.portable import notes
+from btx.safety import read_config
 
 if TYPE_CHECKING:
     from btx.steps.export import Export
@@ -52,8 +54,9 @@ def _data(step: Export) -> str:
     return "\n".join(lines)
 
 
-def card(step: Export, config: dict[str, Any], results: dict[str, Any]) -> str:
-    """The whole card, Markdown with front matter."""
+def card(step: Export, folder: Path, results: dict[str, Any]) -> str:
+    """The whole card, Markdown with front matter, of what is in `folder`."""
+    config = read_config(folder)
     finetune = step.evaluate.finetune
     count = parameters(config)
     per_token = config["num_experts_per_tok"]
@@ -101,8 +104,11 @@ Share of the token-choices per expert, mean over layers, on held-out text.
 ```yaml
 {recipe}```
 
-It loads in transformers 5 (made with {version("transformers")}); transformers 4 does not read how version 5 writes a
-config and may compute something else without a word. `SHA256SUMS` has the digest of every file but `btx.json`, which
+## Where it loads
+
+{chr(10).join(notes(config, step.settings.layout, folder))}
+
+`SHA256SUMS` has the digest of every file but `btx.json`, which
 has them too; `proof.json` has the logits of probe prompts; `btx check FOLDER` compares both.
 """
 

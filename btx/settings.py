@@ -212,6 +212,9 @@ class ExportSettings(Settings):
     """The published folder."""
 
     shard_bytes: Count = Field(5 * 10**9, description="largest weight file")
+    layout: Literal["published", "fused"] = Field(
+        "published", description="names of the experts: one by one as published, or fused as transformers 5 holds them"
+    )
     name: Text | None = Field(None, description="title of the model card; default: the recipe's name")
     base_model: Text | None = Field(None, description="what the card calls the seed; default: its folder's name")
     license: Text | None = Field(None, description="for the card's front matter; default: none is claimed")

@@ -38,6 +38,7 @@ FLOORS = (
         "router_init",
         "router_fit",
         "shards",
+        "portable",
         "routed",
         "balance",
         "experts",

@@ -13,10 +13,10 @@ from btx.steps.evaluate import Evaluate
 
 
 class Export(Step):
-    """A checkpoint folder for others: published names, tokenizer, card, SHA256SUMS, proof."""
+    """A checkpoint folder for others: published (or fused) names, tokenizer, card, SHA256SUMS, proof."""
 
     kind: ClassVar[str] = "export"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     evaluate: Evaluate
     settings: ExportSettings
     title: str
@@ -25,25 +25,33 @@ class Export(Step):
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Copy, describe, prove."""
         from btx.card import card
-        from btx.checkpoint import carry_files, opened
-        from btx.proof import PROOF, make_proof, write_sums
-        from btx.shards import copies, write_weights
+        from btx.proof import write_sums
 
-        source = self.evaluate.finetune.folder
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
-        with opened(source) as model:
-            rows = copies(model)
-            write_weights(out, rows, shard_bytes=self.settings.shard_bytes)
-            config = model.config
-        write_json(out / "config.json", config)
-        carry_files(source, out)
+        tensors = write_model(self.evaluate.finetune.folder, out, self.settings)
         write_json(out / "experts.json", {"experts": results["experts"]})
-        if not (out / "generation_config.json").is_file():
-            write_json(out / "generation_config.json", _generation(config))
-        write_json(out / PROOF, make_proof(out))
-        (out / "README.md").write_text(card(self, config, results), encoding="utf-8")
+        (out / "README.md").write_text(card(self, out, results), encoding="utf-8")
         write_sums(out)
-        return {"tensors": len(rows)}
+        return {"tensors": tensors}
+
+
+def write_model(source: Path, out: Path, settings: ExportSettings) -> int:
+    """Write weights, config, tokenizer and proof of a Mixture of Experts for others; returns the number of tensors."""
+    from btx.checkpoint import carry_files, opened
+    from btx.portable import portable_config, rows
+    from btx.proof import PROOF, make_proof
+    from btx.shards import write_weights
+
+    with opened(source) as model:
+        tensors = rows(model, settings.layout)
+        write_weights(out, tensors, shard_bytes=settings.shard_bytes)
+        config = portable_config(model.config)
+    write_json(out / "config.json", config)
+    carry_files(source, out)
+    if not (out / "generation_config.json").is_file():
+        write_json(out / "generation_config.json", _generation(config))
+    write_json(out / PROOF, make_proof(out))
+    return len(tensors)
 
 
 def _generation(config: dict[str, Any]) -> dict[str, Any]:

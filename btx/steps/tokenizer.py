@@ -16,6 +16,7 @@ class Tokenizer(Step):
     """A folder with tokenizer.json, trained once; only a builtin seed needs it."""
 
     kind: ClassVar[str] = "tokenizer"
+    version: ClassVar[int] = 2
     sources: list[str]
     content: list[str]  # digest of each source
     data: DataSettings
@@ -31,6 +32,8 @@ class Tokenizer(Step):
         from tokenizers import decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
+        from btx.portable import portable_tokenizer
+
         texts = [d.text for d in read(self.sources, skip_bad=self.data.on_bad_line == "skip", counts=Counts())]
         fast = Fast(models.BPE())
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,4 +47,5 @@ class Tokenizer(Step):
             tokenizer_object=fast, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
         )
         wrapped.save_pretrained(str(out))
+        portable_tokenizer(out)
         return {"vocabulary": fast.get_vocab_size()}

@@ -1,0 +1,147 @@
+"""What lets an export load elsewhere: a config that transformers 4 reads too, either layout of the experts, and notes.
+
+transformers 5 writes some fields of a config under new names only. transformers 4 takes its defaults for those that it
+does not find, without a word, so the older names are written beside; transformers 5 finds the same values in both.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from btx.checkpoint import Checkpoint
+from btx.families import DOWN, GATE, MOE, UP, Family
+from btx.safety import DTYPES
+from btx.shards import Row, copies
+
+TOKENIZER = "tokenizer_config.json"
+OWN_CLASS = "TokenizersBackend"  # what transformers 5 calls a tokenizer that is its tokenizer.json and nothing else
+OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 understands
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as transformers 5 wrote it, which transformers 4 reads as the same model; others are unchanged.
+
+    `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
+    `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
+    come to differ; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
+    stands for.
+    """
+    family = MOE.get(config["model_type"])
+    if not family:
+        return config
+    found = dict(config)
+    rope = dict(found.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope
+    if found.get("dtype"):
+        found["torch_dtype"] = found["dtype"]
+    if "num_local_experts" in found:
+        found[family.experts_field] = found.pop("num_local_experts")
+    if "head_dim" in found and found["head_dim"] is None:
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    return found
+
+
+def portable_tokenizer(folder: Path) -> None:
+    """Give a tokenizer that btx made the class name that transformers 4 knows; never for files of somebody else.
+
+    The inputs are named because transformers 4 would add token types to them, which no model here takes.
+    """
+    path = folder / TOKENIZER
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found.pop("backend", None)
+    found |= {"tokenizer_class": OLD_CLASS, "model_input_names": ["input_ids", "attention_mask"]}
+    path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def rows(source: Checkpoint, layout: str) -> list[Row]:
+    """Every tensor of a Mixture of Experts in a layout: `published` as it is, `fused` as transformers 5 holds it."""
+    return copies(source) if layout == "published" else _fused(source, MOE[source.config["model_type"]])
+
+
+def _fused(source: Checkpoint, family: Family) -> list[Row]:
+    """Experts of a layer as gate_up_proj (E, 2F, D) and down_proj (E, D, F), the router under its name in memory."""
+    found = {row.name: row for row in copies(source)}
+    for name in [n for n in found if n.endswith(family.router)]:
+        prefix = name.removesuffix(family.router)
+        router = found.pop(name)
+        count = router.shape[0]
+        for target, kinds in (("gate_up_proj", (GATE, UP)), ("down_proj", (DOWN,))):
+            names = [prefix + family.expert[k].format(e=e) for e in range(count) for k in kinds]
+            row = _joined(source, f"{prefix}{family.block}.experts.{target}", list(dict.fromkeys(names)), count)
+            for old in dict.fromkeys(names):
+                del found[old]
+            found[row.name] = row
+        renamed = f"{prefix}{family.block}.{family.gate}.weight"
+        found[renamed] = Row(renamed, router.dtype, router.shape, router.pieces)
+    return list(found.values())
+
+
+def _joined(source: Checkpoint, target: str, names: list[str], count: int) -> Row:
+    """One tensor of `count` experts from the tensors that follow each other in it; one that is stacked stays so."""
+    entry = source.entries[names[0]]
+    shape = entry.shape if len(names) == 1 < len(entry.shape) - 1 else (
+        count, len(names) // count * entry.shape[0], entry.shape[1]
+    )  # fmt: skip
+    return Row(target, DTYPES[entry.dtype], shape, partial(_pieces, source, names))
+
+
+def _pieces(source: Checkpoint, names: list[str]) -> Any:
+    for name in names:
+        yield from source.blocks(name)
+
+
+def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
+    """Sentences on where the folder loads and where it is known not to, for its card."""
+    made = f"transformers 5 (made with {version('transformers')})"
+    if layout == "fused":
+        return [
+            f"Its experts lie fused, as {made} holds them: it loads there only. transformers 4 would draw its experts "
+            "at random, and other tools read the published names; export with `layout: published` for them."
+        ]
+    found = [*_limits_of_transformers_4(config, folder), *_limits_of_llama_cpp(config, folder)]
+    return [f"It loads in {made} and, as far as nothing else is said below, in transformers 4.57.", *found]
+
+
+def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]:
+    kind, found = config["model_type"], []
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if kind in ("qwen2_moe", "granitemoe") and head * config["num_attention_heads"] != config["hidden_size"]:
+        found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
+    if kind == "qwen2_moe" and config.get("use_sliding_window"):
+        found.append("transformers 4 may compute something else: there, layers with a sliding window are others.")
+    path = folder / TOKENIZER
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") == OWN_CLASS:
+        found.append(
+            f"The tokenizer files are the seed's, byte for byte, and name a class ({OWN_CLASS}) that transformers 4 "
+            f"does not know: there, `{OLD_CLASS}(tokenizer_file='PATH/tokenizer.json')` loads it."
+        )
+    return found
+
+
+def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
+    """What tests/portability/in_llama_cpp.py met in llama-cpp-python 0.3.36."""
+    kind, found = config["model_type"], []
+    llama3 = (config.get("rope_parameters") or {}).get("rope_type") == "llama3"
+    if kind == "flex_olmo":
+        return ["llama.cpp has no place for its family."]
+    if kind == "granitemoe" and llama3:
+        found.append("llama.cpp's converter refuses its rope scaling (llama3) in this family.")
+    if kind == "qwen3_moe" and llama3:
+        found.append("llama.cpp leaves out its rope scaling (llama3) in this family and computes something else.")
+    if kind == "qwen2_moe":  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
+        return [
+            "llama.cpp does not compute it: in this family it does not renormalise the chosen gates and gives NaN for "
+            "a shared expert of zeros; with tied embeddings it does not load the file."
+        ]
+    if kind == "mixtral" and config.get("sliding_window"):
+        found.append(f"llama.cpp has no sliding window here: it differs beyond {config['sliding_window']} tokens.")
+    if not (folder / "tokenizer.model").is_file():
+        found.append("llama.cpp's converter refuses byte-level tokenizers that it does not know, as those of btx.")
+    return found

@@ -1,0 +1,67 @@
+"""An export says the same to transformers 4 and 5, in either layout, and `btx check` sees what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from btx.errors import ArtifactError
+from btx.portable import notes, portable_config
+from btx.proof import check, check_proof, load_stock, logits_of, write_sums
+from tests.numerics.test_merge_identities import load, logits
+from tests.portability.exports import ROPES, export
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """The parsed config.json."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_config_has_the_older_fields_and_is_the_same_to_transformers_5(
+    tmp_path: Path, family: str, rope: str
+) -> None:
+    folder = export(tmp_path / "export", family, **ROPES[rope])
+    config, before = config_in(folder), config_in(tmp_path / "export-parents" / "moe")
+    wanted = dict(before["rope_parameters"])
+    assert config["rope_theta"] == wanted.pop("rope_theta")
+    assert config.get("rope_scaling") == (None if rope == "default" else wanted)
+    assert config["torch_dtype"] == config["dtype"]
+    count = "num_local_experts" if config["model_type"] in ("mixtral", "granitemoe") else "num_experts"
+    assert config[count] == 3
+    assert len({"num_local_experts", "num_experts"} & config.keys()) == 1
+    assert AutoConfig.for_model(**config).to_dict() == AutoConfig.for_model(**before).to_dict()
+    assert torch.equal(logits(load(folder)), logits(load(tmp_path / "export-parents" / "moe")))
+
+
+def test_fused_loads_by_the_stock_class_and_passes_the_check(tmp_path: Path, family: str) -> None:
+    folder = export(tmp_path / "fused", family, layout="fused")
+    assert torch.equal(logits(load(folder)), logits(load(tmp_path / "fused-parents" / "moe")))
+    write_sums(folder)
+    assert any("fused" in line for line in check(folder))
+
+
+def test_logits_of_nan_are_not_those_of_the_proof(tmp_path: Path) -> None:
+    folder = export(tmp_path / "export", "llama")
+    net = load_stock(folder)
+    assert check_proof(folder, net) < 1e-6
+    with torch.no_grad():
+        net.lm_head.weight.fill_(float("nan"))
+    assert logits_of(net, [1, 2]).isnan().all()
+    with pytest.raises(ArtifactError, match="other logits"):
+        check_proof(folder, net)
+
+
+def test_other_families_and_a_head_dim_of_null(tmp_path: Path) -> None:
+    dense = {"model_type": "llama", "rope_parameters": {"rope_theta": 1.0}}
+    assert portable_config(dense) == dense
+    moe = {"model_type": "mixtral", "head_dim": None, "hidden_size": 32, "num_attention_heads": 4}
+    assert portable_config(moe)["head_dim"] == 8
+    said = " ".join(notes({**moe, "sliding_window": 16}, "published", tmp_path))
+    assert "beyond 16 tokens" in said
+    assert "loads there only" in " ".join(notes(moe, "fused", tmp_path))

@@ -1,0 +1,77 @@
+"""Write pico exports of every family and kind of rope into a folder, for the other scripts here to load elsewhere.
+
+python -m tests.portability.exports FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btx.artifact import write_json
+from btx.portable import portable_tokenizer
+from btx.settings import ExportSettings
+from btx.steps.export import write_model
+from tests.conftest import FAMILIES, config_of, save_model
+from tests.numerics.test_merge_identities import CARRIED, merge
+
+ROPES = {"default": {}, **{name.split()[0]: CARRIED[name] for name in ("linear rope", "llama3 rope", "yarn rope")}}
+
+
+def export(out: Path, family: str, *, layout: Any = "published", like: Path | None = None, **config: Any) -> Path:
+    """An export of three different experts of a family; `like` has the tokenizer files to use instead."""
+    work = out.with_name(f"{out.name}-parents")
+    parents = [save_model(work / str(n), config_of(family, **config), noise=0.02 * n) for n in range(3)]
+    for parent in parents:
+        for path in [*like.iterdir()] if like else []:
+            (parent / path.name).write_bytes(path.read_bytes())
+        if not like:
+            portable_tokenizer(parent)
+    out.mkdir()
+    write_model(merge(work / "moe", parents, top_k=2), out, ExportSettings(layout=layout))
+    return out
+
+
+def sentencepiece_into(folder: Path) -> Path:
+    """A tokenizer.model of 300 pieces, as Llama 2 has one, and the fast tokenizer that transformers makes of it."""
+    import sentencepiece
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaTokenizer
+
+    folder.mkdir()
+    words = [f"the quick brown fox {n} jumps over the lazy dog and def add(a, b): return" for n in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    LlamaTokenizer.from_pretrained(str(folder)).save_pretrained(str(folder))
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # as Llama 2 is published
+    named = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
+    write_json(folder / "tokenizer_config.json", {**tokens, **named})
+    return folder
+
+
+def main(folder: Path) -> None:
+    """All of them: by family and rope, then what makes a difference to somebody, then a sentencepiece tokenizer."""
+    torch.set_num_threads(2)
+    folder.mkdir(parents=True)
+    for family in FAMILIES:
+        for name, rope in ROPES.items():
+            if not (family == "mistral" and name != "default"):
+                export(folder / f"{family}-{name}", family, **rope)
+    export(folder / "mistral-no-window", "mistral", sliding_window=None)
+    export(folder / "qwen2-untied", "qwen2", tie_word_embeddings=False)
+    export(folder / "qwen2-untied-llama3", "qwen2", tie_word_embeddings=False, **ROPES["llama3"])
+    export(folder / "llama-sentencepiece", "llama", like=sentencepiece_into(folder / "sentencepiece-parents"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

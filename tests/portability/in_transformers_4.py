@@ -1,0 +1,58 @@
+"""Load exports with the transformers at hand, version 4, and compare the logits with those of proof.json.
+
+    python tests/portability/in_transformers_4.py FOLDER...
+
+Needs torch and transformers only, not btx.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+TOLERANCE = 1e-4
+
+
+@torch.inference_mode()
+def difference(folder: Path) -> float:
+    """Largest difference of a logit or of their logsumexp from the proof, and of the token ids: infinite."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), torch_dtype=torch.float32, output_loading_info=True
+    )
+    wrong = {k: v for k, v in info.items() if v}
+    if wrong:
+        raise ValueError(f"does not fit its class: {wrong}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    differences = []
+    for row in json.loads((folder / "proof.json").read_text(encoding="utf-8"))["prompts"]:
+        encoded = tokenizer(row["prompt"], return_tensors="pt")
+        if encoded["input_ids"][0].tolist() != row["ids"]:
+            raise ValueError(f"its tokenizer gives other ids for {row['prompt']!r}")
+        logits = model.eval()(**encoded).logits[0, -1]
+        off = (logits[row["top"]] - torch.tensor(row["logits"])).abs().max()
+        differences += [float(off), abs(float(logits.logsumexp(0)) - row["logsumexp"])]
+    return float(torch.tensor(differences).max())  # a NaN stays one, which Python's max would lose
+
+
+def main(folders: list[Path]) -> int:
+    """A line for each folder; 1 when one of them is not the same."""
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    failed = 0
+    for folder in folders:
+        try:
+            off = difference(folder)
+        except Exception as error:  # whatever it is, it is what a user would see
+            print(f"{folder.name:20} FAILED {type(error).__name__}: {str(error).strip().splitlines()[-1]:.150}")
+            failed = 1
+            continue
+        failed |= not off <= TOLERANCE
+        print(f"{folder.name:20} {'ok' if off <= TOLERANCE else 'DIFFERS'}, off by {off:.1e}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main([Path(p) for p in sys.argv[1:]]))
