@@ -115,12 +115,13 @@ def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]
     if kind in ("qwen2_moe", "granitemoe") and head * config["num_attention_heads"] != config["hidden_size"]:
         found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
     if kind == "qwen2_moe" and config.get("use_sliding_window"):
-        found.append("transformers 4 may compute something else: there, layers with a sliding window are others.")
+        found.append("transformers 4 computes something else: there, other layers have the sliding window.")
     path = folder / TOKENIZER
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") == OWN_CLASS:
+    named = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if named.get("tokenizer_class") == OWN_CLASS or isinstance(named.get("extra_special_tokens"), list):
         found.append(
-            f"The tokenizer files are the seed's, byte for byte, and name a class ({OWN_CLASS}) that transformers 4 "
-            f"does not know: there, `{OLD_CLASS}(tokenizer_file='PATH/tokenizer.json')` loads it."
+            f"The tokenizer files are the seed's, byte for byte, and {TOKENIZER} is as transformers 5 writes it, which "
+            f"transformers 4 does not read: `{OLD_CLASS}(tokenizer_file='PATH/tokenizer.json')` does there."
         )
     return found
 

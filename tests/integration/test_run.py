@@ -151,8 +151,10 @@ def test_a_stop_outside_a_training_ends_with_75_and_leaves_nothing_behind(
         if list(steps.glob(".evaluate-*")):
             break
         time.sleep(0.05)
+    runner.send_signal(signal.SIGSTOP)  # or it might be done before status has looked
     assert "under way" in btx("status", "recipe.yaml", *sets, cwd=project).stdout
     runner.send_signal(number)
+    runner.send_signal(signal.SIGCONT)
     _, stderr = runner.communicate(timeout=120)
     assert runner.returncode == 75, stderr
     assert "interrupted" in stderr

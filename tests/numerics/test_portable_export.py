@@ -65,3 +65,10 @@ def test_other_families_and_a_head_dim_of_null(tmp_path: Path) -> None:
     said = " ".join(notes({**moe, "sliding_window": 16}, "published", tmp_path))
     assert "beyond 16 tokens" in said
     assert "loads there only" in " ".join(notes(moe, "fused", tmp_path))
+
+
+@pytest.mark.parametrize("found", [{"tokenizer_class": "TokenizersBackend"}, {"extra_special_tokens": ["<s>"]}, {}])
+def test_the_card_says_when_transformers_4_cannot_read_the_seeds_tokenizer(tmp_path: Path, found: dict) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(found), encoding="utf-8")
+    moe = {"model_type": "mixtral", "hidden_size": 32, "num_attention_heads": 4}
+    assert ("tokenizer_file=" in " ".join(notes(moe, "published", tmp_path))) == bool(found)
