@@ -106,6 +106,7 @@ portability: $(AWAY)/.done
 bench: $(VENV)/.run
 	@$(BTX) bench train
 	@$(BTX) bench kernels
+	@$(BTX) bench merge
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
