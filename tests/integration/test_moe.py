@@ -32,10 +32,11 @@ def call(project: Path, *words: str, code: int = 0, data: bool = True) -> str:
     return result.output
 
 
-def check(folder: Path) -> None:
-    """`btx check` says yes."""
+def check(folder: Path) -> str:
+    """`btx check` says yes; returns how."""
     result = CliRunner().invoke(main, ["check", str(folder)])
     assert result.exit_code == 0, result.output
+    return result.output
 
 
 def expert(project: Path, domain: str) -> str:
@@ -74,8 +75,8 @@ def test_masked_experts_lie_beside_and_come_back(project: Path, tmp_path: Path) 
 
 def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
     export, dense, other = project / "runs/pico/export", tmp_path / "dense", tmp_path / "other"
-    assert "MistralForCausalLM" not in call(project, "extract", str(export), "--name", "math", "--out", str(dense))
-    check(dense)
+    call(project, "extract", str(export), "--name", "math", "--out", str(dense))
+    assert "MistralForCausalLM" in check(dense)
     call(project, "replace", str(export), str(dense), "--name", "code", "--out", str(other))
     check(other)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     seed = save_model(tmp_path / "seed", config_of("llama"))
     folder = merge(tmp_path / "moe", [seed] * 2, top_k=2)
     wide = save_model(tmp_path / "wide", config_of("llama", intermediate_size=64))
-    with opened(folder) as checkpoint, opened(wide) as dense, ExitStack():
+    with opened(folder) as checkpoint, opened(wide) as dense:
         moe = Moe(checkpoint)
         assert moe.names == ["0", "1"]
         with pytest.raises(ArtifactError, match=r"gate_proj\.weight is 64x32, .* are 48x32"):
