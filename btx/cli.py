@@ -5,12 +5,8 @@ Nothing heavy is imported before a verb needs it, so that `btx --help` answers a
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +16,7 @@ from btx import __version__
 from btx.bench.verbs import bench
 from btx.errors import BtxError
 from btx.moe_verbs import moe
+from btx.signals import interruptible
 
 if TYPE_CHECKING:
     from btx.pipeline import Graph
@@ -30,26 +27,13 @@ SET = click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", hel
 STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends what is under way like Ctrl-C, so that unfinished folders are removed; trainings watch for it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Command(click.Group):
     """Prints an error that is the user's to mend as one sentence and ends with its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
         try:
-            with terminable():
+            with interruptible():
                 return super().invoke(ctx)
         except BtxError as error:
             click.echo(f"btx: {error}", err=True)

@@ -1,15 +1,47 @@
-"""A first signal asks a training to stop after its step; a second one ends the process at once."""
+"""A first signal asks a training to stop after its step; a second one ends the process at once.
+
+Everything else is interrupted where it stands, by SIGTERM as by Ctrl-C, so that unfinished folders are removed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 ENDED_AT_ONCE = 130
+
+
+class Interrupted(KeyboardInterrupt):
+    """What a signal raises.
+
+    Where Python's own KeyboardInterrupt passes through an `exec` of source text (a dataclass made by an import is
+    enough), `python -m` ends by SIGINT whatever the exit code asked for, although the exception was caught; it looks
+    for that very class.
+    """
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted; trainings watch for them on their own (Stop)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise Interrupted
 
 
 class Stop:

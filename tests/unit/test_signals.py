@@ -1,0 +1,32 @@
+"""A stop by a signal ends with the exit code that says so, wherever it meets the process."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STOPPED = """
+import os, click
+from btx.cli import Command
+
+@click.group(cls=Command)
+def main(): pass
+
+@main.command()
+@click.argument("number", type=int)
+def inside_an_exec(number):
+    exec("import os, time\\nos.kill(os.getpid(), number)\\ntime.sleep(10)", {"number": number})
+
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_meets_an_exec_of_source_ends_with_75_too(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    command = [sys.executable, "-m", "stopped", "inside-an-exec", str(int(number))]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 75, ended.stderr
+    assert "interrupted" in ended.stderr
