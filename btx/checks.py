@@ -77,9 +77,9 @@ def check_lengths(seed: Path, recipe: Recipe) -> None:
 
 def check_layout(merge: Merge, builtin_width: int) -> None:
     """RecipeError when the seed's feed-forward blocks cannot be cut as the recipe says, ResourceError for memory."""
-    from btx.averaging import require_memory
     from btx.checkpoint import opened
-    from btx.merging import layout
+    from btx.merge.averaging import require_memory
+    from btx.merge.layout import layout
 
     seed, width, count = merge.branch.seed, builtin_width, len(merge.models)
     if isinstance(seed, Given):

@@ -15,7 +15,7 @@ import click
 from btx import __version__
 from btx.bench.verbs import bench
 from btx.errors import BtxError
-from btx.moe_verbs import moe
+from btx.moe.verbs import moe
 from btx.signals import interruptible
 
 if TYPE_CHECKING:

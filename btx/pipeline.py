@@ -16,7 +16,7 @@ from btx.artifact import fingerprint
 from btx.checks import check_inputs
 from btx.digests import Digests
 from btx.errors import ArtifactError, RecipeError, ResourceError, nearest
-from btx.merge_settings import FROM_DATA
+from btx.merge.settings import FROM_DATA
 from btx.recipe import Recipe
 from btx.step import Step, Tell, undone
 from btx.steps.adapted import Adapted
@@ -147,7 +147,7 @@ class Graph:
 
     def _expert(self, name: str, checkpoint: str, seed: Step) -> Step:
         """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
-        from btx.adapter import CONFIG, WEIGHTS, is_adapter
+        from btx.merge.adapter import CONFIG, WEIGHTS, is_adapter
 
         try:
             path = (self.base / Path(checkpoint).expanduser()).resolve()

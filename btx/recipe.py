@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
-from btx.merge_settings import MergeSettings
+from btx.merge.settings import MergeSettings
 from btx.settings import (
     BuiltinSeed,
     Count,

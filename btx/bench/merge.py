@@ -64,10 +64,10 @@ def status(key: str) -> int:
 
 def merge_measured(folders: list[Path], out: Path, *, hollow: bool = False) -> Spent:
     """Merge folders into `out` in this process; `hollow` empties each shard once it is done, keeping its size."""
-    from btx.averaging import SEED
     from btx.checkpoint import one_thread, opened
-    from btx.merge_settings import MergeSettings
-    from btx.merging import write_moe
+    from btx.merge.averaging import SEED
+    from btx.merge.settings import MergeSettings
+    from btx.merge.write import write_moe
 
     out.mkdir()
     before = status("VmRSS")
@@ -100,7 +100,7 @@ class Hollow:
 def _in_child(folders: list[Path], out: Path, hollow: bool, pipe: Any) -> None:
     from transformers import AutoConfig, MixtralForCausalLM  # noqa: F401 - libraries are the interpreter's own
 
-    import btx.merging  # noqa: F401
+    import btx.merge.write  # noqa: F401
 
     pipe.send(merge_measured(folders, out, hollow=hollow))
 

@@ -20,16 +20,16 @@ class Adapted(Step):
 
     def examine(self) -> None:
         """Refuse an adapter that does not go with the seed; reads it whole, writes nothing."""
-        from btx.adapter import Adapter
         from btx.checkpoint import opened
+        from btx.merge.adapter import Adapter
 
         with opened(self.seed.folder) as seed:
             Adapter(self.path).require_fit(seed)
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Check, add and write."""
-        from btx.adapter import Adapter
         from btx.checkpoint import carry_files, one_thread, opened
+        from btx.merge.adapter import Adapter
         from btx.shards import write_weights
 
         adapter = Adapter(self.path)

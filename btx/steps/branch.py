@@ -150,8 +150,8 @@ def config_difference(seed: dict[str, Any], other: dict[str, Any], where: str) -
 def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
     from btx.checkpoint import opened, require_finite, tokenizer_digest
-    from btx.merging import distance, require_same
-    from btx.padded import same_width
+    from btx.merge.lineage import distance, require_same
+    from btx.merge.padded import same_width
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from btx.artifact import STATES, fingerprint, write_json
 from btx.errors import RecipeError
-from btx.merge_settings import FROM_DATA, MergeSettings
+from btx.merge.settings import FROM_DATA, MergeSettings
 from btx.step import HASHED, Step, Tell
 from btx.steps.branch import Branch
 from btx.steps.tokens import TokensStep
@@ -41,10 +41,10 @@ class Models(Step):
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any]:
         """All models as open, checked checkpoints of one feed-forward width, and the seed."""
-        from btx.averaging import require_memory
         from btx.checkpoint import one_thread, opened
-        from btx.merging import require_same
-        from btx.padded import same_width
+        from btx.merge.averaging import require_memory
+        from btx.merge.lineage import require_same
+        from btx.merge.padded import same_width
 
         stack.enter_context(one_thread())
         seed = stack.enter_context(opened(self.branch.seed.folder))
@@ -83,7 +83,7 @@ class Average(Models):
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Average and write."""
         from btx.checkpoint import carry_files
-        from btx.merging import write_average
+        from btx.merge.write import write_average
 
         with ExitStack() as stack:
             models, seed = self.opened(stack)
@@ -105,7 +105,9 @@ class Merge(Models):
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
         from btx.checkpoint import carry_files
-        from btx.merging import distance, layout, write_moe
+        from btx.merge.layout import layout
+        from btx.merge.lineage import distance
+        from btx.merge.write import write_moe
 
         with ExitStack() as stack:
             models, seed = self.opened(stack)
@@ -127,7 +129,7 @@ class Merge(Models):
         """Make the routers of the merged model in `out` anew from the domains' data; returns the files it changed."""
         from btx import model
         from btx.families import MOE
-        from btx.router_init import fresh_routers
+        from btx.merge.router_init import fresh_routers
         from btx.shards import overwrite
 
         model.set_threads(self.where)

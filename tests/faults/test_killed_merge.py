@@ -12,8 +12,8 @@ import pytest
 
 from btx import shards
 from btx.checkpoint import opened
-from btx.merge_settings import MergeSettings
-from btx.merging import write_moe
+from btx.merge.settings import MergeSettings
+from btx.merge.write import write_moe
 from btx.shards import Resume
 from tests.conftest import config_of, save_model
 

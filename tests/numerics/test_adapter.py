@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from btx.adapter import CONFIG, WEIGHTS, Adapter, is_adapter
 from btx.artifact import write_json
 from btx.checkpoint import opened
 from btx.errors import ArtifactError
+from btx.merge.adapter import CONFIG, WEIGHTS, Adapter, is_adapter
 from btx.shards import write_weights
 from tests.conftest import config_of, save_model, write_project
 from tests.faults.world import edit_json
@@ -79,7 +79,7 @@ def test_blocks_of_any_size_give_the_same_bits(tmp_path: Path, monkeypatch: pyte
     seed = save_model(tmp_path / "seed", config_of("llama"))
     train_adapter(seed, tmp_path / "adapter")
     whole = ours(seed, tmp_path / "adapter", tmp_path / "whole")
-    monkeypatch.setattr("btx.adapter.BLOCK", block)
+    monkeypatch.setattr("btx.merge.adapter.BLOCK", block)
     found = ours(seed, tmp_path / "adapter", tmp_path / "cut")
     for name, tensor in whole.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-7, rtol=1e-6, msg=name)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx import lifecycle
 from btx.artifact import write_json
 from btx.checkpoint import Checkpoint, opened
 from btx.errors import ArtifactError, RecipeError
 from btx.families import DENSE
-from btx.mixture import Masked, Moe
+from btx.moe import lifecycle
+from btx.moe.mixture import Masked, Moe
+from btx.moe.router_fit import MARGIN, Normal, fit_rows, solve, targets
 from btx.routed import find_routers
-from btx.router_fit import MARGIN, Normal, fit_rows, solve, targets
 from tests.conftest import config_of, save_model
 from tests.numerics.test_merge_identities import load, logits, merge
 

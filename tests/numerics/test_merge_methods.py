@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx.averaging import average, mean, require_memory
 from btx.checkpoint import opened
 from btx.errors import ResourceError
-from btx.merge_settings import GROUPS, AveragingSettings, MergeSettings, SharedSettings, group_of
-from btx.merging import write_average
+from btx.merge.averaging import average, mean, require_memory
+from btx.merge.settings import GROUPS, AveragingSettings, MergeSettings, SharedSettings, group_of
+from btx.merge.write import write_average
 from tests.conftest import config_of, save_model
 
 BASE = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -190,7 +190,7 @@ def test_norms_of_queries_and_keys_are_norms() -> None:
 def test_a_method_that_sees_whole_tensors_is_refused_where_memory_does_not_do(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("btx.averaging.BLOCK", 100)
+    monkeypatch.setattr("btx.merge.averaging.BLOCK", 100)
     with opened(folders[0]) as base:
         require_memory(base, SharedSettings(), models=8, limit=2**19)
         with pytest.raises(ResourceError, match=r"lm_head\.weight .*by ties.*group head"):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from btx.checkpoint import opened
 from btx.families import DENSE
-from btx.router_fit import RIDGE
-from btx.router_init import Seen, fresh_routers, from_activations, scaled
+from btx.merge.router_init import Seen, fresh_routers, from_activations, scaled
+from btx.moe.router_fit import RIDGE
 from btx.routing import init_router, mean_entropy
 from btx.shards import overwrite
 from tests.conftest import config_of, save_model

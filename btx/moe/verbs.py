@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from btx.moe import Work
+    from btx.moe.work import Work
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 EXPERT = click.argument("expert", type=click.Path(path_type=Path))
@@ -39,7 +39,7 @@ def _common(verb: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _work(folder: Path, options: dict[str, Any]) -> Iterator[Work]:
-    from btx.moe import Work, parse_data
+    from btx.moe.work import Work, parse_data
 
     with ExitStack() as stack:
         say = lambda text: click.echo(text, err=True)  # noqa: E731
@@ -57,7 +57,7 @@ def add(folder: Path, expert: Path, name: str, **options: Any) -> None:
     Its router rows are found by ridge regression at what each router sees, on --data NAME=PATH of its own domain and of
     the old ones. Old experts and rows keep their bits.
     """
-    from btx.moe import add as do
+    from btx.moe.work import add as do
 
     with _work(folder, options) as work:
         do(work, name, expert)
@@ -69,7 +69,7 @@ def add(folder: Path, expert: Path, name: str, **options: Any) -> None:
 @_common
 def remove(folder: Path, names: tuple[str, ...], **options: Any) -> None:
     """Remove experts and their router rows: the inverse of add."""
-    from btx.moe import remove as do
+    from btx.moe.work import remove as do
 
     with _work(folder, options) as work:
         do(work, list(names))
@@ -82,7 +82,7 @@ def remove(folder: Path, names: tuple[str, ...], **options: Any) -> None:
 @_common
 def replace(folder: Path, expert: Path, name: str, **options: Any) -> None:
     """Put another dense model of the same seed in the place of an expert, whose router rows stay."""
-    from btx.moe import replace as do
+    from btx.moe.work import replace as do
 
     with _work(folder, options) as work:
         do(work, name, expert)
@@ -94,7 +94,7 @@ def replace(folder: Path, expert: Path, name: str, **options: Any) -> None:
 @_common
 def extract(folder: Path, name: str, **options: Any) -> None:
     """Write an expert on the shared tensors as a dense model."""
-    from btx.moe import extract as do
+    from btx.moe.work import extract as do
 
     with _work(folder, options) as work:
         do(work, name)
@@ -106,7 +106,7 @@ def extract(folder: Path, name: str, **options: Any) -> None:
 @_common
 def mask(folder: Path, names: tuple[str, ...], **options: Any) -> None:
     """Switch experts off: no token visits them. They lie beside the mixture, in masked/, until unmask."""
-    from btx.moe import mask as do
+    from btx.moe.work import mask as do
 
     with _work(folder, options) as work:
         do(work, list(names))
@@ -117,7 +117,7 @@ def mask(folder: Path, names: tuple[str, ...], **options: Any) -> None:
 @_common
 def unmask(folder: Path, **options: Any) -> None:
     """Switch the experts in masked/ on again, with the bits they had."""
-    from btx.moe import unmask as do
+    from btx.moe.work import unmask as do
 
     with _work(folder, options) as work:
         do(work)

@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from btx import lifecycle, model
+from btx import model
 from btx.artifact import publish, unwritable, write_json
 from btx.card import changed_card, table
 from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite, tokenizer_digest
 from btx.corpus import resolve
 from btx.errors import ArtifactError, RecipeError
-from btx.merging import distance
-from btx.mixture import Masked, Moe
+from btx.merge.lineage import distance
+from btx.moe import lifecycle
+from btx.moe.mixture import Masked, Moe
+from btx.moe.router_fit import fit_rows
 from btx.probes.bits_per_byte import Document, bits_per_byte, nats
 from btx.proof import PROOF, SUMS, check_sums, make_proof, write_sums
-from btx.router_fit import fit_rows
 from btx.safety import SINGLE
 from btx.settings import DataSettings, RunSettings
 from btx.step import versions

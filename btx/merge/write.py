@@ -8,110 +8,22 @@ averaging in bf16 rounds a quarter of the weights wrongly.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from btx.averaging import Shared
-from btx.checkpoint import BLOCK, Checkpoint
+from btx.checkpoint import Checkpoint
 from btx.errors import ArtifactError, RecipeError
 from btx.families import DOWN, EMBEDDING, LAYER, Family, class_name, family_of, moe_config
-from btx.merge_settings import MergeSettings
+from btx.merge.averaging import Shared
+from btx.merge.layout import Experts, layout
+from btx.merge.settings import MergeSettings
 from btx.shards import Progress, Resume, Row, write_weights
 
 SEED = "seed"
-
-
-def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
-    """ArtifactError with the list of what differs unless two checkpoints have the same tensors and shapes."""
-    mine = {n: e.shape for n, e in seed.entries.items()}
-    theirs = {n: e.shape for n, e in other.entries.items()}
-    wrong = [
-        f"{n}: seed {mine.get(n, 'none')}, {who} {theirs.get(n, 'none')}"
-        for n in sorted(mine.keys() | theirs.keys())
-        if mine.get(n) != theirs.get(n)
-    ]
-    if wrong:
-        raise ArtifactError(
-            f"{who} ({other.folder}) is no descendant of the seed ({seed.folder}): {len(wrong)} tensors "
-            f"differ in presence or shape, first {'; '.join(wrong[:3])}."
-        )
-
-
-@dataclass(frozen=True)
-class Experts:
-    """How the models' feed-forward blocks are laid out as MoE experts: one each, split in chunks, or blended.
-
-    split (paper, section on expert splitting): each block is cut into `chunks` of width F/C; the output projection is
-    multiplied by C so that equal gates over all N·C chunks give the mean of the models' outputs.
-    blend: the n-th expert is made of the n-th chunk (of N) of every model; the output projection is multiplied so
-    that equal gates over all N experts give the mean of the models' outputs (the factor is 1).
-    """
-
-    form: str
-    models: int
-    chunks: int
-    width: int
-
-    @property
-    def count(self) -> int:
-        """Number of MoE experts."""
-        return self.models * self.chunks if self.form == "split" else self.models
-
-    @property
-    def expert_width(self) -> int:
-        """Feed-forward width of one MoE expert."""
-        return self.width // self.chunks if self.form == "split" else self.width
-
-    @property
-    def parts(self) -> int:
-        """Chunks that each model's feed-forward block is cut into."""
-        return {"one": 1, "split": self.chunks, "blend": self.models}[self.form]
-
-    def sources(self, expert: int) -> list[tuple[int, int]]:
-        """What MoE expert `expert` is made of: (model, chunk) pairs, in the order of its rows."""
-        if self.form == "blend":
-            return [(model, expert) for model in range(self.models)]
-        return [divmod(expert, self.parts)]
-
-    def pieces(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
-        """The feed-forward tensor `name` of MoE expert `expert`, as blocks in row-major order."""
-        rows, columns = models[0].entries[name].shape
-        if not name.endswith(DOWN):
-            size = rows // self.parts * columns
-            for model, chunk in self.sources(expert):
-                yield from models[model].blocks(name, chunk * size, (chunk + 1) * size)
-        elif self.parts == 1:
-            yield from models[expert].blocks(name)
-        else:
-            yield from self._columns(models, expert, name)
-
-    def _columns(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
-        rows, columns = models[0].entries[name].shape
-        width, step = columns // self.parts, max(1, BLOCK // columns)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            cut = [
-                models[m].flat(name, start * columns, stop * columns).view(-1, columns)[:, c * width : (c + 1) * width]
-                for m, c in self.sources(expert)
-            ]
-            joined = torch.cat(cut, 1)
-            yield joined.to(torch.float32) * self.chunks if self.form == "split" else joined
-
-
-def layout(settings: MergeSettings, models: int, width: int) -> Experts:
-    """The expert layout of a recipe; RecipeError when the feed-forward width cannot be cut that way."""
-    chunks = settings.chunks if settings.experts == "split" else models if settings.experts == "blend" else 1
-    if width % chunks:
-        raise RecipeError(
-            f"merge.experts: {settings.experts} cuts the feed-forward width {width} into {chunks} chunks, "
-            "which does not come out even. Choose another number of chunks."
-        )
-    return Experts(settings.experts, models, chunks if settings.experts == "split" else 1, width)
 
 
 def write_average(
@@ -250,20 +162,3 @@ class RouterScales:
                 rest = rest[full:]
             self._embedding = total / rows
         return self._embedding
-
-
-def distance(seed: Checkpoint, other: Checkpoint, *, names: Collection[str] | None = None) -> dict[str, float]:
-    """How far a model has gone from the seed over all matrices, or those named: cosine, and the change over the seed's.
-
-    Independent models have a cosine near 0, descendants near 1. Norm weights are left out: they are all near one.
-    """
-    dot = mine = theirs = change = 0.0
-    for name, entry in seed.entries.items():
-        if len(entry.shape) < 2 or (names is not None and name not in names):
-            continue
-        for a, b in zip(seed.blocks(name), other.blocks(name), strict=True):
-            a, b = a.to(torch.float32), b.to(torch.float32)
-            dot, mine, theirs = dot + float(a @ b), mine + float(a @ a), theirs + float(b @ b)
-            b -= a
-            change += float(b @ b)
-    return {"cosine": dot / max((mine * theirs) ** 0.5, 1e-30), "change": (change / max(mine, 1e-30)) ** 0.5}

@@ -15,7 +15,7 @@ import torch
 from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import ResourceError
 from btx.families import LAYER
-from btx.merge_settings import GROUPS, OPTIONS, WEIGHED, AveragingSettings, MergeSettings, SharedSettings, group_of
+from btx.merge.settings import GROUPS, OPTIONS, WEIGHED, AveragingSettings, MergeSettings, SharedSettings, group_of
 
 SEED = "seed"
 ELEMENTWISE = ("mean", "linear", "task_arithmetic")  # methods that can go block by block

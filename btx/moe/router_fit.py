@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from btx.merge.router_init import RIDGE
 from btx.routed import find_routers
 
-RIDGE = 1e-3  # λ as a share of the mean square of a component of x
 MARGIN = 1.0  # in logits, at least; or the deviation of the old ones where that is more
 
 

@@ -19,7 +19,7 @@ from btx.artifact import write_json
 from btx.checkpoint import Checkpoint
 from btx.errors import ArtifactError, RecipeError
 from btx.families import LAYER, dense_config, moe_config
-from btx.mixture import EXPERTS, Masked, Moe, Source, patterns
+from btx.moe.mixture import EXPERTS, Masked, Moe, Source, patterns
 from btx.shards import Row, write_weights
 
 

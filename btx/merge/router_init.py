@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from btx.routed import find_routers
-from btx.router_fit import RIDGE
 from btx.routing import mean_entropy
 
+RIDGE = 1e-3  # λ as a share of the mean square of a component of x
 KEPT = 512  # tokens of each domain and layer that the scale is measured on
 
 

@@ -1,0 +1,43 @@
+"""Whether a checkpoint descends from the seed, and how far it has gone from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from btx.checkpoint import Checkpoint
+from btx.errors import ArtifactError
+
+
+def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
+    """ArtifactError with the list of what differs unless two checkpoints have the same tensors and shapes."""
+    mine = {n: e.shape for n, e in seed.entries.items()}
+    theirs = {n: e.shape for n, e in other.entries.items()}
+    wrong = [
+        f"{n}: seed {mine.get(n, 'none')}, {who} {theirs.get(n, 'none')}"
+        for n in sorted(mine.keys() | theirs.keys())
+        if mine.get(n) != theirs.get(n)
+    ]
+    if wrong:
+        raise ArtifactError(
+            f"{who} ({other.folder}) is no descendant of the seed ({seed.folder}): {len(wrong)} tensors "
+            f"differ in presence or shape, first {'; '.join(wrong[:3])}."
+        )
+
+
+def distance(seed: Checkpoint, other: Checkpoint, *, names: Collection[str] | None = None) -> dict[str, float]:
+    """How far a model has gone from the seed over all matrices, or those named: cosine, and the change over the seed's.
+
+    Independent models have a cosine near 0, descendants near 1. Norm weights are left out: they are all near one.
+    """
+    dot = mine = theirs = change = 0.0
+    for name, entry in seed.entries.items():
+        if len(entry.shape) < 2 or (names is not None and name not in names):
+            continue
+        for a, b in zip(seed.blocks(name), other.blocks(name), strict=True):
+            a, b = a.to(torch.float32), b.to(torch.float32)
+            dot, mine, theirs = dot + float(a @ b), mine + float(a @ a), theirs + float(b @ b)
+            b -= a
+            change += float(b @ b)
+    return {"cosine": dot / max((mine * theirs) ** 0.5, 1e-30), "change": (change / max(mine, 1e-30)) ** 0.5}

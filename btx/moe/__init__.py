@@ -1,0 +1,1 @@
+"""The life of a Mixture of Experts after its merge: `btx moe`."""
