@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from btx.errors import RecipeError, ResourceError, nearest
 from btx.recipe import Recipe
@@ -35,7 +36,7 @@ def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
         if isinstance(step, (Branch, Adapted)) and isinstance(step.seed, Given):
             step.examine()
         if isinstance(step, Merge):
-            check_layout(step, recipe.seed.builtin.intermediate_size)
+            check_layout(step, recipe.seed.builtin.config)
         if isinstance(step, Export) and recipe.finetune.soft_first_layer:
             raise RecipeError(
                 "finetune.soft_first_layer: no stock class can hold a layer that visits all experts beside others that "
@@ -75,18 +76,19 @@ def check_lengths(seed: Path, recipe: Recipe) -> None:
             )
 
 
-def check_layout(merge: Merge, builtin_width: int) -> None:
+def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
     """RecipeError when the seed's feed-forward blocks cannot be cut as the recipe says, ResourceError for memory."""
     from btx.checkpoint import opened
     from btx.merge.averaging import require_memory
     from btx.merge.layout import layout
 
-    seed, width, count = merge.branch.seed, builtin_width, len(merge.models)
+    seed, config = merge.branch.seed, builtin
     if isinstance(seed, Given):
-        width = width_of(seed.folder)
         with opened(seed.folder) as found:
-            require_memory(found, merge.settings.shared, models=count, limit=merge.where.max_memory)
-    layout(merge.settings, count, width)
+            config = {**found.config, "intermediate_size": width_of(seed.folder)}
+            require_memory(found, merge.settings.shared, models=len(merge.models), limit=merge.where.max_memory)
+    width = config["intermediate_size"]
+    layout(merge.settings, list(merge.models), config, str(seed.folder))
     for name, step in merge.models.items():
         if merge.settings.experts != "one" and isinstance(step, Given) and width_of(step.folder) != width:
             raise RecipeError(

@@ -68,9 +68,9 @@ def graph_of(recipe: Path, overrides: tuple[str, ...]) -> Graph:
 def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str | None) -> None:
     """Do whatever is not done of what a stage needs, and say what came out."""
     from btx.launch import Launcher
-    from btx.pipeline import link, walk
     from btx.progress import for_person
     from btx.step import undone
+    from btx.walk import link, walk
 
     graph = graph_of(recipe, overrides)
     steps = graph.needed(graph.labels(stage, domain))

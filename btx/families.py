@@ -8,7 +8,7 @@ must have a value under which it does nothing, and anything else is refused by n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,21 @@ GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.we
 EMBEDDING = "model.embed_tokens.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 ANY = None
-SHARED_WIDTH = 128  # of a shared expert of zeros: small, and a multiple of what kernels and tensor parallelism ask for
+IDLE_WIDTH = 128  # of a shared expert of zeros: small, and a multiple of what kernels and tensor parallelism ask for
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert that every token visits, behind a gate of its own: sigmoid(gate · x) times what it gives."""
+
+    names: dict[str, str]  # dense feed-forward tensor -> its name on disk
+    gate: str  # name of the gate's weight (1, D)
+    width_field: str  # config field with its feed-forward width
+
+    def shapes(self, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Its tensors in a layer, by name, for the model's width and its own."""
+        found = {n: (hidden, width) if kind == DOWN else (width, hidden) for kind, n in self.names.items()}
+        return {**found, self.gate: (1, hidden)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,8 @@ class Family:
     carried: tuple[str, ...] = ()  # fields that the MoE model reads although its config class does not declare them
     harmless: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # dense-only field: values that do
     # nothing in the dense model (for a list: of each of its items), or ANY
-    zeros: Callable[[int], dict[str, tuple[int, ...]]] | None = None  # tensors of zeros in every layer, by model width
+    shared: SharedExpert | None = None  # which it has in every layer, if it has one; zeros make it idle
+    dense_layers: bool = False  # whether layers without experts can be named under mlp_only_layers
 
     @property
     def stacked(self) -> bool:
@@ -53,17 +68,6 @@ class Family:
     def router_name(self, layer: int) -> str:
         """Published name of a layer's router weight, of shape (experts, width)."""
         return f"model.layers.{layer}.{self.router}"
-
-
-def _shared_expert(width: int) -> dict[str, tuple[int, ...]]:
-    """The always-on expert of Qwen2-MoE and its gate, all zero: it adds nothing and, without a gradient, never will."""
-    rows, columns = (SHARED_WIDTH, width), (width, SHARED_WIDTH)
-    return {
-        "mlp.shared_expert.gate_proj.weight": rows,
-        "mlp.shared_expert.up_proj.weight": rows,
-        "mlp.shared_expert.down_proj.weight": columns,
-        "mlp.shared_expert_gate.weight": (1, width),
-    }
 
 
 _MIXTRAL = {
@@ -112,10 +116,18 @@ ALL = (
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "qkv_bias": True,
-            "shared_expert_intermediate_size": SHARED_WIDTH,
         },
         carried=("head_dim",),
-        zeros=_shared_expert,
+        shared=SharedExpert(
+            names={
+                GATE: "mlp.shared_expert.gate_proj.weight",
+                UP: "mlp.shared_expert.up_proj.weight",
+                DOWN: "mlp.shared_expert.down_proj.weight",
+            },
+            gate="mlp.shared_expert_gate.weight",
+            width_field="shared_expert_intermediate_size",
+        ),
+        dense_layers=True,
     ),
     Family(
         dense="qwen3",
@@ -131,6 +143,7 @@ ALL = (
             "use_sliding_window": False,  # the dense class goes by layer_types, the MoE class by this, in all layers
         },
         carried=("head_dim",),
+        dense_layers=True,
         harmless={"max_window_layers": ANY, "layer_types": ("full_attention",)},
     ),
     Family(
@@ -184,11 +197,15 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     )
 
 
-def moe_config(dense: dict[str, Any], *, experts: int, top_k: int, width: int, where: str) -> Any:
+def moe_config(
+    dense: dict[str, Any], *, experts: int, top_k: int, width: int, where: str, dense_layers: Sequence[int] = (),
+    shared_width: int = IDLE_WIDTH,
+) -> Any:  # fmt: skip
     """The native MoE config that gives a dense model's logits when all experts are that model.
 
-    `dense` is the parsed config.json; `width` an expert's feed-forward width. ArtifactError names the field when the
-    dense model uses something that the MoE class does not have.
+    `dense` is the parsed config.json; `width` an expert's feed-forward width, `dense_layers` those without experts,
+    `shared_width` that of the shared expert where the family has one. ArtifactError names the field when the dense
+    model uses something that the MoE class does not have.
     """
     from transformers import AutoConfig
 
@@ -198,6 +215,10 @@ def moe_config(dense: dict[str, Any], *, experts: int, top_k: int, width: int, w
     _refuse_unknown(family, source, known, where)
     kept = {k: v for k, v in source.items() if k in known and k not in _RECORDED}
     kept |= {**family.fixed, family.experts_field: experts, family.width_field: width, "num_experts_per_tok": top_k}
+    if dense_layers:
+        kept["mlp_only_layers"] = list(dense_layers)
+    if family.shared:
+        kept[family.shared.width_field] = shared_width
     return AutoConfig.for_model(family.moe, **kept)
 
 

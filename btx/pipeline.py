@@ -1,13 +1,11 @@
-"""Recipe to graph of steps, and the walk over it. Building the graph trains nothing and writes nothing.
+"""Recipe to graph of steps. Building the graph trains nothing and writes nothing.
 
-Every input is looked at first (`Graph.check`), so that a bad one is refused before anything is written. Then each
-step that is not done is run: the trainings by the engine, in processes of their own, the others here.
+Every input is looked at first (`Graph.check`), so that a bad one is refused before anything is written.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,10 +13,10 @@ from btx import corpus
 from btx.artifact import fingerprint
 from btx.checks import check_inputs
 from btx.digests import Digests
-from btx.errors import ArtifactError, RecipeError, ResourceError, nearest
+from btx.errors import ArtifactError, RecipeError, nearest
 from btx.merge.settings import FROM_DATA
 from btx.recipe import Recipe
-from btx.step import Step, Tell, undone
+from btx.step import Step
 from btx.steps.adapted import Adapted
 from btx.steps.branch import Branch
 from btx.steps.evaluate import Evaluate
@@ -59,14 +57,20 @@ class Graph:
         recipe = self.recipe
         seed, tokenizer = self._seed()
         tokens = {name: self._tokens(name, d.data, d.valid, tokenizer) for name, d in recipe.domains.items() if d.data}
-        trained = {name: self._expert(name, d.checkpoint, seed) for name, d in recipe.domains.items() if d.checkpoint}
-        given = {name: step for name, step in trained.items() if isinstance(step, Given)}
+        elsewhere = {
+            expert: self._expert(expert, name, path, seed)
+            for name, domain in recipe.domains.items()
+            for expert, path in zip(domain.names(name), domain.checkpoints, strict=False)
+        }
+        given = {name: step for name, step in elsewhere.items() if isinstance(step, Given)}
         branch = self._add(Branch(seed=seed, given=given, **self._place()))
         experts: dict[str, Step] = {}
-        for name, domain in recipe.domains.items():
-            experts[name] = trained.get(name) or self._add(
-                Train(branch=branch, tokens=tokens[name], budget=domain.tokens, train=recipe.train, **self._place(name))
-            )
+        for expert, name in recipe.domain_of.items():
+            domain = recipe.domains[name]
+            experts[expert] = elsewhere.get(expert) or self._add(
+                Train(branch=branch, tokens=tokens[name], budget=domain.tokens, train=recipe.train,
+                      part=(domain.names(name).index(expert), domain.experts), **self._place(expert))
+            )  # fmt: skip
         models = {"branch": branch, "experts": experts, "settings": recipe.merge, **self._place()}
         average = self._add(Average(**models))
         if not tokens:
@@ -75,7 +79,8 @@ class Graph:
         if recipe.seed.sources:
             mixed["seed"] = self._tokens("seed", recipe.seed.sources, recipe.seed.valid, tokenizer)
         known = router_data(recipe, mixed)
-        merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, tokens=known, **models))
+        others = {expert: name for expert, name in recipe.domain_of.items() if known and expert != name}
+        merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, tokens=known, domains=others, **models))
         check_method(recipe.merge, list(merge.models))
         self._after(average, merge, tokens, mixed)
 
@@ -127,11 +132,11 @@ class Graph:
             Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=self.recipe.train, **self._place())
         ), tokenizer
 
-    def _given(self, name: str, checkpoint: str) -> Given:
+    def _given(self, name: str, checkpoint: str, domain: str | None = None) -> Given:
         """A checkpoint folder of the recipe, its header and config checked, its content hashed."""
         from btx.checkpoint import Checkpoint
 
-        key = "seed.checkpoint" if name == "seed" else f"domains.{name}.checkpoint"
+        key = f"domains.{domain}.checkpoint" if domain else "seed.checkpoint"
         try:
             path = (self.base / Path(checkpoint).expanduser()).resolve()
             found, hint = path.is_dir(), corpus.hint(path)
@@ -145,7 +150,7 @@ class Graph:
         checkpoint_ = Checkpoint(path)
         return Given(content=checkpoint_.digest(self.digests), path=path, **self._place(name))
 
-    def _expert(self, name: str, checkpoint: str, seed: Step) -> Step:
+    def _expert(self, name: str, domain: str, checkpoint: str, seed: Step) -> Step:
         """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
         from btx.merge.adapter import CONFIG, WEIGHTS, is_adapter
 
@@ -155,7 +160,7 @@ class Graph:
         except (OSError, RuntimeError):
             found = False
         if not found:
-            return self._given(name, checkpoint)
+            return self._given(name, checkpoint, domain)
         files = [path / file for file in (CONFIG, WEIGHTS) if (path / file).is_file()]
         content = fingerprint([[file.name, self.digests(file)] for file in files])
         return self._add(Adapted(seed=seed, content=content, path=path, **self._place(name)))
@@ -199,10 +204,12 @@ class Graph:
 
     def labels(self, stage: str, domain: str | None = None) -> list[str]:
         """Labels of a stage, such as train (one per trained domain); RecipeError for an unknown one."""
-        if domain is not None and domain not in self.recipe.domains:
+        if domain is not None and domain not in {**self.recipe.domains, **self.recipe.domain_of}:
             raise RecipeError(f"there is no domain {domain!r}; {nearest(domain, self.recipe.domains)}")
         wanted = f"{stage}:{domain}" if domain else stage
-        found = [label for label in self.steps if label == wanted or (not domain and label.split(":")[0] == stage)]
+        several = self.recipe.domains[domain].names(domain) if domain in self.recipe.domains else [domain]
+        mine = {f"{stage}:{name}" for name in several}
+        found = [label for label in self.steps if label in mine or (not domain and label.split(":")[0] == stage)]
         if not found and domain and stage == "train":
             raise RecipeError(f"domain {domain} has a `checkpoint`, so it is not trained, only checked and merged.")
         if not found:
@@ -231,10 +238,11 @@ def router_data(recipe: Recipe, tokens: dict[str, TokensStep]) -> dict[str, Toke
     """The tokens that a router is made from, by model; none for one that needs no data."""
     if recipe.merge.router not in FROM_DATA:
         return {}
-    known = {name: step for name, step in tokens.items() if name in recipe.models}
+    owners = {*recipe.domains, *recipe.models}
+    known = {name: step for name, step in tokens.items() if name in owners}
     if len(known) < 2:
         raise RecipeError(
-            f"merge.router: {recipe.merge.router} needs `data` of two models or more, here are "
+            f"merge.router: {recipe.merge.router} needs `data` of two domains or more, here are "
             f"{', '.join(known) or 'none'}. Give the domains some, or use random."
         )
     return known
@@ -250,50 +258,8 @@ def mix(recipe: Recipe, names: list[str]) -> dict[str, float]:
         if not sum(weights.values()):
             raise RecipeError("finetune.mix: all weights are zero. Give at least one domain a positive weight.")
         return weights
-    budgets = {n: d.tokens for n, d in recipe.domains.items()}
+    budgets = {n: d.tokens and d.tokens * d.experts for n, d in recipe.domains.items()}
     budgets["seed"] = recipe.seed.tokens
     stated = [b for n in names if (b := budgets[n])]
     usual = sum(stated) / len(stated) if stated else 1.0
     return {n: float(budgets[n] or usual) for n in names}
-
-
-Launch = Callable[[list[Step]], None]
-
-
-def walk(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
-    """Run what is not done, parents first; trainings that depend on nothing unfinished go to `launch` together.
-
-    Returns how many steps were run. An error of one training leaves the others running and is raised at the end.
-    """
-    built: set[str] = set()
-    while todo := undone(steps):  # asked again each time: a parent made anew may have other bytes than its children's
-        waiting = {s.label for s in todo}
-        ready = [s for s in todo if not waiting & s.parents.keys()]
-        chosen = [s for s in ready if not s.trains][:1]
-        if again := [s.label for s in chosen or ready if s.label in built]:
-            raise ArtifactError(
-                f"{', '.join(again)}: done, and undone again within one run. See that nobody else changes "
-                f"{steps[0].root}, then run the same command again."
-            )
-        built |= {s.label for s in chosen or ready}
-        if chosen:
-            chosen[0].build(tell)
-        else:
-            launch(ready)
-    return len(built)
-
-
-def link(root: Path, step: Step) -> None:
-    """Give a published folder its short name, such as runs/demo/export, as a symbolic link."""
-    short, fresh = root / step.kind, root / f".{step.kind}.{os.getpid()}"
-    target = Path("steps") / step.folder.name
-    if short.is_symlink() and Path(os.readlink(short)) == target:
-        return
-    fresh.unlink(missing_ok=True)
-    try:
-        fresh.symlink_to(target)
-        fresh.replace(short)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        said = f"{short} cannot be made a link to {target}: {error.strerror}."
-        raise ResourceError(f"{said} Move away what is there, then run the same command again.") from error

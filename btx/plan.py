@@ -9,11 +9,11 @@ from typing import Any
 
 from btx import flops
 from btx.errors import RecipeError
-from btx.families import family_of, moe_config
+from btx.families import IDLE_WIDTH, family_of, moe_config
+from btx.merge.layout import layout
 from btx.pipeline import mix
 from btx.recipe import Recipe
 from btx.settings import FinetuneSettings, TrainSettings
-from btx.steps.merge import expert_names
 
 Config = dict[str, Any]
 
@@ -34,14 +34,8 @@ class Row:
 
 def seed_config(recipe: Recipe, base: Path) -> Config:
     """The seed's config: made, read from its folder, or as the recipe states it under seed.architecture."""
-    shape = recipe.seed.builtin
     if recipe.seed.is_builtin:
-        return {
-            "model_type": "llama", "vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size, "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads,
-            "tie_word_embeddings": True, "dtype": "float32",
-        }  # fmt: skip
+        return recipe.seed.builtin.config
     folder = base / Path(recipe.seed.checkpoint).expanduser()
     if (folder / "config.json").is_file():
         config: Config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -56,13 +50,12 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
 
 def merged_config(recipe: Recipe, dense: Config) -> Config:
     """The config of the Mixture of Experts that the recipe makes."""
-    models = [*recipe.domains, *(["seed"] if recipe.merge.include_seed else [])]
-    experts = len(expert_names(models, recipe.merge))
-    chunks = recipe.merge.chunks if recipe.merge.experts == "split" else 1
-    top_k = recipe.finetune.experts_per_token or experts
+    experts = layout(recipe.merge, recipe.models, dense, "the seed")
     config = moe_config(
-        dense, experts=experts, top_k=top_k, width=dense["intermediate_size"] // chunks, where="the seed"
-    )
+        dense, experts=experts.count, top_k=recipe.finetune.experts_per_token or experts.count,
+        width=experts.expert_width, where="the seed", dense_layers=experts.dense,
+        shared_width=experts.shared_width or IDLE_WIDTH,
+    )  # fmt: skip
     return config.to_dict()  # type: ignore[no-any-return]
 
 
@@ -99,7 +92,7 @@ def rows(recipe: Recipe, base: Path) -> list[Row]:
         found.append(_row("seed", dense, shape.tokens, settings, dtype))
     for name, domain in recipe.domains.items():
         if domain.tokens and not domain.checkpoint:
-            found.append(_row(f"train:{name}", dense, domain.tokens, recipe.train, dtype))
+            found += [_row(f"train:{n}", dense, domain.tokens, recipe.train, dtype) for n in domain.names(name)]
     moe = merged_config(recipe, dense)
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))

@@ -6,11 +6,11 @@ Reading it runs nothing and opens nothing but the file itself.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
@@ -27,6 +27,7 @@ from btx.settings import (
     Text,
     TrainSettings,
 )
+from btx.strict_yaml import parse_yaml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 RESERVED = ("seed", "average", "merged", "finetuned")
@@ -68,8 +69,21 @@ class DomainRecipe(Settings):
 
     data: list[Text] = Field(default_factory=list)
     valid: list[Text] = Field(default_factory=list, description="held-out files; default: a share of the documents")
-    tokens: Count | None = Field(None, description="training tokens of the expert")
-    checkpoint: Text | None = Field(None, description="an expert trained elsewhere: a model, or a LoRA adapter")
+    tokens: Count | None = Field(None, description="training tokens of the expert, of each if there are several")
+    experts: Count = Field(1, description="how many are trained; the sequences of the data are dealt to them in turn")
+    checkpoint: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="an expert trained elsewhere: a model, or a LoRA adapter; a list of them for several"
+    )
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The experts trained elsewhere."""
+        return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint or []
+
+    def names(self, domain: str) -> list[str]:
+        """What its experts are called: like the domain, or numbered where there are several."""
+        count = len(self.checkpoints) or self.experts
+        return [domain] if count == 1 else [f"{domain}.{n}" for n in range(count)]
 
     @model_validator(mode="after")
     def _enough(self) -> DomainRecipe:
@@ -79,6 +93,8 @@ class DomainRecipe(Settings):
             raise ValueError("say how many `tokens` this expert is trained on, such as 400k")
         if self.valid and not self.data:
             raise ValueError("`valid` holds documents out of `data`, and there is none")
+        if self.checkpoint is not None and "experts" in self.model_fields_set:
+            raise ValueError("`experts` counts those that are trained here; name several under `checkpoint` as a list")
         return self
 
 
@@ -99,7 +115,12 @@ class Recipe(Settings):
     @property
     def models(self) -> list[str]:
         """Names of all models that are merged, in the order of their experts."""
-        return [*self.domains, *(["seed"] if self.merge.include_seed else [])]
+        return [*self.domain_of, *(["seed"] if self.merge.include_seed else [])]
+
+    @property
+    def domain_of(self) -> dict[str, str]:
+        """The domain of every expert, by the expert's name, in order."""
+        return {expert: name for name, domain in self.domains.items() for expert in domain.names(name)}
 
     @property
     def finetuning(self) -> FinetuneSettings:
@@ -126,6 +147,8 @@ class Recipe(Settings):
     def _fits(self) -> Recipe:
         """What spans sections: names, numbers of experts, batches."""
         _refuse_unknown("finetune.mix", "domain", self.finetune.mix, [*self.domains, "seed"])
+        if isinstance(self.merge.copies, dict):
+            _refuse_unknown("merge.copies", "model", self.merge.copies, self.models)
         for where, how in self.merge.shared.everything.items():
             _refuse_unknown(f"{where}.weights", "model", how.weights, self.models)
             if not how.counts(self.models):
@@ -141,7 +164,11 @@ class Recipe(Settings):
         return self
 
     def _enough_experts(self) -> None:
-        experts = len(self.models) * (self.merge.chunks if self.merge.experts == "split" else 1)
+        names = [expert for name, domain in self.domains.items() for expert in domain.names(name)]
+        owned = [e for m in (*names, "seed") for e in self.merge.owners([m])] if self.merge.experts != "blend" else []
+        if twice := [n for one in (names, owned) for n, count in Counter(one).items() if count > 1]:
+            raise ValueError(f"two experts would be called {twice[0]!r}, as those of one kind are numbered; rename one")
+        experts = len(self.merge.owners(self.models))
         if experts < 2:
             raise ValueError(
                 "a Mixture of Experts needs two experts or more; add a domain, or set merge.include_seed: true"
@@ -170,40 +197,6 @@ def _refuse_unknown(where: str, what: str, names: Iterable[str], known: list[str
     for name in names:
         if name not in known:
             raise ValueError(f"{where}: there is no {what} {name!r}; {nearest(name, known)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that stands twice, and aliases (which can grow without bound)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"aliases (*name) are not used in recipes, line {line}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a key must be a word, line {line}")
-            if key.tag == "tag:yaml.org,2002:bool":
-                raise yaml.YAMLError(f"YAML reads the key {key.value} as true or false, line {line}; put it in quotes")
-            if key.value in seen:
-                raise yaml.YAMLError(f"key {key.value!r} stands twice, line {line}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Safe YAML; RecipeError naming the line."""
-    try:
-        return yaml.load(text, _Loader)
-    except RecursionError as error:
-        raise RecipeError(f"{where} is no recipe: it is nested without end.") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date of month 13 is a ValueError
-        hint = " (a tab? YAML is indented with spaces)" if "\t" in text else ""
-        raise RecipeError(f"{where} is no valid YAML{hint}: {' '.join(str(error).split())}.") from error
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

@@ -99,6 +99,16 @@ class BuiltinSeed(Settings):
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads})")
         return self
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What of its config.json is known before it is made."""
+        return {
+            "model_type": "llama", "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.heads,
+            "tie_word_embeddings": True, "dtype": "float32",
+        }  # fmt: skip
+
 
 class DataSettings(Settings):
     """How documents are read and which of them are held out."""

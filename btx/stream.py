@@ -77,16 +77,18 @@ class Stream:
     """The sequences of a whole run over one or more domains."""
 
     def __init__(
-        self, tokens: Mapping[str, Tokens], *, weights: Mapping[str, float], sequences: int, length: int, seed: int
-    ) -> None:
-        self.tokens, self.sequences, self.length, self.seed = tokens, sequences, length, seed
+        self, tokens: Mapping[str, Tokens], *, weights: Mapping[str, float], sequences: int, length: int, seed: int,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
+        """`part` (n, N): only every N-th sequence of each domain is there, from the n-th on."""
+        self.tokens, self.sequences, self.length, self.seed, self.part = tokens, sequences, length, seed, part
         self.counts = apportion(sequences, weights)
-        self.available = {n: (len(t.train) - 1) // length for n, t in tokens.items()}
+        self.available = {n: len(range(part[0], (len(t.train) - 1) // length, part[1])) for n, t in tokens.items()}
         for name, number in self.available.items():
             if number < 1 and self.counts[name]:
                 raise RecipeError(
-                    f"domain {name} has {len(tokens[name].train)} tokens, less than one sequence of "
-                    f"{length}. Give it more data, or a shorter sequence_length."
+                    f"domain {name} has {len(tokens[name].train)} tokens, less than one sequence of {length} for each "
+                    f"of {part[1]} trainings. Give it more data, or a shorter sequence_length."
                 )
 
     @property
@@ -117,7 +119,8 @@ class Stream:
     def _sequence(self, name: str, draw: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         number = self.available[name]
         epoch, place = divmod(draw, number)
-        at = int(permuted(np.array([place]), number, key_of(self.seed, name, epoch))[0]) * self.length
+        drawn = int(permuted(np.array([place]), number, key_of(self.seed, name, epoch))[0])
+        at = (self.part[0] + drawn * self.part[1]) * self.length
         ids = self.tokens[name].train[at : at + self.length + 1].astype(np.int64)
         targets = ids[1:].copy()
         mask = self.tokens[name].mask

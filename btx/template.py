@@ -24,6 +24,7 @@ domains:                          # one expert each; .jsonl .txt .parquet, also 
   math:
     data: ["corpora/math"]        # a file, a folder or a glob; records with text, messages, or prompt + completion
     tokens: 20M                   # training tokens of this expert
+    # experts: 2                  # several, among whom the data is dealt
     # valid: ["corpora/math-valid.jsonl"]   # else a share of the documents is held out
   code:
     data: ["corpora/code/*.jsonl"]
@@ -40,6 +41,7 @@ train:
 
 merge:
   include_seed: true              # the untouched seed is one more expert
+  # copies: 2                     # experts of each model; reinitialize: 0.5 draws half of their units anew
   shared: mean                    # or linear, task_arithmetic, ties, dare_ties, slerp, model_stock (mergekit's)
   router: random                  # or orthogonal, activations, embeddings (these two from the domains' data)
   router_entropy: 0.99            # of the fresh router, as a share of log(experts)

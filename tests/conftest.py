@@ -133,3 +133,11 @@ def write_project(folder: Path, *, family: str = "llama") -> Path:
         write_corpus(folder / "corpora" / f"{domain}.jsonl", domain)
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return folder / "recipe.yaml"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Any:
+    """A good recipe and all that it names, to be broken."""
+    from tests.faults.world import World
+
+    return World(tmp_path)

@@ -17,7 +17,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FLOORS = (
     {"cli", "__main__"},
     {"launch", "show", "doctor", "template", "bench", "plan", "moe"},
-    {"pipeline", "checks", "recipe"},
+    {"pipeline", "walk", "checks", "recipe"},
     {"steps", "card"},
     {"step", "pictures", "proof"},
     {"probes", "model"},
@@ -47,6 +47,7 @@ FLOORS = (
         "digests",
         "flops",
         "signals",
+        "strict_yaml",
         "progress",
         "engines",
     },

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import RecipeError
-from btx.families import DOWN
+from btx.families import DENSE, DOWN, LAYER, Family, family_of
+from btx.merge.renewed import chosen, renewed
 from btx.merge.settings import MergeSettings
+
+BESIDE_SHARED = 0.5  # what routed experts are multiplied by where a shared one gives the other half: its fresh gate is
+# sigmoid(0), so N copies and a shared expert of the same block give that block, and halving is exact in any dtype
 
 
 @dataclass(frozen=True)
 class Experts:
-    """How the models' feed-forward blocks are laid out as MoE experts: one each, split in chunks, or blended.
+    """How the models' feed-forward blocks are laid out as MoE experts: one or more each, split in chunks, or blended.
 
     split (paper, section on expert splitting): each block is cut into `chunks` of width F/C; the output projection is
     multiplied by C so that equal gates over all N·C chunks give the mean of the models' outputs.
@@ -23,43 +29,71 @@ class Experts:
     that equal gates over all N experts give the mean of the models' outputs (the factor is 1).
     """
 
-    form: str
-    models: int
-    chunks: int
-    width: int
+    settings: MergeSettings
+    models: tuple[str, ...]
+    width: int  # feed-forward width of the models
+    layers: tuple[int, ...]  # that get experts
+    dense: tuple[int, ...]  # that do not
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """The name of every MoE expert, in order, with the model it is made of (empty for a blended one)."""
+        return self.settings.owners(self.models)
 
     @property
     def count(self) -> int:
         """Number of MoE experts."""
-        return self.models * self.chunks if self.form == "split" else self.models
-
-    @property
-    def expert_width(self) -> int:
-        """Feed-forward width of one MoE expert."""
-        return self.width // self.chunks if self.form == "split" else self.width
+        return len(self.owners)
 
     @property
     def parts(self) -> int:
         """Chunks that each model's feed-forward block is cut into."""
-        return {"one": 1, "split": self.chunks, "blend": self.models}[self.form]
+        return {"one": 1, "split": self.settings.chunks, "blend": len(self.models)}[self.settings.experts]
+
+    @property
+    def expert_width(self) -> int:
+        """Feed-forward width of one MoE expert."""
+        return self.width // self.parts if self.settings.experts == "split" else self.width
+
+    @property
+    def shared_width(self) -> int | None:
+        """Feed-forward width of the shared expert; None where there is none to be made."""
+        return None if self.settings.shared_expert == "none" else self.width
+
+    @property
+    def scale(self) -> float:
+        """What the output projections of the experts are multiplied by."""
+        chunks = self.parts if self.settings.experts == "split" else 1
+        return chunks * (BESIDE_SHARED if self.shared_width else 1.0)
 
     def sources(self, expert: int) -> list[tuple[int, int]]:
         """What MoE expert `expert` is made of: (model, chunk) pairs, in the order of its rows."""
-        if self.form == "blend":
-            return [(model, expert) for model in range(self.models)]
-        return [divmod(expert, self.parts)]
+        if self.settings.experts == "blend":
+            return [(model, expert) for model in range(len(self.models))]
+        owners = list(self.owners.values())
+        chunk = owners[:expert].count(owners[expert]) if self.settings.experts == "split" else 0
+        return [(self.models.index(owners[expert]), chunk)]
 
     def pieces(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
         """The feed-forward tensor `name` of MoE expert `expert`, as blocks in row-major order."""
+        made = partial(self._made, models, expert, name)
+        if self.settings.reinitialize:
+            key = f"{self.settings.seed}/{list(self.owners)[expert]}"
+            layer = LAYER.fullmatch(name)
+            units = chosen(self.width, self.settings.reinitialize, f"{key}/{layer[1] if layer else name}")
+            columns = models[0].entries[name].shape[1]
+            made = partial(renewed, made, columns, units, down=name.endswith(DOWN), key=f"{key}/{name}")
+        for piece in made():
+            yield piece.to(torch.float32) * self.scale if self.scale != 1.0 and name.endswith(DOWN) else piece
+
+    def _made(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
         rows, columns = models[0].entries[name].shape
-        if not name.endswith(DOWN):
-            size = rows // self.parts * columns
-            for model, chunk in self.sources(expert):
-                yield from models[model].blocks(name, chunk * size, (chunk + 1) * size)
-        elif self.parts == 1:
-            yield from models[expert].blocks(name)
-        else:
+        if name.endswith(DOWN) and self.parts > 1:
             yield from self._columns(models, expert, name)
+            return
+        size = rows // self.parts * columns if not name.endswith(DOWN) else rows * columns
+        for model, chunk in self.sources(expert):
+            yield from models[model].blocks(name, chunk * size, (chunk + 1) * size)
 
     def _columns(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
         rows, columns = models[0].entries[name].shape
@@ -70,16 +104,45 @@ class Experts:
                 models[m].flat(name, start * columns, stop * columns).view(-1, columns)[:, c * width : (c + 1) * width]
                 for m, c in self.sources(expert)
             ]
-            joined = torch.cat(cut, 1)
-            yield joined.to(torch.float32) * self.chunks if self.form == "split" else joined
+            yield torch.cat(cut, 1)
 
 
-def layout(settings: MergeSettings, models: int, width: int) -> Experts:
-    """The expert layout of a recipe; RecipeError when the feed-forward width cannot be cut that way."""
-    chunks = settings.chunks if settings.experts == "split" else models if settings.experts == "blend" else 1
-    if width % chunks:
+def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, Any], where: str) -> Experts:
+    """The expert layout of a recipe over models by name, for a dense config; RecipeError for one that cannot be had."""
+    family, width = family_of(dict(config), where), config["intermediate_size"]
+    layers = sparse_layers(settings, config["num_hidden_layers"], family)
+    if settings.shared_expert != "none" and not family.shared:
+        can = _names(f.dense for f in DENSE.values() if f.shared)
         raise RecipeError(
-            f"merge.experts: {settings.experts} cuts the feed-forward width {width} into {chunks} chunks, "
+            f"merge.shared_expert: {settings.shared_expert} needs a class with a shared expert, and {family.moe}, that "
+            f"{where} ({family.dense}) becomes, has none. Leave it out, or take a seed of the family {can}."
+        )
+    dense = tuple(sorted({*range(config["num_hidden_layers"])} - {*layers}))
+    made = Experts(settings, tuple(models), width, layers, dense)
+    if width % made.parts:
+        raise RecipeError(
+            f"merge.experts: {settings.experts} cuts the feed-forward width {width} into {made.parts} chunks, "
             "which does not come out even. Choose another number of chunks."
         )
-    return Experts(settings.experts, models, chunks if settings.experts == "split" else 1, width)
+    return made
+
+
+def sparse_layers(settings: MergeSettings, count: int, family: Family) -> tuple[int, ...]:
+    """Which of a model's layers get experts, in order; RecipeError for layers that are not there, or must have some."""
+    if settings.layers == "all":
+        return tuple(range(count))
+    asked = range(1, count, 2) if settings.layers == "alternate" else settings.layers
+    found = tuple(sorted({*asked}))
+    if not found or found[-1] >= count:
+        raise RecipeError(f"merge.layers: the seed has the layers 0 to {count - 1}. Choose some of them.")
+    if len(found) < count and not family.dense_layers:
+        can = _names(f.dense for f in DENSE.values() if f.dense_layers)
+        raise RecipeError(
+            f"merge.layers leaves some layers without experts, and {family.moe}, that a {family.dense} becomes, has "
+            f"them in all. Leave it out, or take a seed of the family {can}."
+        )
+    return found
+
+
+def _names(families: Iterator[str]) -> str:
+    return " or ".join(families)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -115,6 +116,24 @@ class MergeSettings(Settings):
         description="the fresh router: random or orthogonal rows; or from each domain's data at what the router sees "
         "(activations), or from its mean input embedding (embeddings): these two load the merged model once, in fp32",
     )
+    layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
+        "all",
+        description="layers that get experts, counted from 0; alternate: every second one, from layer 1. In the others "
+        "the feed-forward blocks are averaged too (Qwen seeds: other Mixture-of-Experts classes have no such layers)",
+    )
+    copies: Count | dict[str, Count] = Field(
+        1, description="experts made of each model's feed-forward blocks, or by model (1 for one not named)"
+    )
+    reinitialize: Annotated[Share, Field(lt=1)] = Field(
+        0.0,
+        description="share of each expert's hidden units that are drawn anew, others in each expert, from a normal "
+        "distribution like that of the weights they replace (Drop-Upcycling; 0.5 there)",
+    )
+    shared_expert: Literal["none", "average", "seed"] = Field(
+        "none",
+        description="one more expert that every token visits, half of each block's output: the models' average, or the "
+        "seed's own block (Qwen2 seeds: of the others' classes none has one)",
+    )
     router_tokens: Count = Field(20_000, description="activations, embeddings: tokens of each domain")
     router_entropy: Annotated[Share, Field(gt=0)] = Field(
         0.99, description="mean entropy of the fresh router, as a share of log(experts)"
@@ -127,6 +146,30 @@ class MergeSettings(Settings):
         if self.router in FROM_DATA and self.experts == "blend":
             raise ValueError(f"router: {self.router} needs experts that belong to a domain, which blended ones do not")
         return self
+
+    @model_validator(mode="after")
+    def _whole_experts(self) -> MergeSettings:
+        if self.experts != "one" and (self.copies != 1 or self.reinitialize):
+            raise ValueError(
+                f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize go with experts: one"
+            )
+        many = self.copies if isinstance(self.copies, int) else max(self.copies.values(), default=1)
+        if many > 1 and self.router in FROM_DATA and not self.reinitialize:
+            raise ValueError(
+                f"router: {self.router} gives copies of one model the same row, so they would never differ; "
+                "use random or orthogonal, or reinitialize some of their units"
+            )
+        return self
+
+    def owners(self, models: Iterable[str]) -> dict[str, str]:
+        """The name of every MoE expert, in order, with the model it is made of (empty for one blended of all)."""
+        if self.experts == "blend":
+            return {f"blend.{n}": "" for n, _ in enumerate(models)}
+        counts = {m: self.chunks if self.experts == "split" else self._copies_of(m) for m in models}
+        return {f"{m}.{n}" if count > 1 else m: m for m, count in counts.items() for n in range(count)}
+
+    def _copies_of(self, model: str) -> int:
+        return self.copies if isinstance(self.copies, int) else self.copies.get(model, 1)
 
     def torch_dtype(self, seed: torch.dtype) -> torch.dtype:
         """The dtype that is written, given the seed's."""

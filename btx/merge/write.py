@@ -8,7 +8,7 @@ averaging in bf16 rounds a quarter of the weights wrongly.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from btx.checkpoint import Checkpoint
 from btx.errors import ArtifactError, RecipeError
-from btx.families import DOWN, EMBEDDING, LAYER, Family, class_name, family_of, moe_config
+from btx.families import DOWN, EMBEDDING, IDLE_WIDTH, LAYER, Family, class_name, family_of, moe_config
 from btx.merge.averaging import Shared
 from btx.merge.layout import Experts, layout
 from btx.merge.settings import MergeSettings
@@ -45,14 +45,15 @@ def write_moe(
     `models` by name, in the order that the experts have; `base` the seed, whether or not it is among them.
     """
     family = family_of(base.config, str(base.folder))
-    experts = layout(settings, len(models), base.config["intermediate_size"])
+    experts = layout(settings, list(models), base.config, str(base.folder))
     if not 1 <= top_k <= experts.count:
         raise RecipeError(
             f"finetune.top_k is {top_k}, but the merge makes {experts.count} experts. Choose 1 to {experts.count}."
         )
     config = moe_config(
-        base.config, experts=experts.count, top_k=top_k, width=experts.expert_width, where=str(base.folder)
-    )
+        base.config, experts=experts.count, top_k=top_k, width=experts.expert_width, where=str(base.folder),
+        dense_layers=experts.dense, shared_width=experts.shared_width or IDLE_WIDTH,
+    )  # fmt: skip
     shared_ = Shared(models, base, settings)
     config.dtype = shared_.dtype
     config.architectures = [class_name(config)]
@@ -68,7 +69,7 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
     scales = RouterScales(family, shared_)
     for name, entry in shared_.base.entries.items():
         match = LAYER.fullmatch(name)
-        if not match or match[2] not in family.expert:
+        if not match or match[2] not in family.expert or int(match[1]) in experts.dense:
             found.append(Row(name, dtype, entry.shape, partial(shared_.pieces, name)))
             continue
         layer, kind = int(match[1]), match[2]
@@ -78,8 +79,7 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
             router = family.router_name(layer)
             make = partial(_router, router, experts.count, scales, layer, shared_)
             found.append(Row(router, dtype, (experts.count, width), make))
-            zeros = family.zeros(width) if family.zeros else {}
-            found += [Row(prefix + n, dtype, shape, partial(_zeros, shape, dtype)) for n, shape in zeros.items()]
+            found += _shared_rows(family, experts, prefix, shared_)
     return found
 
 
@@ -106,6 +106,24 @@ def _expert_rows(
         return []
     stacked = (experts.count, len(together) * one[0], one[1])
     return [Row(prefix + published, dtype, stacked, partial(pieces, range(experts.count), together))]
+
+
+def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: Shared) -> list[Row]:
+    """The shared expert of a layer, where the family has one: its gate zero, and the rest too if none was asked for."""
+    if family.shared is None:
+        return []
+    dtype, hidden = shared_.dtype, shared_.base.config["hidden_size"]
+    makers: dict[str, Callable[[], Iterable[torch.Tensor]]] = {}
+    if experts.shared_width:
+        of = shared_.pieces if experts.settings.shared_expert == "average" else partial(_cast, shared_.base, dtype)
+        makers = {name: partial(of, prefix + kind) for kind, name in family.shared.names.items()}
+    shapes = family.shared.shapes(hidden, experts.shared_width or IDLE_WIDTH)
+    return [Row(prefix + n, dtype, s, makers.get(n) or partial(_zeros, s, dtype)) for n, s in shapes.items()]
+
+
+def _cast(model: Checkpoint, dtype: torch.dtype, name: str) -> Iterator[torch.Tensor]:
+    for block in model.blocks(name):
+        yield block.to(dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:

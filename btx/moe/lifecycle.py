@@ -25,7 +25,7 @@ from btx.shards import Row, write_weights
 
 def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
     """A dense model's feed-forward blocks as an expert; ArtifactError when they do not fit."""
-    for layer in range(moe.layers):
+    for layer in moe.layers:
         for kind in moe.family.expert:
             entry = dense.entries.get(f"model.layers.{layer}.{kind}")
             if entry is None or entry.shape != moe.shape(kind):
@@ -141,7 +141,7 @@ def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
     out.mkdir()
     places = sorted({moe.index(name) for name in names})
     rows: list[Row] = []
-    for layer in range(moe.layers):
+    for layer in moe.layers:
         prefix = f"model.layers.{layer}."
         for e, k in product(places, moe.family.expert):
             dtype = moe.dtype(e, prefix, k)
@@ -179,7 +179,12 @@ def extract(out: Path, moe: Moe, name: str) -> None:
     """Write one expert and the shared tensors as a dense model: what the mixture computes when only it is chosen."""
     number, family = moe.index(name), moe.family
     source = moe.expert(number)
-    zeros = family.zeros(int(moe.config["hidden_size"])) if family.zeros else {}
+    if moe.dense and moe.width != moe.config["intermediate_size"]:
+        raise ArtifactError(
+            f"{moe.checkpoint.folder}: its experts are {moe.width} wide, its layers without experts "
+            f"{moe.config['intermediate_size']}, and no {family.dense} model has two widths. Nothing can be extracted."
+        )
+    idle = {*family.shared.names.values(), family.shared.gate} if family.shared else {*()}
     kinds = patterns(family)
     rows: list[Row] = []
     for tensor, entry in moe.checkpoint.entries.items():
@@ -190,7 +195,7 @@ def extract(out: Path, moe: Moe, name: str) -> None:
             for k in kinds:
                 own = moe.dtype(number, prefix, k)
                 rows.append(Row(prefix + k, own, moe.shape(k), partial(_cast, [(source, k)], prefix, own)))
-        elif rest in zeros:
+        elif rest in idle:
             _require_zero(moe, tensor)
         elif not any(p.fullmatch(rest) for p in kinds.values()):
             rows.append(Row(tensor, dtype, entry.shape, partial(moe.checkpoint.blocks, tensor)))
@@ -209,7 +214,8 @@ def _require_zero(moe: Moe, tensor: str) -> None:
 
 def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
     """Config fields in which a dense model, made a mixture, would differ from this one, as `field: ours, its`."""
-    made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where).to_dict()
+    made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where,
+                      dense_layers=moe.dense).to_dict()  # fmt: skip
     fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
               "vocab_size", "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings", "head_dim",
               "use_sliding_window", "sliding_window", "layer_types", "attention_multiplier", "embedding_multiplier",

@@ -43,7 +43,9 @@ class Moe:
         self.count = _number(checkpoint, self.count_field)
         self.width = _number(checkpoint, self.family.width_field)
         self.hidden = _number(checkpoint, "hidden_size")
-        self.layers = _number(checkpoint, "num_hidden_layers")
+        depth = _number(checkpoint, "num_hidden_layers")
+        self.layers = [n for n in range(depth) if n not in _dense_layers(checkpoint, self.family)]  # with experts
+        self.dense = [n for n in range(depth) if n not in self.layers]
         _number(checkpoint, "num_experts_per_tok", self.count)
         patterns_ = patterns(self.family).values()
         _require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
@@ -52,7 +54,7 @@ class Moe:
     def _shapes(self) -> Shapes:
         """Every router and expert tensor, with its shape."""
         together = Counter(self.family.expert.values())
-        for layer in range(self.layers):
+        for layer in self.layers:
             yield self.family.router_name(layer), (self.count, self.hidden)
             for kind, name in self.family.expert.items():
                 published, (rows, columns) = f"model.layers.{layer}.{name}", self.shape(kind)
@@ -121,7 +123,7 @@ class Masked:
         return ArtifactError(f"{checkpoint.folder}/config.json is damaged: {why}. Mask the experts again.")
 
     def _shapes(self, moe: Moe) -> Shapes:
-        for layer in range(moe.layers):
+        for layer in moe.layers:
             yield moe.family.router_name(layer), (len(self.places), moe.hidden)
             yield from ((f"model.layers.{layer}.{e}.{k}", moe.shape(k)) for e in self.places for k in moe.family.expert)
 
@@ -145,6 +147,23 @@ def _number(checkpoint: Checkpoint, field: str, most: int | None = None) -> int:
         f"{checkpoint.folder}/config.json has {field} = {value!r:.80}, where a whole number {allowed} belongs. "
         "Fetch the folder again."
     )
+
+
+def _dense_layers(checkpoint: Checkpoint, family: Family) -> list[int]:
+    """The layers without experts that the config names."""
+    found = checkpoint.config.get("mlp_only_layers") or []
+    step = checkpoint.config.get("decoder_sparse_step", 1)
+    if not isinstance(found, list) or not all(type(n) is int for n in found) or (found and not family.dense_layers):
+        raise ArtifactError(
+            f"{checkpoint.folder}/config.json has mlp_only_layers = {found!r:.80}, where a list of layers of a class "
+            "that has such layers belongs. Fetch the folder again."
+        )
+    if family.dense_layers and step != 1:
+        raise ArtifactError(
+            f"{checkpoint.folder}/config.json has decoder_sparse_step = {step!r:.80}; btx writes 1, and names layers "
+            "without experts under mlp_only_layers. Do so in it too."
+        )
+    return found
 
 
 def _require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[str], bool]) -> None:

@@ -245,11 +245,12 @@ def add(work: Work, name: str, expert: Path) -> None:
     work.finish(f"btx moe add {name}", write, {"mixture": work.folder, name: expert})
 
 
-def _fit(work: Work, folder: Path, name: str) -> list[torch.Tensor]:
-    """The new expert's rows, from what the routers of a folder see."""
+def _fit(work: Work, folder: Path, name: str) -> dict[int, torch.Tensor]:
+    """The new expert's row of each layer that has a router, from what the routers of a folder see."""
     net: Any = model.load(folder, where=WHERE).to(model.device_of(WHERE)).eval()
     old = (ids for domain, one in work.texts.items() if domain != name for ids in one.batches())
-    return fit_rows(net, work.texts[name].batches(), old, experts=work.moe.count)
+    rows = fit_rows(net, work.texts[name].batches(), old, experts=work.moe.count)
+    return dict(zip(work.moe.layers, rows, strict=True))
 
 
 def parse_data(given: tuple[str, ...]) -> dict[str, str]:

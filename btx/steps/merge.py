@@ -19,6 +19,7 @@ from btx.steps.tokens import TokensStep
 if TYPE_CHECKING:
     import torch
 
+    from btx.merge.layout import Experts
     from btx.shards import Progress, Resume
 
 SEED = "seed"
@@ -98,9 +99,10 @@ class Merge(Models):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "merge"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     top_k: int | None  # experts a token visits; None for all
-    tokens: dict[str, TokensStep] = Field(default_factory=dict)  # of the models, where the router is made from data
+    tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, where the router is made from data
+    domains: dict[str, str] = Field(default_factory=dict)  # of models whose name is another than their domain's
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
@@ -111,21 +113,20 @@ class Merge(Models):
 
         with ExitStack() as stack:
             models, seed = self.opened(stack)
-            experts = layout(self.settings, len(models), seed.config["intermediate_size"])
+            experts = layout(self.settings, list(models), seed.config, str(seed.folder))
             top_k = self.top_k or experts.count
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell))
             carry_files(seed.folder, out)
             far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
-        names = expert_names(list(models), self.settings)
+        names = list(experts.owners)
         if self.settings.router in FROM_DATA:
             tell({"label": self.label, "note": f"routers from {self.settings.router}"})
-            changed = self._route(out, [name.rpartition(".")[0] or name for name in names]
-                                  if self.settings.experts == "split" else names)  # fmt: skip
+            changed = self._route(out, experts)
             hashed = {file: digest for file, digest in hashed.items() if file not in changed}
         write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})
         return {"experts": names, "distance": far, HASHED: hashed}
 
-    def _route(self, out: Path, owners: list[str]) -> set[str]:
+    def _route(self, out: Path, experts: Experts) -> set[str]:
         """Make the routers of the merged model in `out` anew from the domains' data; returns the files it changed."""
         from btx import model
         from btx.families import MOE
@@ -135,9 +136,10 @@ class Merge(Models):
         model.set_threads(self.where)
         net = model.load(out, where=self.where).to(model.device_of(self.where)).eval()
         batches = {name: _batches(step, self.settings.router_tokens) for name, step in self.tokens.items()}
+        owners = [self.domains.get(model, model) for model in experts.owners.values()]
         routers = fresh_routers(net, batches, owners, how=self.settings.router, entropy=self.settings.router_entropy)
         family = MOE[net.config.model_type]
-        return overwrite(out, {family.router_name(layer): router for layer, router in enumerate(routers)})
+        return overwrite(out, {family.router_name(n): r for n, r in zip(experts.layers, routers, strict=True)})
 
 
 def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:
@@ -161,15 +163,6 @@ def check_method(settings: MergeSettings, models: list[str]) -> None:
             )
         if how.method == "model_stock" and len([m for m in models if m != SEED]) < 2:
             raise RecipeError(f"{where}: model_stock needs two experts or more besides the seed.")
-
-
-def expert_names(models: list[str], settings: MergeSettings) -> list[str]:
-    """A name for every MoE expert, in order."""
-    if settings.experts == "split":
-        return [f"{m}.{c}" for m in models for c in range(settings.chunks)]
-    if settings.experts == "blend":
-        return [f"blend.{n}" for n in range(len(models))]
-    return models
 
 
 def _dtype_name(dtype: Any) -> str:

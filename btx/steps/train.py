@@ -28,6 +28,7 @@ class Train(Step):
     tokens: TokensStep
     budget: int
     train: TrainSettings
+    part: tuple[int, int] = (0, 1)  # which of how many experts among whom the domain's sequences are dealt
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Train and save."""
@@ -35,13 +36,14 @@ class Train(Step):
         return fit(
             self, folder=self.branch.seed.folder, like=self.branch.seed.folder, tokens={name: self.tokens},
             weights={name: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, tell=tell,
+            part=self.part,
         )  # fmt: skip
 
 
 def fit(
     step: Step, *, like: Path, tokens: dict[str, TokensStep], weights: dict[str, float], budget: int,
     settings: TrainSettings, out: Path, work: Path, tell: Tell, folder: Path | None = None, config: Any = None,
-    prepare: Any = None,
+    prepare: Any = None, part: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
@@ -71,6 +73,7 @@ def fit(
         sequences=count,
         length=settings.sequence_length,
         seed=settings.seed,
+        part=part,
     )
     kernel = choose(step.where.kernel, device) if net.config.model_type in MOE else None
     if kernel:

@@ -22,12 +22,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    """A good recipe, to be broken."""
-    return World(tmp_path)
-
-
 def config(which: str, **changes: Any) -> Break:
     """Change a config.json."""
     return lambda world: edit_json(world.root / which / "config.json", **changes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,6 @@ import pytest
 from btx.corpus import parse
 from btx.tokens import Encoder, load_tokenizer
 from tests.faults.world import Break, World, refused, write_jsonl
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    """A good recipe, to be broken."""
-    return World(tmp_path)
 
 
 def test_the_unbroken_recipe_is_accepted_and_looking_at_it_writes_nothing(world: World) -> None:

@@ -49,6 +49,30 @@ def test_variants_run_whole_and_their_exports_check(tmp_path: Path, sets: list[s
     assert table["finetuned"]["math"] < table["seed"]["math"]
 
 
+def test_several_experts_of_a_domain_in_some_layers_beside_a_shared_one(tmp_path: Path) -> None:
+    recipe = write_project(tmp_path, family="qwen2")
+    save_model(tmp_path / "law", config_of("qwen2"), noise=0.01)
+    text = recipe.read_text().replace("tokens: 3072}", "tokens: 3072, experts: 2}", 1)
+    recipe.write_text(text.replace("train:", "  law: {checkpoint: [law, law]}\ntrain:", 1))
+    sets = ["merge.layers=[1]", "merge.shared_expert=average", "merge.copies={seed: 2}", "merge.reinitialize=0.2",
+            "merge.router=activations"]  # fmt: skip
+    command = [recipe, *(part for s in sets for part in ("--set", s))]
+    said = btx("train", *command, "--domain", "math", cwd=tmp_path)
+    assert "train:math.0" in said.stdout
+    assert "train:math.1" in said.stdout
+    btx("train", *command, "--domain", "math.1", cwd=tmp_path)
+    btx("run", *command, cwd=tmp_path)
+    btx("check", "runs/pico/export", cwd=tmp_path)
+    assert "train:math.1" in btx("plan", *command, cwd=tmp_path).stdout
+    found = results(tmp_path)
+    assert found["experts"] == ["math.0", "math.1", "code", "law.0", "law.1", "seed.0", "seed.1"]
+    assert {"expert:math.0", "expert:math.1", "expert:law.1"} <= found["bits_per_byte"].keys()
+    one, two = (load_file(next((tmp_path / "runs/pico/steps").glob(f"train-math.{n}-*")) / "model.safetensors")
+                for n in "01")  # fmt: skip
+    assert any((one[name] != two[name]).any() for name in one)
+    assert json.loads((tmp_path / "runs/pico/export/config.json").read_text())["mlp_only_layers"] == [0]
+
+
 def test_an_expert_trained_elsewhere_is_checked_and_merged_not_trained(tmp_path: Path) -> None:
     recipe = write_project(tmp_path)
     save_model(tmp_path / "law", config_of("llama"), noise=0.01)

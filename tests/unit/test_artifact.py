@@ -30,7 +30,7 @@ from btx.artifact import (
     write_json,
 )
 from btx.errors import ArtifactError, ResourceError
-from btx.pipeline import link
+from btx.walk import link
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btx.errors import RecipeError
-from btx.recipe import Recipe, load_recipe, parse_yaml, schema
+from btx.merge.settings import MergeSettings
+from btx.recipe import Recipe, load_recipe, schema
 from btx.settings import FinetuneSettings, RunSettings, Settings, TrainSettings
+from btx.strict_yaml import parse_yaml
 from tests.faults.world import World
 
 SMALL: dict[str, Any] = {"name": "r", "seed": {"checkpoint": "s"}, "domains": {"a": {"data": ["a"], "tokens": 5}}}
@@ -139,12 +141,6 @@ def test_the_recipes_that_come_along_are_read() -> None:
 # ---- identity ----
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    """A good recipe."""
-    return World(tmp_path)
-
-
 LABELS = ("tokens:math", "branch", "train:math", "average", "merge", "finetune", "evaluate", "export", "report")
 
 
@@ -189,6 +185,15 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "merge.shared": ("linear", "average"),
     "merge.router_entropy": (0.5, "average"),
     "merge.router": ("orthogonal", "average"),
+    "merge.experts": ("split", "average"),
+    "merge.chunks": (3, "average"),
+    "merge.router_tokens": (99, "average"),
+    "merge.seed": (1, "average"),
+    "merge.dtype": ("bf16", "average"),
+    "merge.layers": ([0], "average"),
+    "merge.copies": (2, "average"),
+    "merge.reinitialize": (0.5, "average"),
+    "merge.shared_expert": ("seed", "average"),
     "finetune.top_k": (1, "merge"),
     "finetune.balance": ({"form": "switch"}, "finetune"),
     "finetune.mix": ({"math": 1, "law": 2}, "finetune"),
@@ -211,8 +216,9 @@ def test_a_setting_changes_the_step_that_it_belongs_to_and_all_after_it_and_none
     assert missing in ([], ["branch"], ["average"])
 
 
-def test_every_training_setting_is_tried() -> None:
+def test_every_setting_of_training_and_merge_is_tried() -> None:
     assert {f"train.{name}" for name in TrainSettings.model_fields} <= set(CHANGES)
+    assert {f"merge.{name}" for name in MergeSettings.model_fields} <= set(CHANGES)
 
 
 def test_the_order_of_the_experts_counts(world: World) -> None:

@@ -131,6 +131,18 @@ def test_a_run_is_the_same_however_its_batches_are_cut_and_wherever_it_resumes(
     assert torch.equal(targets[start:], again[1])
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_sequences_of_a_domain_are_dealt_out_to_its_experts(domains: dict[str, Tokens], parts: int) -> None:
+    firsts: list[int] = []
+    for part in range(parts):
+        one = {"c": domains["c"]}
+        stream = Stream(one, weights={"c": 1.0}, sequences=1, length=LENGTH, seed=part, part=(part, parts))
+        count = stream.available["c"]
+        epoch = Stream(one, weights={"c": 1.0}, sequences=count, length=LENGTH, seed=part, part=(part, parts))
+        firsts.extend(visits(epoch, cut(count, 3))[0][:, 0].tolist())
+    assert sorted(firsts) == [2000 + LENGTH * place for place in range(SIZES["c"])]
+
+
 def test_another_seed_gives_another_order_of_the_same_sequences(domains: dict[str, Tokens]) -> None:
     one, other = (visits(stream_of(domains, 18, seed, a=5, b=1, c=12), cut(18, 5))[0] for seed in (0, 1))
     assert not torch.equal(one, other)

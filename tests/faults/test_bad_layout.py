@@ -1,0 +1,46 @@
+"""A layout of experts that cannot be had is refused by `btx run` before anything is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.test_bad_input import setting
+from tests.faults.world import Break, World, refused
+
+LAYOUTS: dict[str, tuple[Break, tuple[str, ...]]] = {
+    "layers of a family that has experts in all": (
+        setting("merge.layers", "alternate"),
+        ("merge.layers", "mixtral", "llama", "qwen3"),
+    ),
+    "a layer that is not there": (setting("merge.layers", [0, 1, 2]), ("merge.layers", "0 to 1")),
+    "no layer": (setting("merge.layers", []), ("merge.layers", "empty")),
+    "a shared expert in a family without": (
+        setting("merge.shared_expert", "seed"),
+        ("merge.shared_expert", "mixtral", "qwen2"),
+    ),
+    "copies of chunks": (
+        lambda world: (world.set("merge.experts", "split"), world.set("merge.copies", 2)),
+        ("merge:", "copies", "experts: one"),
+    ),
+    "copies of nobody": (setting("merge.copies", {"maths": 2}), ("merge.copies", "'maths'", "'math'")),
+    "copies with one row": (
+        lambda world: (world.set("merge.router", "activations"), world.set("merge.copies", 2)),
+        ("merge:", "copies", "reinitialize"),
+    ),
+    "everything drawn anew": (setting("merge.reinitialize", 1), ("merge.reinitialize", "less than 1")),
+    "no experts of a domain": (setting("domains.math.experts", 0), ("domains.math.experts",)),
+    "several trained and some given": (setting("domains.law.experts", 2), ("domains.law", "list")),
+    "a list of no checkpoints": (setting("domains.law.checkpoint", []), ("domains.law.checkpoint", "empty")),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_layout_that_cannot_be_had_is_refused_with_its_place_and_the_remedy(world: World, case: str) -> None:
+    spoil, words = LAYOUTS[case]
+    spoil(world)
+    refused(world.write(), world.runs, 2, words)
+
+
+def test_one_missing_of_several_checkpoints_is_named(world: World) -> None:
+    world.set("domains.law.checkpoint", ["law", "lav"])
+    refused(world.write(), world.runs, 3, ("domains.law.checkpoint", "no folder", "lav"))
