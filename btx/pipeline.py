@@ -29,8 +29,10 @@ from btx.steps.report import Report
 from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
 from btx.steps.train import Train
+from btx.steps.vocabulary import VocabularyStep
 
 S = TypeVar("S", bound=Step)
+MERGED = "@merged"  # behind the name of tokens that are in the merged model's tokenizer
 STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
 
 
@@ -71,22 +73,31 @@ class Graph:
                 Train(branch=branch, tokens=tokens[name], budget=domain.tokens, train=recipe.train,
                       part=(domain.names(name).index(expert), domain.experts), **self._place(expert))
             )  # fmt: skip
-        models = {"branch": branch, "experts": experts, "settings": recipe.merge, **self._place()}
+        vocabulary = self._vocabulary(seed, given)
+        models = {"branch": branch, "experts": experts, "settings": recipe.merge, "vocabulary": vocabulary,
+                  **self._place()}  # fmt: skip
         average = self._add(Average(**models))
         if not tokens:
             raise RecipeError("no domain has `data`, so there is nothing to finetune or evaluate on.")
-        mixed = dict(tokens)
+        texts = {name: (d.data, d.valid) for name, d in recipe.domains.items() if d.data}
         if recipe.seed.sources:
-            mixed["seed"] = self._tokens("seed", recipe.seed.sources, recipe.seed.valid, tokenizer)
+            texts["seed"] = recipe.seed.sources, recipe.seed.valid
+        joint, suffix = (vocabulary, MERGED) if vocabulary else (tokenizer, "")
+        mixed = {name: self._tokens(name, *text, joint, suffix) for name, text in texts.items()}
         known = router_data(recipe, mixed)
         others = {expert: name for expert, name in recipe.domain_of.items() if known and expert != name}
         merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, tokens=known, domains=others, **models))
         check_method(recipe.merge, list(merge.models))
-        self._after(average, merge, tokens, mixed)
+        own = {f"expert:{e}": {n: self._tokens(n, *texts[n], given[e], f"@{e}") for n in tokens}
+               for e in (vocabulary.experts if vocabulary else ())}  # fmt: skip
+        if vocabulary:
+            own |= {model: {n: mixed[n] for n in tokens} for model in ("average", "merged", "finetuned")}
+        self._after(average, merge, tokens, mixed, own)
 
     def _after(
-        self, average: Average, merge: Merge, tokens: dict[str, TokensStep], mixed: dict[str, TokensStep]
-    ) -> None:
+        self, average: Average, merge: Merge, tokens: dict[str, TokensStep], mixed: dict[str, TokensStep],
+        own: dict[str, dict[str, TokensStep]],
+    ) -> None:  # fmt: skip
         recipe = self.recipe
         finetune = self._add(
             Finetune(
@@ -99,6 +110,7 @@ class Graph:
                 average=average,
                 finetune=finetune,
                 tokens=tokens,
+                own=own,
                 length=length,
                 settings=recipe.evaluate,
                 **self._place(),
@@ -165,8 +177,17 @@ class Graph:
         content = fingerprint([[file.name, self.digests(file)] for file in files])
         return self._add(Adapted(seed=seed, content=content, path=path, **self._place(name)))
 
-    def _tokens(self, name: str, data: list[str], valid: list[str], tokenizer: Step) -> TokensStep:
-        label = f"tokens:{name}"
+    def _vocabulary(self, seed: Step, given: dict[str, Given]) -> VocabularyStep | None:
+        """What makes one tokenizer of several, where an expert has tokens of its own."""
+        from btx.merge.vocabulary import is_extended
+
+        if not isinstance(seed, Given):
+            return None
+        experts = {name: step for name, step in given.items() if is_extended(seed.path, step.path)}
+        return self._add(VocabularyStep(seed=seed, experts=experts, **self._place())) if experts else None
+
+    def _tokens(self, name: str, data: list[str], valid: list[str], tokenizer: Step, suffix: str = "") -> TokensStep:
+        label = f"tokens:{name}{suffix}"
         if label in self.steps:
             found = self.steps[label]
             assert isinstance(found, TokensStep)
@@ -181,7 +202,7 @@ class Graph:
         return self._add(TokensStep(
             tokenizer=tokenizer, sources=sources, valid=kept, apart=apart, data=self.recipe.data,
             held_out_elsewhere=elsewhere, content=[self._digest(s) for s in (*sources, *kept, *apart)],
-            **self._place(name),
+            **self._place(name + suffix),
         ))  # fmt: skip
 
     def _resolved(self, where: str, data: list[str], valid: list[str]) -> tuple[list[str], list[str]]:

@@ -283,10 +283,14 @@ class Tokens:
 
     def valid(self, limit: int) -> list[tuple[NDArray[np.int64], int]]:
         """Held-out documents as (ids, bytes of text), in order, until `limit` tokens are reached."""
-        found: list[tuple[NDArray[np.int64], int]] = []
-        for start, length, size in self._rows:
-            found.append((self._valid[start : start + length].astype(np.int64), size))
+        count = 0
+        for _, length, _ in self._rows:
+            count += 1
             limit -= length - 1
             if limit <= 0:
                 break
-        return found
+        return self.valid_documents(count)
+
+    def valid_documents(self, count: int) -> list[tuple[NDArray[np.int64], int]]:
+        """The first held-out documents as (ids, bytes of text), in order."""
+        return [(self._valid[at : at + length].astype(np.int64), size) for at, length, size in self._rows[:count]]

@@ -14,8 +14,9 @@ import torch
 
 from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import ResourceError
-from btx.families import LAYER
+from btx.families import EMBEDDING, LAYER
 from btx.merge.settings import GROUPS, OPTIONS, WEIGHED, AveragingSettings, MergeSettings, SharedSettings, group_of
+from btx.merge.vocabulary import HEAD, Joint
 
 SEED = "seed"
 ELEMENTWISE = ("mean", "linear", "task_arithmetic")  # methods that can go block by block
@@ -73,16 +74,25 @@ class Shared:
     models: Mapping[str, Checkpoint]
     base: Checkpoint
     settings: MergeSettings
+    joint: Joint | None = None  # where some models have tokens of their own; `models` and `base` are trimmed then
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that is written."""
         return self.settings.torch_dtype(self.base.dtype)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        shape = self.base.entries[name].shape
+        return (self.joint.size, *shape[1:]) if self.joint and name in (EMBEDDING, HEAD) else shape
+
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """One tensor: block by block where the method goes element by element, else whole."""
         for made in self._full(name):
             yield made.to(self.dtype)
+        if self.joint and name in (EMBEDDING, HEAD):
+            for row in self.joint.rows(name, self.settings.shared.of(name)):
+                yield row.to(self.dtype)
 
     def whole(self, name: str) -> torch.Tensor:
         """One tensor as it is written, in fp32, flat."""

@@ -21,6 +21,7 @@ from btx.families import DOWN, EMBEDDING, IDLE_WIDTH, LAYER, Family, class_name,
 from btx.merge.averaging import Shared
 from btx.merge.layout import Experts, layout
 from btx.merge.settings import MergeSettings
+from btx.merge.vocabulary import Joint
 from btx.shards import Progress, Resume, Row, write_weights
 
 SEED = "seed"
@@ -28,21 +29,22 @@ SEED = "seed"
 
 def write_average(
     out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings,
-    resume: Resume | None = None, progress: Progress | None = None,
+    resume: Resume | None = None, progress: Progress | None = None, joint: Joint | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write the dense average of all models (feed-forward blocks too) as weights in `out`; returns files' SHA-256."""
-    shared_ = Shared(models, base, settings)
-    rows = [Row(n, shared_.dtype, e.shape, partial(shared_.pieces, n)) for n, e in base.entries.items()]
+    shared_ = Shared(models, base, settings, joint)
+    rows = [Row(n, shared_.dtype, shared_.shape(n), partial(shared_.pieces, n)) for n in base.entries]
     return write_weights(out, rows, resume=resume, progress=progress)
 
 
 def write_moe(
     out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, top_k: int,
-    resume: Resume | None = None, progress: Progress | None = None,
+    resume: Resume | None = None, progress: Progress | None = None, joint: Joint | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write the merged Mixture of Experts (config and weights, published names) into `out`; returns files' SHA-256.
 
-    `models` by name, in the order that the experts have; `base` the seed, whether or not it is among them.
+    `models` by name, in the order that the experts have; `base` the seed, whether or not it is among them; both trimmed
+    by `joint` where some models have tokens of their own.
     """
     family = family_of(base.config, str(base.folder))
     experts = layout(settings, list(models), base.config, str(base.folder))
@@ -54,7 +56,7 @@ def write_moe(
         base.config, experts=experts.count, top_k=top_k, width=experts.expert_width, where=str(base.folder),
         dense_layers=experts.dense, shared_width=experts.shared_width or IDLE_WIDTH,
     )  # fmt: skip
-    shared_ = Shared(models, base, settings)
+    shared_ = Shared(models, base, settings, joint)
     config.dtype = shared_.dtype
     config.architectures = [class_name(config)]
     digests = write_weights(out, moe_rows(family, experts, shared_), resume=resume, progress=progress)
@@ -70,7 +72,7 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
     for name, entry in shared_.base.entries.items():
         match = LAYER.fullmatch(name)
         if not match or match[2] not in family.expert or int(match[1]) in experts.dense:
-            found.append(Row(name, dtype, entry.shape, partial(shared_.pieces, name)))
+            found.append(Row(name, dtype, shared_.shape(name), partial(shared_.pieces, name)))
             continue
         layer, kind = int(match[1]), match[2]
         prefix = name.removesuffix(kind)
@@ -171,7 +173,7 @@ class RouterScales:
 
     def _embedding_square(self) -> torch.Tensor:
         if self._embedding is None:
-            rows, width = self.shared.base.entries[EMBEDDING].shape
+            rows, width = self.shared.shape(EMBEDDING)
             total, rest = torch.zeros(width), torch.empty(0)
             for piece in self.shared.pieces(EMBEDDING):
                 rest = torch.cat([rest, piece.flatten().to(torch.float32)])

@@ -119,14 +119,13 @@ def require_ids(checkpoint: Checkpoint) -> None:
         )
 
 
-DECIDING = (  # but for the feed-forward width, which the merge evens out
+DECIDING = (  # but for the feed-forward width and the vocabulary, which the merge evens out as far as it can
     "model_type",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "vocab_size",
     "rms_norm_eps",
     "hidden_act",
     "rope_parameters",
@@ -152,6 +151,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     from btx.checkpoint import opened, require_finite, tokenizer_digest
     from btx.merge.lineage import distance, require_same
     from btx.merge.padded import same_width
+    from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_rows
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."
@@ -160,13 +160,16 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
         if different:
             said = f"{who} is no descendant of the seed ({seed_folder}): config.json differs in {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
-        if seed.config.get("intermediate_size") != other.config.get("intermediate_size"):
+        if any(seed.config.get(f) != other.config.get(f) for f in ("intermediate_size", "vocab_size")):
             require_complete(other)
-        wide = same_width({"seed": seed, "other": other})
+        models: dict[str, Checkpoint] = {"seed": seed, "other": other}
+        added = added_tokens(seed_folder, folder, who)
+        if added or seed.config.get("vocab_size") != other.config.get("vocab_size"):
+            require_ids(other)
+            require_rows(other, common_ids(seed_folder), who)
+            models = {name: Trimmed(one, common_ids(seed_folder), 0) for name, one in models.items()}
+        wide = same_width(models)
         require_same(wide["seed"], wide["other"], who)
-        if tokenizer_digest(seed_folder) != tokenizer_digest(folder):
-            said = f"{who} has another tokenizer than the seed ({seed_folder}): the same ids mean other tokens."
-            raise ArtifactError(f"{said} Train it with the seed's tokenizer.")
         require_finite(other, f"the expert of domain {name}")
         far = distance(wide["seed"], wide["other"])
     if far["cosine"] < LEAST_COSINE:
@@ -174,4 +177,5 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
             f"{who} is no descendant of the seed ({seed_folder}): the cosine between their weights is "
             f"{far['cosine']:.3f}, descendants have more than {LEAST_COSINE}. {remedy}"
         )
-    return {"tokenizer": tokenizer_digest(folder), **{k: round(v, 6) for k, v in far.items()}}
+    about = {"tokenizer": tokenizer_digest(folder), **{k: round(v, 6) for k, v in far.items()}}
+    return {**about, "added_tokens": [token["content"] for token in added]} if added else about

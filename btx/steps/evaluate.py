@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
 
 from btx.artifact import write_json
 from btx.errors import RecipeError
@@ -12,6 +14,9 @@ from btx.step import Step, Tell
 from btx.steps.finetune import Finetune
 from btx.steps.merge import SEED, Average
 from btx.steps.tokens import TokensStep
+
+if TYPE_CHECKING:
+    from btx.tokens import Tokens
 
 FEW = 10  # documents: fewer, drawn again and again, say little of how far other documents might lie
 
@@ -23,6 +28,7 @@ class Evaluate(Step):
     average: Average
     finetune: Finetune
     tokens: dict[str, TokensStep]
+    own: dict[str, dict[str, TokensStep]] = Field(default_factory=dict)  # by model, where its tokenizer is another
     length: int
     settings: EvaluateSettings
 
@@ -56,7 +62,8 @@ class Evaluate(Step):
         routing: dict[str, Any] = {}
         for done, (name, step) in enumerate(self.models.items()):
             tell({"label": self.label, "done": done, "total": len(self.models), "note": f"scores {name}"})
-            scores[name], routing[name] = self._measure(name, step.folder, documents)
+            own = {d: _same(Tokens(t.folder), documents[d], d, name) for d, t in self.own.get(name, {}).items()}
+            scores[name], routing[name] = self._measure(name, step.folder, own or documents)
         tell({"label": self.label, "done": len(self.models), "total": len(self.models)})
         results = summarise(scores, documents, self.settings)
         results["routing"] = {n: r for n, r in routing.items() if r}
@@ -96,6 +103,17 @@ class Evaluate(Step):
             scored = {d: nats(net, rows, **size) for d, rows in documents.items()}
             shares = {d: routing_shares(net, routed, rows, length=self.length) for d, rows in documents.items()}
         return scored, shares
+
+
+def _same(tokens: Tokens, documents: list[Any], domain: str, model: str) -> list[Any]:
+    """The same documents in another tokenizer; RecipeError when they are not the same."""
+    found = tokens.valid_documents(len(documents))
+    if [size for _, size in found] != [size for _, size in documents]:
+        raise RecipeError(
+            f"domain {domain}: a held-out document is a single token in the tokenizer of {model} or of the seed, so it "
+            "cannot be scored in both. Leave documents of one word out."
+        )
+    return found
 
 
 def summarise(scores: dict[str, Any], documents: dict[str, Any], settings: EvaluateSettings) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from btx.merge.settings import FROM_DATA, MergeSettings
 from btx.step import HASHED, Step, Tell
 from btx.steps.branch import Branch
 from btx.steps.tokens import TokensStep
+from btx.steps.vocabulary import VocabularyStep
 
 if TYPE_CHECKING:
     import torch
 
     from btx.merge.layout import Experts
+    from btx.merge.vocabulary import Joint
     from btx.shards import Progress, Resume
 
 SEED = "seed"
@@ -33,6 +35,12 @@ class Models(Step):
     branch: Branch
     experts: dict[str, Step]
     settings: MergeSettings
+    vocabulary: VocabularyStep | None = None  # where experts have tokens of their own
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder whose tokenizer files the merged model has."""
+        return (self.vocabulary or self.branch.seed).folder
 
     @property
     def models(self) -> dict[str, Step]:
@@ -40,22 +48,28 @@ class Models(Step):
         seed = {SEED: self.branch.seed} if self.settings.include_seed else {}
         return {**self.experts, **seed}
 
-    def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any]:
-        """All models as open, checked checkpoints of one feed-forward width, and the seed."""
+    def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any, Joint | None]:
+        """All models as open, checked checkpoints of one feed-forward width and vocabulary, the seed, and its rest."""
         from btx.checkpoint import one_thread, opened
         from btx.merge.averaging import require_memory
         from btx.merge.lineage import require_same
         from btx.merge.padded import same_width
+        from btx.merge.vocabulary import Joint, Vocabulary
 
         stack.enter_context(one_thread())
         seed = stack.enter_context(opened(self.branch.seed.folder))
         limit = self.where.max_memory
         require_memory(seed, self.settings.shared, models=len(self.models), limit=limit)
         found = {n: stack.enter_context(opened(s.folder)) for n, s in self.models.items() if n != SEED}
-        wide = same_width({**found, SEED: seed})
-        for name in found:
+        found[SEED], joint = seed, None
+        if self.vocabulary:
+            known = Vocabulary.read(self.vocabulary.folder)
+            joint = Joint(known, {name: found[name] for name in self.models}, seed)
+            found = {name: joint.trimmed(model) for name, model in found.items()}
+        wide = same_width(found)
+        for name in self.experts:
             require_same(wide[SEED], wide[name], name)
-        return {name: wide[name] for name in self.models}, wide[SEED]
+        return {name: wide[name] for name in self.models}, wide[SEED], joint
 
     def resume(self, work: Path) -> Resume:
         """Where finished shards wait for the others, good for the parents that are there now."""
@@ -87,11 +101,11 @@ class Average(Models):
         from btx.merge.write import write_average
 
         with ExitStack() as stack:
-            models, seed = self.opened(stack)
-            hashed = write_average(out, models, seed, self.settings, self.resume(work), self.progress(tell))
+            models, seed, joint = self.opened(stack)
+            hashed = write_average(out, models, seed, self.settings, self.resume(work), self.progress(tell), joint)
             config = {**seed.config, "dtype": _dtype_name(self.settings.torch_dtype(seed.dtype))}
             write_json(out / "config.json", config)
-            carry_files(seed.folder, out)
+            carry_files(self.tokenizer, out)
         return {"models": list(models), HASHED: hashed}
 
 
@@ -112,11 +126,11 @@ class Merge(Models):
         from btx.merge.write import write_moe
 
         with ExitStack() as stack:
-            models, seed = self.opened(stack)
+            models, seed, joint = self.opened(stack)
             experts = layout(self.settings, list(models), seed.config, str(seed.folder))
             top_k = self.top_k or experts.count
-            hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell))
-            carry_files(seed.folder, out)
+            hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell), joint)
+            carry_files(self.tokenizer, out)
             far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
         names = list(experts.owners)
         if self.settings.router in FROM_DATA:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from btx.tokens import Tokens
 from tests.conftest import config_of, save_model, write_project
 from tests.integration.test_run import btx, results
+from tests.numerics.test_vocabulary import TOKENS, extended, plain
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +120,43 @@ def test_two_sharded_processes_train_to_the_weights_of_one(tmp_path: Path) -> No
         first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
         assert first.keys() == second.keys()
         assert all((first[n] - second[n]).abs().max() < 1e-5 for n in first), step
+
+
+def test_an_expert_with_tokens_of_its_own_is_merged_by_token(tmp_path: Path) -> None:
+    recipe = write_project(tmp_path)
+    for name in ("seed", "law"):
+        plain(tmp_path / name, "llama")
+    extended(tmp_path / "law", "llama", ["<law>", "</law>"], noise=0.01)
+    rows = [{"text": f"<law> no {n}: five plus two is seven </law> and so on for {n}"} for n in range(60)]
+    (tmp_path / "corpora" / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    law = '  law: {checkpoint: law, data: ["corpora/law.jsonl"]}\ntrain:'
+    recipe.write_text(recipe.read_text().replace("train:", law, 1))
+    btx("run", recipe, cwd=tmp_path)
+    btx("check", "runs/pico/export", cwd=tmp_path)
+    steps = tmp_path / "runs/pico/steps"
+    config = json.loads((tmp_path / "runs/pico/export/config.json").read_text())
+    assert config["vocab_size"] == TOKENS + 2
+    lineage = json.loads(next(steps.glob("branch-*/lineage.json")).read_text())
+    assert lineage["given"]["law"]["added_tokens"] == ["<law>", "</law>"]
+    found = results(tmp_path)["bits_per_byte"]
+    assert {*found["expert:law"]} == {"math", "code", "law"}
+    ids = {
+        name: set(Tokens(next(steps.glob(f"tokens-law{name}-*"))).train.tolist()) for name in ("", "@merged", "@law")
+    }
+    assert TOKENS not in ids[""]
+    assert {TOKENS, TOKENS + 1} <= ids["@merged"]
+    assert ids["@merged"] == ids["@law"]
+    assert found["finetuned"]["law"] < found["seed"]["law"]
+    btx(
+        "run",
+        recipe,
+        "--until",
+        "merge",
+        "--set",
+        "merge.shared=ties",
+        "--set",
+        "merge.router=activations",
+        cwd=tmp_path,
+    )
+    said = btx("run", recipe, cwd=tmp_path).stdout
+    assert "Everything is done already" in said

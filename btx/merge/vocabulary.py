@@ -1,0 +1,196 @@
+"""One vocabulary for models of which some have tokens added behind the seed's: rows aligned by token.
+
+What an expert may have added is read from tokenizer.json: entries of `added_tokens` that the seed's lacks, with ids
+behind all of the seed's. A row of the embedding and of the head is averaged over the models that have its token; rows
+that belong to no token (an embedding padded to a round number) over those that have the row and no token for it.
+Everything else (another vocabulary, other merges, a token of the seed renamed) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btx.artifact import write_json
+from btx.checkpoint import Checkpoint, carry_files, tokenizer_digest
+from btx.errors import ArtifactError
+from btx.families import EMBEDDING
+from btx.merge.settings import AveragingSettings
+
+HEAD = "lm_head.weight"
+FILE = "vocabulary.json"
+JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The seed's tokens and those that experts added."""
+
+    common: int  # ids below are the seed's own
+    tokens: dict[str, int]  # added token -> its id in the merged model
+    ids: dict[str, dict[str, int]]  # by the expert's name: added token -> its id there
+
+    @classmethod
+    def read(cls, folder: Path) -> Vocabulary:
+        """As `write_joint` left it."""
+        return cls(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+
+
+def is_extended(seed: Path, other: Path) -> bool:
+    """Whether a checkpoint has tokens besides the seed's, all of them added behind those, or another number of rows."""
+    try:
+        return bool(added_tokens(seed, other, "") or _rows(seed) != _rows(other))
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError):
+        return False  # which is told where the checkpoint is verified
+
+
+def added_tokens(seed: Path, other: Path, who: str) -> list[dict[str, Any]]:
+    """What a tokenizer has besides the seed's, as tokenizer.json states it; ArtifactError for any other change."""
+    if tokenizer_digest(seed) == tokenizer_digest(other):
+        return []
+    refusal = f"{who} has another tokenizer than the seed ({seed}): "
+    remedy = "Only tokens added behind the seed's can be aligned. Train it with the seed's tokenizer."
+    if not all((folder / JSON).is_file() for folder in (seed, other)):
+        raise ArtifactError(f"{refusal}the same ids mean other tokens, as far as can be seen without {JSON}. {remedy}")
+    (base, mine), (theirs_base, theirs) = _parts(seed), _parts(other)
+    if base != theirs_base:
+        raise ArtifactError(f"{refusal}its vocabulary or merges differ, so the same ids mean other tokens. {remedy}")
+    common, known = common_ids(seed), {t["id"]: t["content"] for t in theirs}
+    for token in mine:
+        if known.get(token["id"]) != token["content"]:
+            found = repr(known[token["id"]]) if token["id"] in known else "missing"
+            raise ArtifactError(f"{refusal}its id {token['id']}, there {token['content']!r}, is {found} here. {remedy}")
+    old = {t["id"] for t in mine}
+    added = sorted((t for t in theirs if t["id"] not in old), key=lambda t: int(t["id"]))
+    for token in added:
+        if token["id"] < common:
+            raise ArtifactError(f"{refusal}{token['content']!r} is its id {token['id']}, one of the seed's. {remedy}")
+    if len({t["content"] for t in theirs}) < len(theirs):
+        raise ArtifactError(f"{refusal}a token is added twice. {remedy}")
+    return added
+
+
+def common_ids(seed: Path) -> int:
+    """One more than the seed's highest id."""
+    (vocab, _), added = _parts(seed)
+    own = range(len(vocab)) if isinstance(vocab, list) else vocab.values()  # a unigram's is a list
+    return 1 + int(max((*own, *(t["id"] for t in added))))
+
+
+def _parts(folder: Path) -> tuple[tuple[Any, list[str]], list[dict[str, Any]]]:
+    """The tokenizer's model (vocabulary, merges), and its added tokens. `tokenizer_digest` has looked at the file."""
+    data = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    model = data["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    added: list[dict[str, Any]] = data.get("added_tokens", [])
+    return (model.get("vocab"), merges), added
+
+
+def _rows(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+
+def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabulary:
+    """Write the seed's tokenizer with all tokens that experts added, in the experts' order, and which row is whose.
+
+    A token that several have added is one token, as the first of them has it. What marks a text's start and end and the
+    chat template stay the seed's.
+    """
+    added = {name: added_tokens(seed, folder, f"the expert {name} ({folder})") for name, folder in experts.items()}
+    common = common_ids(seed)
+    tokens: dict[str, int] = {}
+    entries: list[dict[str, Any]] = []
+    for entry in (entry for some in added.values() for entry in some):
+        if entry["content"] not in tokens:
+            tokens[entry["content"]] = common + len(tokens)
+            entries.append({**entry, "id": tokens[entry["content"]]})
+    carry_files(seed, out)
+    data = json.loads((out / JSON).read_text(encoding="utf-8"))
+    data["added_tokens"] = [*data.get("added_tokens", []), *entries]
+    (out / JSON).write_text(json.dumps(data, ensure_ascii=False, indent=2), encoding="utf-8")
+    if (out / CONFIG).is_file():
+        config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+        if "added_tokens_decoder" in config:
+            flags = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
+            config["added_tokens_decoder"] = {**config["added_tokens_decoder"], **flags}
+            (out / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+    found = Vocabulary(common, tokens, {n: {e["content"]: e["id"] for e in some} for n, some in added.items()})
+    write_json(out / FILE, asdict(found))
+    return found
+
+
+class Trimmed(Checkpoint):
+    """A view of an open checkpoint whose embedding and head end with the seed's tokens; nothing is copied."""
+
+    def __init__(self, whole: Checkpoint, rows: int, vocab_size: int) -> None:
+        self.folder, self.whole = whole.folder, whole
+        self.config = {**whole.config, "vocab_size": vocab_size}
+        self.entries = {
+            name: replace(entry, shape=(rows, *entry.shape[1:])) if name in (EMBEDDING, HEAD) else entry
+            for name, entry in whole.entries.items()
+        }
+
+    def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a tensor in row-major order."""
+        return self.whole.flat(name, start, stop)
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        self.whole.close()
+
+
+class Joint:
+    """The rows behind the seed's tokens, of open models that were brought to one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, models: Mapping[str, Checkpoint], base: Checkpoint) -> None:
+        self.vocabulary, self._models, self._base = vocabulary, models, base
+        self.size = max(base.entries[EMBEDDING].shape[0], vocabulary.common + len(vocabulary.tokens))
+        for name, model in (*models.items(), ("the seed", base)):
+            require_rows(model, vocabulary.common, name)
+
+    def trimmed(self, model: Checkpoint) -> Trimmed:
+        """A model with the rows that all have; its config states the size of the merged vocabulary."""
+        return Trimmed(model, self.vocabulary.common, self.size)
+
+    def rows(self, name: str, how: AveragingSettings) -> Iterator[torch.Tensor]:
+        """The rows (D,) of the embedding or the head behind the seed's tokens, in fp32, in order.
+
+        Whatever the method, each is the mean over the models that have it, weighed where the method is linear.
+        """
+        tokens = {number: token for token, number in self.vocabulary.tokens.items()}
+        for row in range(self.vocabulary.common, self.size):
+            found = self._having(tokens.get(row), row, name)
+            weights = [how.weight(model, 0.0) if how.method == "linear" else 1.0 for model in found]
+            if not any(weights):
+                weights = [1.0] * len(found)
+            total = sum(w * v for w, v in zip(weights, found.values(), strict=True))
+            yield torch.as_tensor(total) / sum(weights)
+
+    def _having(self, token: str | None, row: int, name: str) -> dict[str, torch.Tensor]:
+        """The row of a token, or of none, in every model that has one, by the model's name."""
+        found = {}
+        for model, checkpoint in self._models.items():
+            own = self.vocabulary.ids.get(model, {})
+            place = own.get(token) if token is not None else row if row not in own.values() else None
+            count, width = checkpoint.entries[name].shape
+            if place is not None and place < count:
+                found[model] = checkpoint.flat(name, place * width, (place + 1) * width).float()
+        if not found:  # a row without a token that the seed alone has, and it is no expert
+            width = self._base.entries[name].shape[1]
+            found["seed"] = self._base.flat(name, row * width, (row + 1) * width).float()
+        return found
+
+
+def require_rows(model: Checkpoint, common: int, who: str) -> None:
+    """ArtifactError unless a model's embedding has a row for every token of the seed's."""
+    rows = model.entries[EMBEDDING].shape[0]
+    if rows < common:
+        raise ArtifactError(
+            f"{who} ({model.folder}) has an embedding of {rows} rows, less than the seed's {common} tokens. "
+            "Use a checkpoint that has them all."
+        )

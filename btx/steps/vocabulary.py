@@ -1,0 +1,32 @@
+"""One tokenizer for the merged model, where experts brought tokens of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.errors import ArtifactError
+from btx.step import Step, Tell
+
+
+class VocabularyStep(Step):
+    """A folder with the seed's tokenizer and all added tokens, and vocabulary.json: which model has which."""
+
+    kind: ClassVar[str] = "vocabulary"
+    seed: Step
+    experts: dict[str, Step]  # that have tokens, or rows of the embedding, otherwise than the seed
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Write it, and see that it reads as it should."""
+        from btx.merge.vocabulary import write_joint
+        from btx.tokens import load_tokenizer
+
+        found = write_joint(out, self.seed.folder, {name: step.folder for name, step in self.experts.items()})
+        known = load_tokenizer(out).get_vocab()
+        for token, number in found.tokens.items():
+            if known.get(token) != number:
+                raise ArtifactError(
+                    f"the tokenizer of {self.seed.folder} does not take the added token {token!r} as its id {number} "
+                    f"(it has {known.get(token)}). Leave the expert out, or train it with the seed's tokenizer."
+                )
+        return {"added": list(found.tokens)}
