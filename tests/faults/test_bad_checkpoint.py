@@ -200,7 +200,8 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("law", "ids up to 288, the embedding 280 rows", "resize"),
     ),
     "a vocabulary that its rows belie": (
-        lambda w: (save_model(w.law, config_of("llama", vocab_size=301)), edit_json(w.law / "config.json", vocab_size=305)),
+        lambda w: [save_model(w.law, config_of("llama", vocab_size=301)),
+                   edit_json(w.law / "config.json", vocab_size=305)],
         ("law", "model.embed_tokens.weight is 301x32, should be 305x32"),
     ),
     "tied and untied": (
