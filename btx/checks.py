@@ -35,6 +35,8 @@ def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
     for step in steps:
         if isinstance(step, (Branch, Adapted)) and isinstance(step.seed, Given):
             step.examine()
+        if isinstance(step, Finetune) and step.merge.settings.attention:
+            check_attention_experts(recipe)
         if isinstance(step, Merge):
             check_layout(step, recipe.seed.builtin.config)
         if isinstance(step, Export) and recipe.finetune.soft_first_layer:
@@ -95,6 +97,15 @@ def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
                 f"merge.experts: {merge.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
                 f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
             )
+
+
+def check_attention_experts(recipe: Recipe) -> None:
+    """RecipeError for what the class with attention experts cannot do in the finetuning."""
+    why = f"merge.experts: {recipe.merge.experts} makes a model whose class"
+    if recipe.finetuning.gradient_checkpointing:
+        raise RecipeError(f"{why} has no gradient checkpointing. Set finetune.gradient_checkpointing: false.")
+    if recipe.run.kernel not in ("auto", "eager"):
+        raise RecipeError(f"{why} computes its experts by loops of its own. Set run.kernel: auto.")
 
 
 def width_of(folder: Path) -> int:

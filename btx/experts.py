@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from btx.errors import RecipeError, ResourceError, nearest
+from btx.families import MOE
 
 NATIVE = ("eager", "grouped_mm", "batched_mm")
 HUB = ("deepgemm", "sonicmoe")  # kernels that transformers fetches from its hub by the package `kernels`
@@ -65,6 +66,19 @@ def choose(name: str, device: torch.device) -> str:
     if why := absent(name, device):
         raise ResourceError(f"run.kernel: {why}")
     return name
+
+
+def kernel_of(model_type: str, name: str, device: torch.device) -> str | None:
+    """The kernel that a model of this type runs on under `run.kernel: name`; None for a dense model.
+
+    RecipeError where the class computes its experts by loops of its own and another kernel is named.
+    """
+    family = MOE.get(model_type)
+    if family is None or not family.attention:
+        return choose(name, device) if family else None
+    if name in ("auto", "eager"):
+        return "eager"
+    raise RecipeError(f"run.kernel: {family.moe} computes its experts by loops of its own, not by {name}. Use auto.")
 
 
 def use_kernel(model: nn.Module, name: str) -> None:

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from btx.errors import ArtifactError
 
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
+QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{kind}_proj.weight" for kind in "qkvo")
 EMBEDDING = "model.embed_tokens.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 ANY = None
@@ -35,6 +34,21 @@ class SharedExpert:
         """Its tensors in a layer, by name, for the model's width and its own."""
         found = {n: (hidden, width) if kind == DOWN else (width, hidden) for kind, n in self.names.items()}
         return {**found, self.gate: (1, hidden)}
+
+
+@dataclass(frozen=True)
+class AttentionExperts:
+    """Query and output projections as experts with a router of their own; keys and values are averaged, and shared.
+
+    As in BAM (arXiv 2408.08274) with shared keys and values, but for its soft routing: a token visits top-k of them.
+    """
+
+    query: str  # name on disk of (E, H, D)
+    output: str  # (E, D, H)
+    keys_values: str  # (2H, D), keys above values
+    router: str  # (E, D)
+    zeros: tuple[str, ...]  # biases (D,) that dense models do not have
+    norm: str = "input_layernorm.weight"  # the norm whose output they and their router see
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,9 @@ class Family:
     harmless: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # dense-only field: values that do
     # nothing in the dense model (for a list: of each of its items), or ANY
     shared: SharedExpert | None = None  # which it has in every layer, if it has one; zeros make it idle
+    attention: AttentionExperts | None = None  # where attention is made of experts too
+    renamed: dict[str, str] = field(default_factory=dict)  # dense field -> MoE field of the same meaning
+    derived: tuple[str, ...] = ()  # dense fields that the MoE config computes from others
     dense_layers: bool = False  # whether layers without experts can be named under mlp_only_layers
 
     @property
@@ -171,8 +188,27 @@ ALL = (
         harmless={"mlp_bias": (False,)},
     ),
 )
+WITH_ATTENTION = Family(  # its query heads are as many as its key heads, so grouped-query attention has no place
+    dense="llama",
+    moe="jetmoe",
+    expert={GATE: "mlp.input_linear.weight", UP: "mlp.input_linear.weight", DOWN: "mlp.output_linear.weight"},
+    router="mlp.router.layer.weight",
+    experts_field="num_local_experts",
+    width_field="intermediate_size",
+    gate="router",
+    attention=AttentionExperts(
+        query="self_attention.experts.input_linear.weight",
+        output="self_attention.experts.output_linear.weight",
+        keys_values="self_attention.kv_proj.weight",
+        router="self_attention.experts.router.layer.weight",
+        zeros=("self_attention.experts.bias", "mlp.bias"),
+    ),
+    renamed={"head_dim": "kv_channels", "hidden_act": "activation_function"},
+    derived=("num_attention_heads",),
+    harmless={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": ANY},
+)
 DENSE = {family.dense: family for family in ALL}
-MOE = {family.moe: family for family in ALL}
+MOE = {family.moe: family for family in (*ALL, WITH_ATTENTION)}
 
 REFUSED = {
     "gemma": "no MoE class of transformers adds one to its norm weights as Gemma does",
@@ -181,12 +217,17 @@ REFUSED = {
     "olmo": "no MoE class of transformers has its norms without weights",
     "olmo3": "no MoE class of transformers has its mix of sliding and full layers",
 }
-_RECORDED = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype", "torch_dtype"}
+RECORDED = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype", "torch_dtype"}
 
 
-def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a dense config; ArtifactError, saying why, for one that no MoE class holds exactly."""
+def family_of(config: dict[str, Any], where: str, *, attention: bool = False) -> Family:
+    """The family of a dense config; ArtifactError, saying why, for one that no MoE class holds exactly.
+
+    `attention` asks for the one whose attention is made of experts too.
+    """
     kind = config["model_type"]
+    if attention and kind in DENSE:
+        return _with_attention(config, where)
     if kind in DENSE:
         return DENSE[kind]
     if kind in MOE:
@@ -197,23 +238,34 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     )
 
 
+def _with_attention(config: dict[str, Any], where: str) -> Family:
+    heads = config.get("num_attention_heads")
+    why = f"{WITH_ATTENTION.moe}, the one class that has them, is exact for {WITH_ATTENTION.dense} models"
+    if config["model_type"] == WITH_ATTENTION.dense and config.get("num_key_value_heads", heads) == heads:
+        return WITH_ATTENTION
+    raise ArtifactError(
+        f"{where} cannot have attention experts: {why} with as many key heads as query heads (no grouped-query "
+        "attention). Use merge.experts: one."
+    )
+
+
 def moe_config(
     dense: dict[str, Any], *, experts: int, top_k: int, width: int, where: str, dense_layers: Sequence[int] = (),
-    shared_width: int = IDLE_WIDTH,
+    shared_width: int = IDLE_WIDTH, attention: bool = False,
 ) -> Any:  # fmt: skip
     """The native MoE config that gives a dense model's logits when all experts are that model.
 
     `dense` is the parsed config.json; `width` an expert's feed-forward width, `dense_layers` those without experts,
-    `shared_width` that of the shared expert where the family has one. ArtifactError names the field when the dense
-    model uses something that the MoE class does not have.
+    `shared_width` that of the shared expert where the family has one, `attention` as in `family_of`. ArtifactError
+    names the field when the dense model uses something that the MoE class does not have.
     """
     from transformers import AutoConfig
 
-    family = family_of(dense, where)
-    source = AutoConfig.for_model(**dense).to_dict()
+    family = family_of(dense, where, attention=attention)
+    source = {family.renamed.get(k, k): v for k, v in AutoConfig.for_model(**dense).to_dict().items()}
     known = AutoConfig.for_model(family.moe).to_dict().keys() | set(family.carried)
     _refuse_unknown(family, source, known, where)
-    kept = {k: v for k, v in source.items() if k in known and k not in _RECORDED}
+    kept = {k: v for k, v in source.items() if k in known and k not in (*RECORDED, *family.derived)}
     kept |= {**family.fixed, family.experts_field: experts, family.width_field: width, "num_experts_per_tok": top_k}
     if dense_layers:
         kept["mlp_only_layers"] = list(dense_layers)
@@ -229,22 +281,9 @@ def class_name(config: object) -> str:
     return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
 
 
-def dense_config(family: Family, moe: dict[str, Any]) -> Any:
-    """The native dense config of a model of one expert of a Mixture of Experts; `moe` is its parsed config.json."""
-    from transformers import AutoConfig
-
-    source = AutoConfig.for_model(**moe).to_dict()
-    known = AutoConfig.for_model(family.dense).to_dict().keys() | set(family.carried)
-    kept = {k: v for k, v in source.items() if k in known and k not in (*_RECORDED, "intermediate_size")}
-    config = AutoConfig.for_model(family.dense, **kept, intermediate_size=source[family.width_field])
-    config.dtype = source.get("dtype")
-    config.architectures = [class_name(config)]
-    return config
-
-
 def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:
     for key, value in source.items():
-        if key in known or key in _RECORDED:
+        if key in known or key in RECORDED:
             continue
         allowed = family.harmless.get(key, ())
         items = value if isinstance(value, list) else [value]
@@ -253,40 +292,3 @@ def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], whe
                 f"{where}: config.json has {key} = {value!r}, which {family.moe} has no place for, so "
                 "the merged model would compute something else."
             )
-
-
-def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A native MoE model's state dict under the published names.
-
-    transformers 5 keeps the experts of a layer fused in memory as gate_up_proj (E, 2F, D) and down_proj (E, D, F). The
-    names on disk, one tensor an expert (GraniteMoE: stacked), load in transformers 4 and 5, vLLM and llama.cpp. Views,
-    no copies.
-    """
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        match = LAYER.fullmatch(name)
-        rest = match[2] if match else ""
-        prefix = name.removesuffix(rest) if rest else ""
-        if rest == f"{family.block}.{family.gate}.weight":
-            out[prefix + family.router] = tensor
-        elif rest == f"{family.block}.experts.gate_up_proj":
-            out |= _unstacked(family, prefix, GATE, tensor)
-        elif rest == f"{family.block}.experts.down_proj":
-            out |= _unstacked(family, prefix, DOWN, tensor)
-        else:
-            out[name] = tensor
-    return out
-
-
-def _unstacked(family: Family, prefix: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The experts of one layer, (E, rows, columns), one by one where the family publishes them so."""
-    if family.stacked:
-        return {prefix + family.expert[kind]: tensor}
-    if kind == DOWN:
-        return {prefix + family.expert[DOWN].format(e=e): down for e, down in enumerate(tensor)}
-    names = (family.expert[GATE], family.expert[UP])
-    return {
-        prefix + name.format(e=e): part
-        for e, both in enumerate(tensor)
-        for name, part in zip(names, both.chunk(2, dim=0), strict=True)
-    }

@@ -30,10 +30,12 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: Literal["none", "head", "full"] = "none"  # over one head's width, or over all heads at once
+    head_field: str = "head_dim"  # field with the width of a head
     head_dim: int | None = None  # of the config class, where the field is absent; None: hidden_size / heads
     kv_heads: int | None = None  # likewise; None: as many as attention heads
     expert_width: str | None = None  # field with the width of an expert; None: a dense family
     shared_expert: bool = False
+    attention_experts: bool = False  # query and output projections are experts too, with a router, and two biases
     dense_layers: bool = False  # obeys mlp_only_layers and decoder_sparse_step
 
 
@@ -61,6 +63,7 @@ FAMILIES = {
     "granitemoe": Family(
         qkv_bias="attention_bias", output_bias="attention_bias", expert_width="intermediate_size"
     ),
+    "jetmoe": Family(head_field="kv_channels", expert_width="intermediate_size", attention_experts=True),
 }  # fmt: skip
 
 
@@ -105,6 +108,9 @@ def parameters(config: Config) -> Parameters:
     if sparse:
         extra = _router_and_shared(config, family)
         expert = _mlp(config, family, str(family.expert_width))
+        if family.attention_experts:  # _attention has counted K of them
+            one = 2 * width * _projections(config, family)[1]
+            stored += sparse * (_experts(config) - _chosen(config)) * one
         stored += sparse * (extra + _experts(config) * expert)
         used += sparse * (extra + _chosen(config) * expert)
     return Parameters(common + stored, common + used, embedding, 0 if tied else embedding)
@@ -122,11 +128,12 @@ def _projections(config: Config, family: Family) -> tuple[int, int]:
     """Widths of all query heads and of all key heads; values are as wide as keys."""
     head_dim, heads = _head_dim(config, family), _count(config, "num_attention_heads")
     kv_heads = config.get("num_key_value_heads", family.kv_heads) or heads
-    return heads * head_dim, int(kv_heads) * head_dim
+    queries = int(kv_heads) * _chosen(config) if family.attention_experts else heads
+    return queries * head_dim, int(kv_heads) * head_dim
 
 
 def _head_dim(config: Config, family: Family) -> int:
-    given = config.get("head_dim", family.head_dim)
+    given = config.get(family.head_field, family.head_dim)
     return int(given) if given else _count(config, "hidden_size") // _count(config, "num_attention_heads")
 
 
@@ -139,6 +146,8 @@ def _mlp(config: Config, family: Family, field: str) -> int:
 def _router_and_shared(config: Config, family: Family) -> int:
     width = _count(config, "hidden_size")
     router = _experts(config) * width
+    if family.attention_experts:
+        return 2 * (router + width)  # one for attention, one for the feed-forward; a bias beside each
     if not family.shared_expert:
         return router
     return router + _mlp(config, family, "shared_expert_intermediate_size") + width  # and its gate, width → 1
@@ -231,6 +240,9 @@ def _layer_bytes(config: Config, family: Family, layer: int, size: int) -> int:
     readers = 5 if size == 2 else 2  # q, k, v and gate, up; in fp32 each norm's readers share its output
     norms = 16 * width + readers * size * width
     attention = 2 * size * (queries + keys) + 4 * _count(config, "num_attention_heads")
+    if family.attention_experts:  # inputs, outputs, queries and attended values of each, keys and values repeated
+        k = _chosen(config)
+        attention += k * (size * (4 * width + 2 * keys) + 40) + 2 * (k - 1) * size * keys + 4 * _experts(config)
     attention += {"none": 0, "head": 4 + size, "full": 8}[family.qk_norm] * (queries + keys)
     if not _is_sparse(config, family, layer):
         return norms + attention + 4 * size * _count(config, "intermediate_size")
@@ -239,24 +251,6 @@ def _layer_bytes(config: Config, family: Family, layer: int, size: int) -> int:
     if family.shared_expert:
         experts += size * (4 * _count(config, "shared_expert_intermediate_size") + width)
     return norms + attention + experts
-
-
-def human(number: float, unit: str = "") -> str:
-    """Three significant digits with an SI prefix: 6738415616 is "6.74G"; with the unit "B", "6.74 GB"."""
-    digits, prefix = _scaled(number, ("", "k", "M", "G", "T", "P", "E", "Z", "Y"))
-    return f"{digits} {prefix}{unit}" if unit else digits + prefix
-
-
-def human_count(number: float) -> str:
-    """As model sizes are written, in thousands, millions, billions, trillions: 6738415616 is "6.74B"."""
-    return "".join(_scaled(number, ("", "k", "M", "B", "T")))
-
-
-def _scaled(number: float, prefixes: tuple[str, ...]) -> tuple[str, str]:
-    value, step = float(number), 0
-    while abs(value) >= 999.5 and step < len(prefixes) - 1:  # 999.5 would round to 1000
-        value, step = value / 1000, step + 1
-    return f"{value:.3g}", prefixes[step]
 
 
 def _family(config: Config) -> Family:

@@ -15,8 +15,8 @@ from torch import nn
 
 from btx.checkpoint import carry_files
 from btx.errors import ArtifactError, ResourceError
-from btx.experts import choose, use_kernel
-from btx.families import MOE, published
+from btx.experts import kernel_of, use_kernel
+from btx.families import DOWN, GATE, LAYER, MOE, UP, Family
 from btx.safety import read_config
 from btx.settings import RunSettings
 from btx.shards import whole, write_weights
@@ -54,7 +54,8 @@ def load(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32
     if any(wrong.values()):
         named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(v[:3])}" for kind, v in wrong.items() if v)
         raise ArtifactError(f"{folder} does not fit the class {type(model).__name__}: {named}.")
-    use_kernel(model, choose(where.kernel, device_of(where)))
+    if kernel := kernel_of(model.config.model_type, where.kernel, device_of(where)):
+        use_kernel(model, kernel)
     return model
 
 
@@ -79,3 +80,40 @@ def fresh(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A native MoE model's state dict under the published names.
+
+    transformers 5 keeps the experts of a layer fused in memory as gate_up_proj (E, 2F, D) and down_proj (E, D, F). The
+    names on disk, one tensor an expert (GraniteMoE: stacked), load in transformers 4 and 5, vLLM and llama.cpp. Views,
+    no copies.
+    """
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        match = LAYER.fullmatch(name)
+        rest = match[2] if match else ""
+        prefix = name.removesuffix(rest) if rest else ""
+        if rest == f"{family.block}.{family.gate}.weight":
+            out[prefix + family.router] = tensor
+        elif rest == f"{family.block}.experts.gate_up_proj":
+            out |= _unstacked(family, prefix, GATE, tensor)
+        elif rest == f"{family.block}.experts.down_proj":
+            out |= _unstacked(family, prefix, DOWN, tensor)
+        else:
+            out[name] = tensor
+    return out
+
+
+def _unstacked(family: Family, prefix: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The experts of one layer, (E, rows, columns), one by one where the family publishes them so."""
+    if family.stacked:
+        return {prefix + family.expert[kind]: tensor}
+    if kind == DOWN:
+        return {prefix + family.expert[DOWN].format(e=e): down for e, down in enumerate(tensor)}
+    names = (family.expert[GATE], family.expert[UP])
+    return {
+        prefix + name.format(e=e): part
+        for e, both in enumerate(tensor)
+        for name, part in zip(names, both.chunk(2, dim=0), strict=True)
+    }

@@ -104,7 +104,7 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str]) -> str:
         for d, span in row.items()
     ]
     layers = [
-        [d, str(n), *(f"{x:.1%}" for x in load), f"{r['entropy'][n]:.3f}"]
+        [d, r["routers"][n], *(f"{x:.1%}" for x in load), f"{r['entropy'][n]:.3f}"]
         for d, r in results["routing"]["finetuned"].items()
         for n, load in enumerate(r["layers"])
     ]

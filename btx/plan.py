@@ -9,7 +9,7 @@ from typing import Any
 
 from btx import flops
 from btx.errors import RecipeError
-from btx.families import IDLE_WIDTH, family_of, moe_config
+from btx.families import family_of
 from btx.merge.layout import layout
 from btx.pipeline import mix
 from btx.recipe import Recipe
@@ -51,11 +51,7 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
 def merged_config(recipe: Recipe, dense: Config) -> Config:
     """The config of the Mixture of Experts that the recipe makes."""
     experts = layout(recipe.merge, recipe.models, dense, "the seed")
-    config = moe_config(
-        dense, experts=experts.count, top_k=recipe.finetune.experts_per_token or experts.count,
-        width=experts.expert_width, where="the seed", dense_layers=experts.dense,
-        shared_width=experts.shared_width or IDLE_WIDTH,
-    )  # fmt: skip
+    config = experts.config(dense, recipe.finetune.experts_per_token or experts.count, "the seed")
     return config.to_dict()  # type: ignore[no-any-return]
 
 
@@ -114,7 +110,7 @@ def show_plan(recipe: Recipe, base: Path, *, tflops: float, devices: int) -> Non
         hours = row.flops / (tflops * 1e12) / 3600
         table.add_row(
             row.label, _or_blank(row.parameters), _or_blank(row.active), _or_blank(row.tokens), f"{row.steps:,}",
-            f"{row.flops:.3g}", _hours(hours), flops.human(row.memory, "B"), flops.human(row.disk, "B"),
+            f"{row.flops:.3g}", _hours(hours), human(row.memory, "B"), human(row.disk, "B"),
         )  # fmt: skip
     Console(soft_wrap=True).print(table)
     console = Console()
@@ -127,7 +123,7 @@ def _hours(hours: float) -> str:
 
 
 def _or_blank(number: int) -> str:
-    return flops.human_count(number) if number else ""
+    return human_count(number) if number else ""
 
 
 def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list[str]:
@@ -160,3 +156,21 @@ def _total(found: list[Row]) -> Row:
         max(r.memory for r in found),
         sum(r.disk for r in found),
     )
+
+
+def human(number: float, unit: str = "") -> str:
+    """Three significant digits with an SI prefix: 6738415616 is "6.74G"; with the unit "B", "6.74 GB"."""
+    digits, prefix = _scaled(number, ("", "k", "M", "G", "T", "P", "E", "Z", "Y"))
+    return f"{digits} {prefix}{unit}" if unit else digits + prefix
+
+
+def human_count(number: float) -> str:
+    """As model sizes are written, in thousands, millions, billions, trillions: 6738415616 is "6.74B"."""
+    return "".join(_scaled(number, ("", "k", "M", "B", "T")))
+
+
+def _scaled(number: float, prefixes: tuple[str, ...]) -> tuple[str, str]:
+    value, step = float(number), 0
+    while abs(value) >= 999.5 and step < len(prefixes) - 1:  # 999.5 would round to 1000
+        value, step = value / 1000, step + 1
+    return f"{value:.3g}", prefixes[step]

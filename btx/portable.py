@@ -62,7 +62,8 @@ def portable_tokenizer(folder: Path) -> None:
 
 def rows(source: Checkpoint, layout: str) -> list[Row]:
     """Every tensor of a Mixture of Experts in a layout: `published` as it is, `fused` as transformers 5 holds it."""
-    return copies(source) if layout == "published" else _fused(source, MOE[source.config["model_type"]])
+    family = MOE[source.config["model_type"]]
+    return copies(source) if layout == "published" or family.attention else _fused(source, family)
 
 
 def _fused(source: Checkpoint, family: Family) -> list[Row]:

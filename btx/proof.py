@@ -15,7 +15,7 @@ import torch
 
 from btx import artifact, model
 from btx.errors import ArtifactError
-from btx.families import MOE, published
+from btx.families import MOE
 from btx.settings import RunSettings
 from btx.tokens import load_tokenizer
 
@@ -101,7 +101,7 @@ def check_keys(folder: Path, net: Any) -> str:
         n: t for n, t in net.state_dict().items() if not (net.config.tie_word_embeddings and n == "lm_head.weight")
     }
     family = MOE.get(net.config.model_type)
-    wanted = set(published(family, state) if family else state)
+    wanted = set(model.published(family, state) if family else state)
     found = set(Checkpoint(folder).entries)
     if found == set(state) != wanted:
         return f"{len(found)} tensors, the experts fused as transformers 5 holds them"

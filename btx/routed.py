@@ -16,16 +16,26 @@ from torch import Tensor, nn
 
 from btx.routing import Routing, experts_per_token, route
 
+GATING = "TopKGating"  # of JetMoE, whose routers also sort the tokens by expert
+
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers of a native MoE model by name, first layer first: modules of a `...TopKRouter` class."""
-    routers = {name: m for name, m in model.named_modules() if type(m).__name__.endswith("TopKRouter")}
+    """The routers of a native MoE model by name, first layer first: modules of a `...TopKRouter` class (or Gating)."""
+    routers = {name: m for name, m in model.named_modules() if type(m).__name__.endswith(("TopKRouter", GATING))}
     if not routers:
         raise ValueError(
             f"{type(model).__name__} has no router: none of its modules is a ...TopKRouter, as there is in "
             "MixtralForCausalLM or Qwen3MoeForCausalLM; a dense model cannot be routed"
         )
     return routers
+
+
+def router_labels(model: nn.Module) -> list[str]:
+    """What tables call the routers: the number of their layer, and which of two it is where attention has one too."""
+    places = [name.split(".") for name in find_routers(model)]
+    numbers = [next(part for part in place if part.isdecimal()) for place in places]
+    of_attention = ["self_attention" in place for place in places]
+    return [f"{n} attention" if attention else n for n, attention in zip(numbers, of_attention, strict=True)]
 
 
 class Routed:
@@ -105,8 +115,9 @@ class Routed:
     def _stop(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         self._open = False
 
-    def _route(self, layer: int, router: nn.Module, _args: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logits_TE, stock_TK, index_TK = output
+    def _route(self, layer: int, router: nn.Module, _args: Any, output: Any) -> tuple[Any, ...]:
+        sorts = type(router).__name__.endswith(GATING)
+        logits_TE, stock_TK, index_TK = _unsorted(output, self.k) if sorts else output
         weight_TK = stock_TK
         if layer == 0 and self.soft_first_layer:
             index_TK, weight_TK = route(logits_TE, "soft", logits_TE.shape[-1])
@@ -115,7 +126,8 @@ class Routed:
         if self._open:
             self._check_graph(router)
             self._record[layer] = Routing(logits_TE, index_TK, weight_TK)
-        return logits_TE, weight_TK.to(stock_TK.dtype), index_TK
+        weight_TK = weight_TK.to(stock_TK.dtype)
+        return _sorted(logits_TE, weight_TK, index_TK) if sorts else (logits_TE, weight_TK, index_TK)
 
     def _check_graph(self, router: nn.Module) -> None:
         if router.training and self._needs_graph and not torch.is_grad_enabled():
@@ -123,6 +135,24 @@ class Routed:
                 "a layer runs without gradients in a forward pass with them, as in reentrant checkpointing, "
                 "and a balance loss would get none: enable checkpointing with {'use_reentrant': False}"
             )
+
+
+def _unsorted(output: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, weights, indices) of what a router that sorts gives: where each choice comes from, its gate, sizes."""
+    order, _tokens, gates, sizes, logits_TE = output
+    experts = torch.repeat_interleave(torch.arange(len(sizes), device=order.device),
+                                      torch.tensor(sizes, device=order.device))  # fmt: skip
+    index = torch.empty_like(order).index_copy(0, order, experts)
+    weight = torch.zeros_like(gates).index_copy(0, order, gates)
+    return logits_TE, weight.view(-1, k), index.view(-1, k)
+
+
+def _sorted(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> tuple[Any, ...]:
+    """The inverse of `_unsorted`: choices by expert, their tokens and gates, and how many each expert has."""
+    flat = index_TK.flatten()
+    order = flat.argsort(stable=True)
+    sizes = torch.bincount(flat, minlength=logits_TE.shape[-1]).tolist()
+    return order, order // index_TK.shape[1], weight_TK.flatten()[order], sizes, logits_TE
 
 
 def _check_router(name: str, router: Any, rule: str, k: int) -> None:

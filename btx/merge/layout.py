@@ -11,7 +11,7 @@ import torch
 
 from btx.checkpoint import BLOCK, Checkpoint
 from btx.errors import RecipeError
-from btx.families import DENSE, DOWN, LAYER, Family, family_of
+from btx.families import DENSE, DOWN, IDLE_WIDTH, LAYER, Family, family_of, moe_config
 from btx.merge.renewed import chosen, renewed
 from btx.merge.settings import MergeSettings
 
@@ -45,10 +45,19 @@ class Experts:
         """Number of MoE experts."""
         return len(self.owners)
 
+    def routers(self, family: Family) -> list[str]:
+        """The names on disk of all routers, in the order in which a model has its modules."""
+        found = []
+        for layer in self.layers:
+            found.append(family.router_name(layer))
+            if family.attention:
+                found.append(f"model.layers.{layer}.{family.attention.router}")
+        return found
+
     @property
     def parts(self) -> int:
         """Chunks that each model's feed-forward block is cut into."""
-        return {"one": 1, "split": self.settings.chunks, "blend": len(self.models)}[self.settings.experts]
+        return {"split": self.settings.chunks, "blend": len(self.models)}.get(self.settings.experts, 1)
 
     @property
     def expert_width(self) -> int:
@@ -65,6 +74,13 @@ class Experts:
         """What the output projections of the experts are multiplied by."""
         chunks = self.parts if self.settings.experts == "split" else 1
         return chunks * (BESIDE_SHARED if self.shared_width else 1.0)
+
+    def config(self, dense: Mapping[str, Any], top_k: int, where: str) -> Any:
+        """The native config of the Mixture of Experts of a dense config."""
+        return moe_config(
+            dict(dense), experts=self.count, top_k=top_k, width=self.expert_width, where=where,
+            dense_layers=self.dense, shared_width=self.shared_width or IDLE_WIDTH, attention=self.settings.attention,
+        )  # fmt: skip
 
     def sources(self, expert: int) -> list[tuple[int, int]]:
         """What MoE expert `expert` is made of: (model, chunk) pairs, in the order of its rows."""
@@ -109,7 +125,7 @@ class Experts:
 
 def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, Any], where: str) -> Experts:
     """The expert layout of a recipe over models by name, for a dense config; RecipeError for one that cannot be had."""
-    family, width = family_of(dict(config), where), config["intermediate_size"]
+    family, width = family_of(dict(config), where, attention=settings.attention), config["intermediate_size"]
     layers = sparse_layers(settings, config["num_hidden_layers"], family)
     if settings.shared_expert != "none" and not family.shared:
         can = _names(f.dense for f in DENSE.values() if f.shared)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]
 Group = Literal["attention", "norms", "embeddings", "head"]
 Router = Literal["random", "orthogonal", "activations", "embeddings"]
+ATTENTION = "ffn+attention"
 FROM_DATA = ("activations", "embeddings")
 GROUPS: tuple[str, ...] = get_args(Group)
 WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that weigh the models
@@ -109,7 +110,11 @@ class MergeSettings(Settings):
 
     include_seed: bool = Field(True, description="the untouched seed is one more expert, as in the paper")
     shared: Annotated[SharedSettings, BeforeValidator(_named)] = SharedSettings()
-    experts: Literal["one", "split", "blend"] = Field("one", description="one expert a model, or the paper's variants")
+    experts: Literal["one", "split", "blend", "ffn+attention"] = Field(
+        "one",
+        description="one expert a model; the paper's variants; or attention made of experts too, with keys and values "
+        "shared (BAM; Llama seeds without grouped-query attention, which become JetMoE)",
+    )
     chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
     router: Router = Field(
         "random",
@@ -149,7 +154,9 @@ class MergeSettings(Settings):
 
     @model_validator(mode="after")
     def _whole_experts(self) -> MergeSettings:
-        if self.experts != "one" and (self.copies != 1 or self.reinitialize):
+        if self.experts == ATTENTION and (self.layers != "all" or self.shared_expert != "none"):
+            raise ValueError(f"experts: {ATTENTION} goes with experts in all layers, and no shared one")
+        if self.experts in ("split", "blend") and (self.copies != 1 or self.reinitialize):
             raise ValueError(
                 f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize go with experts: one"
             )
@@ -160,6 +167,11 @@ class MergeSettings(Settings):
                 "use random or orthogonal, or reinitialize some of their units"
             )
         return self
+
+    @property
+    def attention(self) -> bool:
+        """Whether attention is made of experts too."""
+        return self.experts == ATTENTION
 
     def owners(self, models: Iterable[str]) -> dict[str, str]:
         """The name of every MoE expert, in order, with the model it is made of (empty for one blended of all)."""

@@ -10,14 +10,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
 
 from btx.checkpoint import Checkpoint
 from btx.errors import ArtifactError, RecipeError
-from btx.families import DOWN, EMBEDDING, IDLE_WIDTH, LAYER, Family, class_name, family_of, moe_config
+from btx.families import (
+    DOWN,
+    EMBEDDING,
+    IDLE_WIDTH,
+    KEY,
+    LAYER,
+    OUTPUT,
+    QUERY,
+    VALUE,
+    AttentionExperts,
+    Family,
+    class_name,
+    family_of,
+)
 from btx.merge.averaging import Shared
 from btx.merge.layout import Experts, layout
 from btx.merge.settings import MergeSettings
@@ -46,16 +59,13 @@ def write_moe(
     `models` by name, in the order that the experts have; `base` the seed, whether or not it is among them; both trimmed
     by `joint` where some models have tokens of their own.
     """
-    family = family_of(base.config, str(base.folder))
+    family = family_of(base.config, str(base.folder), attention=settings.attention)
     experts = layout(settings, list(models), base.config, str(base.folder))
     if not 1 <= top_k <= experts.count:
         raise RecipeError(
             f"finetune.top_k is {top_k}, but the merge makes {experts.count} experts. Choose 1 to {experts.count}."
         )
-    config = moe_config(
-        base.config, experts=experts.count, top_k=top_k, width=experts.expert_width, where=str(base.folder),
-        dense_layers=experts.dense, shared_width=experts.shared_width or IDLE_WIDTH,
-    )  # fmt: skip
+    config = experts.config(base.config, top_k, str(base.folder))
     shared_ = Shared(models, base, settings, joint)
     config.dtype = shared_.dtype
     config.architectures = [class_name(config)]
@@ -71,6 +81,9 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
     scales = RouterScales(family, shared_)
     for name, entry in shared_.base.entries.items():
         match = LAYER.fullmatch(name)
+        if match and family.attention and match[2] in (QUERY, KEY, VALUE, OUTPUT):
+            found += attention_rows(family.attention, experts, shared_, int(match[1]), match[2])
+            continue
         if not match or match[2] not in family.expert or int(match[1]) in experts.dense:
             found.append(Row(name, dtype, shared_.shape(name), partial(shared_.pieces, name)))
             continue
@@ -79,7 +92,7 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
         found += _expert_rows(family, experts, models, prefix, kind, entry.shape, dtype)
         if kind == DOWN:
             router = family.router_name(layer)
-            make = partial(_router, router, experts.count, scales, layer, shared_)
+            make = partial(_router, router, experts.count, partial(scales, layer), shared_)
             found.append(Row(router, dtype, (experts.count, width), make))
             found += _shared_rows(family, experts, prefix, shared_)
     return found
@@ -132,17 +145,51 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=dtype)]
 
 
-def _router(name: str, count: int, scales: RouterScales, layer: int, shared_: Shared) -> list[torch.Tensor]:
+def attention_rows(to: AttentionExperts, experts: Experts, shared_: Shared, layer: int, kind: str) -> list[Row]:
+    """A dense attention tensor's rows of the MoE: queries and outputs are stacked, keys and values lie together."""
+    dtype, prefix = shared_.dtype, f"model.layers.{layer}."
+    rows, columns = shared_.base.entries[prefix + kind].shape
+    owners = [shared_.models[owner] for owner in experts.owners.values()]
+    if kind in (QUERY, OUTPUT):
+        stacked = lambda: chain.from_iterable(_cast(model, dtype, prefix + kind) for model in owners)  # noqa: E731
+        name = to.query if kind == QUERY else to.output
+        found = [Row(prefix + name, dtype, (experts.count, rows, columns), stacked)]
+    elif kind == KEY:
+        both = lambda: chain(shared_.pieces(prefix + KEY), shared_.pieces(prefix + VALUE))  # noqa: E731
+        found = [Row(prefix + to.keys_values, dtype, (2 * rows, columns), both)]
+    else:
+        return []
+    if kind == OUTPUT:
+        hidden, router = shared_.base.config["hidden_size"], prefix + to.router
+        scale = partial(_scale, shared_, prefix + to.norm)
+        found.append(
+            Row(router, dtype, (experts.count, hidden), partial(_router, router, experts.count, scale, shared_))
+        )
+        found += [Row(prefix + n, dtype, (hidden,), partial(_zeros, (hidden,), dtype)) for n in to.zeros]
+    return found
+
+
+def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: Shared) -> list[torch.Tensor]:
     """A router row for every expert, scaled by what the router sees, from a seed that is the layer's own."""
     from btx.routing import init_router
 
     key = int.from_bytes(hashlib.sha256(f"{shared_.settings.seed}/{name}".encode()).digest()[:7])
     generator = torch.Generator().manual_seed(key)
     made = init_router(
-        scales(layer), experts=count, entropy=shared_.settings.router_entropy, generator=generator,
+        scale(), experts=count, entropy=shared_.settings.router_entropy, generator=generator,
         orthogonal=shared_.settings.router == "orthogonal",
     )  # fmt: skip
     return [made.to(shared_.dtype)]
+
+
+def _scale(shared_: Shared, norm: str) -> torch.Tensor:
+    scale = shared_.whole(norm)
+    if not scale.any():
+        raise ArtifactError(
+            f"{norm} is zero throughout in the merged model, so the router of its layer would see nothing but zeros. "
+            f"Use other weights for it than those of {shared_.base.folder}."
+        )
+    return scale
 
 
 class RouterScales:
@@ -163,13 +210,7 @@ class RouterScales:
         if self.family.residual:
             added = [self.shared.whole(name).square() for name in names[:-1]]  # the last is added after the router
             return torch.stack([self._embedding_square(), *added]).sum(0).sqrt()
-        scale = self.shared.whole(names[-1])
-        if not scale.any():
-            raise ArtifactError(
-                f"{names[-1]} is zero throughout in the merged model, so the router of its layer would see nothing but "
-                f"zeros. Use other weights for it than those of {self.shared.base.folder}."
-            )
-        return scale
+        return _scale(self.shared, names[-1])
 
     def _embedding_square(self) -> torch.Tensor:
         if self._embedding is None:

@@ -18,7 +18,7 @@ import torch
 from btx.artifact import write_json
 from btx.checkpoint import Checkpoint
 from btx.errors import ArtifactError, RecipeError
-from btx.families import LAYER, dense_config, moe_config
+from btx.families import LAYER, RECORDED, Family, class_name, moe_config
 from btx.moe.mixture import EXPERTS, Masked, Moe, Source, patterns
 from btx.shards import Row, write_weights
 
@@ -202,6 +202,19 @@ def extract(out: Path, moe: Moe, name: str) -> None:
     config = dense_config(family, moe.config)
     write_weights(out, rows)
     config.save_pretrained(out)
+
+
+def dense_config(family: Family, moe: dict[str, Any]) -> Any:
+    """The native dense config of a model of one expert of a Mixture of Experts; `moe` is its parsed config.json."""
+    from transformers import AutoConfig
+
+    source = AutoConfig.for_model(**moe).to_dict()
+    known = AutoConfig.for_model(family.dense).to_dict().keys() | set(family.carried)
+    kept = {k: v for k, v in source.items() if k in known and k not in (*RECORDED, "intermediate_size")}
+    config = AutoConfig.for_model(family.dense, **kept, intermediate_size=source[family.width_field])
+    config.dtype = source.get("dtype")
+    config.architectures = [class_name(config)]
+    return config
 
 
 def _require_zero(moe: Moe, tensor: str) -> None:

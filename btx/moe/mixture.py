@@ -38,6 +38,11 @@ class Moe:
             )
         self.checkpoint, self.config = checkpoint, config
         self.family: Family = MOE[config["model_type"]]
+        if self.family.attention:
+            raise ArtifactError(
+                f"{checkpoint.folder} is a {self.family.moe}, whose attention is made of experts too, and `btx moe` "
+                "changes feed-forward experts only. Merge it again, with merge.experts: one."
+            )
         fields = (self.family.experts_field, "num_local_experts")
         self.count_field = next((f for f in fields if f in config), fields[0])
         self.count = _number(checkpoint, self.count_field)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from btx.probes.bits_per_byte import Document, windows
-from btx.routed import Routed
+from btx.routed import Routed, router_labels
 from btx.routing import statistics
 
 
 @torch.inference_mode()
 def routing_shares(model: Any, routed: Routed, documents: list[Document], *, length: int) -> dict[str, Any]:
-    """Load (share of token-choices) per layer and expert, its mean over layers, and the routers' entropy.
+    """Load (share of token-choices) per layer with a router and expert, its mean over them, and the routers' entropy.
 
     `routed` is the rule at work on `model`. Windows of the greatest length only, so that no padding is counted.
     """
@@ -33,6 +33,7 @@ def routing_shares(model: Any, routed: Routed, documents: list[Document], *, len
     assert loads is not None
     assert entropies is not None
     return {
+        "routers": router_labels(model),
         "layers": (loads / weight).tolist(),
         "mean": (loads.mean(0) / weight).tolist(),
         "entropy": (entropies / weight).tolist(),

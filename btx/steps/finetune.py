@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,14 +39,18 @@ class Finetune(Step):
         return facts
 
 
-FROZEN = {"all": None, "router": r".*\.(gate|router)\.weight", "no_experts": r"(?!.*\.experts\.).*"}
-
-
 def freeze(model: Any, trainable: str) -> None:
-    """Leave gradients only to what is trained: everything, the routers, or everything but the experts."""
-    pattern = FROZEN[trainable]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(pattern is None or bool(re.fullmatch(pattern, name)))
+    """Leave gradients only to what is trained: everything, the routers, or everything but the experts.
+
+    Experts are modules of a `...Experts` class, as in every native one.
+    """
+    from btx.routed import find_routers
+
+    routers = {id(p) for router in find_routers(model).values() for p in router.parameters()}
+    experts = {id(p) for m in model.modules() if type(m).__name__.endswith("Experts") for p in m.parameters()}
+    for parameter in model.parameters():
+        kept = {"all": True, "router": id(parameter) in routers, "no_experts": id(parameter) not in experts}
+        parameter.requires_grad_(kept[trainable])
 
 
 class Balanced:

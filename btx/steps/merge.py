@@ -153,7 +153,7 @@ class Merge(Models):
         owners = [self.domains.get(model, model) for model in experts.owners.values()]
         routers = fresh_routers(net, batches, owners, how=self.settings.router, entropy=self.settings.router_entropy)
         family = MOE[net.config.model_type]
-        return overwrite(out, {family.router_name(n): r for n, r in zip(experts.layers, routers, strict=True)})
+        return overwrite(out, dict(zip(experts.routers(family), routers, strict=True)))
 
 
 def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:

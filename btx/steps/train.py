@@ -54,8 +54,7 @@ def fit(
 
     from btx import flops, model
     from btx.checkpoint import Checkpoint
-    from btx.experts import choose
-    from btx.families import MOE
+    from btx.experts import kernel_of
     from btx.loop import Loop, steps_of
     from btx.stream import Stream
     from btx.tokens import Tokens
@@ -75,7 +74,7 @@ def fit(
         seed=settings.seed,
         part=part,
     )
-    kernel = choose(step.where.kernel, device) if net.config.model_type in MOE else None
+    kernel = kernel_of(net.config.model_type, step.where.kernel, device)
     if kernel:
         tell({"label": step.label, "note": f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"})
     loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, tell=tell, watch=watch)

@@ -5,6 +5,7 @@ Bad input is refused by the real command before anything is written: an exit cod
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -85,6 +86,7 @@ class World:
 @cache
 def _good() -> Path:
     root = Path(mkdtemp(prefix="btx-faults-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     save_model(root / "seed", config_of("llama"))
     save_model(root / "law", config_of("llama"), noise=0.01)
     (root / "data").mkdir()

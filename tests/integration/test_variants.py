@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,33 @@ def test_two_sharded_processes_train_to_the_weights_of_one(tmp_path: Path) -> No
         first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
         assert first.keys() == second.keys()
         assert all((first[n] - second[n]).abs().max() < 1e-5 for n in first), step
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["finetune.routing=top_k", "merge.router=activations", "merge.copies={seed: 2}", "merge.reinitialize=0.1"],
+        ["finetune.routing=switch", "finetune.trainable=router"],
+        ["finetune.routing=soft", "finetune.balance.form=none", "merge.shared=ties"],
+        ["finetune.routing=sample_top1", "finetune.trainable=no_experts"],
+    ],
+    ids=" ".join,
+)
+def test_attention_experts_run_whole(tmp_path: Path, sets: list[str]) -> None:
+    recipe = write_project(tmp_path)
+    save_model(tmp_path / "seed", config_of("llama", num_key_value_heads=4))
+    command = [recipe, *(part for s in ["merge.experts=ffn+attention", *sets] for part in ("--set", s))]
+    assert "merge" in btx("plan", *command, cwd=tmp_path).stdout
+    btx("run", *command, cwd=tmp_path)
+    assert "JetMoeForCausalLM" in btx("check", "runs/pico/export", cwd=tmp_path).stdout
+    found = results(tmp_path)
+    assert found["routing"]["finetuned"]["math"]["routers"] == ["0", "0 attention", "1", "1 attention"]
+    assert found["bits_per_byte"]["finetuned"]["math"] < found["bits_per_byte"]["seed"]["math"]
+    script = (
+        "from transformers import pipeline; print(pipeline('text-generation', model='runs/pico/export')('two plus'))"
+    )
+    said = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "two plus" in said.stdout
 
 
 def test_an_expert_with_tokens_of_its_own_is_merged_by_token(tmp_path: Path) -> None:

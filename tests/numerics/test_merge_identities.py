@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from btx.checkpoint import carry_files, opened
-from btx.families import DENSE, published
+from btx.families import DENSE
 from btx.merge.averaging import Shared
 from btx.merge.settings import MergeSettings
 from btx.merge.write import RouterScales, write_average, write_moe
+from btx.model import published
 from btx.routed import Routed, find_routers
 from btx.routing import statistics
 from tests.conftest import config_of, save_model
