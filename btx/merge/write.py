@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -149,24 +149,26 @@ def attention_rows(to: AttentionExperts, experts: Experts, shared_: Shared, laye
     """A dense attention tensor's rows of the MoE: queries and outputs are stacked, keys and values lie together."""
     dtype, prefix = shared_.dtype, f"model.layers.{layer}."
     rows, columns = shared_.base.entries[prefix + kind].shape
-    owners = [shared_.models[owner] for owner in experts.owners.values()]
-    if kind in (QUERY, OUTPUT):
-        stacked = lambda: chain.from_iterable(_cast(model, dtype, prefix + kind) for model in owners)  # noqa: E731
-        name = to.query if kind == QUERY else to.output
-        found = [Row(prefix + name, dtype, (experts.count, rows, columns), stacked)]
-    elif kind == KEY:
-        both = lambda: chain(shared_.pieces(prefix + KEY), shared_.pieces(prefix + VALUE))  # noqa: E731
-        found = [Row(prefix + to.keys_values, dtype, (2 * rows, columns), both)]
-    else:
+    name = {QUERY: to.query, OUTPUT: to.output, KEY: to.keys_values}.get(kind)
+    if name is None:  # values lie with the keys
         return []
+    if kind == KEY:
+        both = [partial(shared_.pieces, prefix + one) for one in (KEY, VALUE)]
+        return [Row(prefix + name, dtype, (2 * rows, columns), partial(_one_after_another, both))]
+    models = [shared_.models[owner] for owner in experts.owners.values()]
+    stacked = partial(_one_after_another, [partial(_cast, model, dtype, prefix + kind) for model in models])
+    found = [Row(prefix + name, dtype, (experts.count, rows, columns), stacked)]
     if kind == OUTPUT:
         hidden, router = shared_.base.config["hidden_size"], prefix + to.router
-        scale = partial(_scale, shared_, prefix + to.norm)
-        found.append(
-            Row(router, dtype, (experts.count, hidden), partial(_router, router, experts.count, scale, shared_))
-        )
+        make = partial(_router, router, experts.count, partial(_scale, shared_, prefix + to.norm), shared_)
+        found.append(Row(router, dtype, (experts.count, hidden), make))
         found += [Row(prefix + n, dtype, (hidden,), partial(_zeros, (hidden,), dtype)) for n in to.zeros]
     return found
+
+
+def _one_after_another(parts: Iterable[Callable[[], Iterable[torch.Tensor]]]) -> Iterator[torch.Tensor]:
+    for part in parts:
+        yield from part()
 
 
 def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: Shared) -> list[torch.Tensor]:
