@@ -66,12 +66,14 @@ def card(step: Export, folder: Path, results: dict[str, Any]) -> str:
     recipe = yaml.safe_dump(
         {"merge": finetune.merge.settings.identity(), "finetune": finetune.settings.identity()}, sort_keys=False
     )
+    parts = "their feed-forward blocks" if not finetune.merge.settings.attention else (
+        "their feed-forward blocks and their attention's query and output projections")  # fmt: skip
     return f"""{_front(step)}
 # {step.title}
 
 A Mixture of Experts ({config["model_type"]}, {len(results["experts"])} experts, {per_token} a token; {count.total:,}
 parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: copies of one
-seed were trained on one domain each, their feed-forward blocks became the experts, every other tensor was averaged, and
+seed were trained on one domain each, {parts} became the experts, every other tensor was averaged, and
 the whole was finetuned with a learned token-level router.
 
 ```python
