@@ -24,6 +24,7 @@ from btx.settings import (
     FinetuneSettings,
     RunSettings,
     Settings,
+    Several,
     Text,
     TrainSettings,
 )
@@ -70,7 +71,7 @@ class DomainRecipe(Settings):
     data: list[Text] = Field(default_factory=list)
     valid: list[Text] = Field(default_factory=list, description="held-out files; default: a share of the documents")
     tokens: Count | None = Field(None, description="training tokens of the expert, of each if there are several")
-    experts: Count = Field(1, description="how many are trained; the sequences of the data are dealt to them in turn")
+    experts: Several = Field(1, description="how many are trained; the sequences of the data are dealt to them in turn")
     checkpoint: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
         None, description="an expert trained elsewhere: a model, or a LoRA adapter; a list of them for several"
     )

@@ -50,6 +50,7 @@ def _number(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0, le=LARGEST)]
+Several = Annotated[int, BeforeValidator(_count), Field(gt=0, le=1024)]  # of experts
 Whole = Annotated[int, BeforeValidator(_count), Field(ge=0, le=LARGEST)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0, le=LARGEST)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]

@@ -15,6 +15,7 @@ from btx.families import DENSE, DOWN, IDLE_WIDTH, LAYER, Family, family_of, moe_
 from btx.merge.renewed import chosen, renewed
 from btx.merge.settings import MergeSettings
 
+MOST_LAYERS = 10_000
 BESIDE_SHARED = 0.5  # what routed experts are multiplied by where a shared one gives the other half: its fresh gate is
 # sigmoid(0), so N copies and a shared expert of the same block give that block, and halving is exact in any dtype
 
@@ -145,6 +146,8 @@ def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, 
 
 def sparse_layers(settings: MergeSettings, count: int, family: Family) -> tuple[int, ...]:
     """Which of a model's layers get experts, in order; RecipeError for layers that are not there, or must have some."""
+    if count > MOST_LAYERS:
+        raise RecipeError(f"the seed's num_hidden_layers is {count}, more than a model has. Correct its config.json.")
     if settings.layers == "all":
         return tuple(range(count))
     asked = range(1, count, 2) if settings.layers == "alternate" else settings.layers

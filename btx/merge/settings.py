@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from btx.settings import Count, Positive, Settings, Share, Weight, Whole, torch_dtype
+from btx.settings import Count, Positive, Settings, Several, Share, Weight, Whole, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ class MergeSettings(Settings):
         description="layers that get experts, counted from 0; alternate: every second one, from layer 1. In the others "
         "the feed-forward blocks are averaged too (Qwen seeds: other Mixture-of-Experts classes have no such layers)",
     )
-    copies: Count | dict[str, Count] = Field(
+    copies: Several | dict[str, Several] = Field(
         1, description="experts made of each model's feed-forward blocks, or by model (1 for one not named)"
     )
     reinitialize: Annotated[Share, Field(lt=1)] = Field(

@@ -48,18 +48,25 @@ class Moe:
         self.count = _number(checkpoint, self.count_field)
         self.width = _number(checkpoint, self.family.width_field)
         self.hidden = _number(checkpoint, "hidden_size")
-        depth = _number(checkpoint, "num_hidden_layers")
-        self.layers = [n for n in range(depth) if n not in _dense_layers(checkpoint, self.family)]  # with experts
-        self.dense = [n for n in range(depth) if n not in self.layers]
+        self._depth = _number(checkpoint, "num_hidden_layers")
+        self._dense = _dense_layers(checkpoint, self.family)
         _number(checkpoint, "num_experts_per_tok", self.count)
         patterns_ = patterns(self.family).values()
         _require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
+        self.layers = list(self._sparse())  # with experts
+        self.dense = [n for n in range(self._depth) if n in self._dense]
+        if not self.layers:
+            raise ArtifactError(f"{checkpoint.folder} has experts in no layer. Fetch the folder again.")
         self.names = expert_names(checkpoint.folder, self.count)
+
+    def _sparse(self) -> Iterator[int]:
+        """The layers with experts, as the config has it, which may claim any number."""
+        return (n for n in range(self._depth) if n not in self._dense)
 
     def _shapes(self) -> Shapes:
         """Every router and expert tensor, with its shape."""
         together = Counter(self.family.expert.values())
-        for layer in self.layers:
+        for layer in self._sparse():
             yield self.family.router_name(layer), (self.count, self.hidden)
             for kind, name in self.family.expert.items():
                 published, (rows, columns) = f"model.layers.{layer}.{name}", self.shape(kind)
@@ -154,7 +161,7 @@ def _number(checkpoint: Checkpoint, field: str, most: int | None = None) -> int:
     )
 
 
-def _dense_layers(checkpoint: Checkpoint, family: Family) -> list[int]:
+def _dense_layers(checkpoint: Checkpoint, family: Family) -> set[int]:
     """The layers without experts that the config names."""
     found = checkpoint.config.get("mlp_only_layers") or []
     step = checkpoint.config.get("decoder_sparse_step", 1)
@@ -168,7 +175,7 @@ def _dense_layers(checkpoint: Checkpoint, family: Family) -> list[int]:
             f"{checkpoint.folder}/config.json has decoder_sparse_step = {step!r:.80}; btx writes 1, and names layers "
             "without experts under mlp_only_layers. Do so in it too."
         )
-    return found
+    return {*found}
 
 
 def _require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[str], bool]) -> None:

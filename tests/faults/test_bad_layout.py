@@ -27,6 +27,8 @@ LAYOUTS: dict[str, tuple[Break, tuple[str, ...]]] = {
         lambda world: (world.set("merge.router", "activations"), world.set("merge.copies", 2)),
         ("merge:", "copies", "reinitialize"),
     ),
+    "copies without end": (setting("merge.copies", 10**12), ("merge.copies", "1024")),
+    "experts without end": (setting("domains.math.experts", 10**12), ("domains.math.experts", "1024")),
     "everything drawn anew": (setting("merge.reinitialize", 1), ("merge.reinitialize", "less than 1")),
     "no experts of a domain": (setting("domains.math.experts", 0), ("domains.math.experts",)),
     "several trained and some given": (setting("domains.law.experts", 2), ("domains.law", "list")),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from btx.checkpoint import opened
 from btx.errors import ArtifactError, RecipeError
 from btx.families import DENSE, DOWN, GATE, UP
+from btx.merge.layout import layout
 from btx.merge.renewed import chosen, renewed
 from btx.merge.router_init import fresh_routers
 from btx.merge.settings import MergeSettings
@@ -206,6 +207,21 @@ def test_a_live_shared_expert_cannot_be_left_out_of_a_dense_model(tmp_path: Path
     folder = merge(tmp_path / "moe", [seed] * 2, top_k=1, shared_expert="seed")
     with pytest.raises(ArtifactError, match="every token also visits a shared expert"):
         change(folder, "out", lambda out, moe: lifecycle.extract(out, moe, "0"))
+
+
+def test_a_seed_that_claims_layers_without_end_is_refused() -> None:
+    config = {**config_of("llama").to_dict(), "num_hidden_layers": 10**15}
+    with pytest.raises(RecipeError, match="more than a model has"):
+        layout(MergeSettings(), ["a", "b"], config, "the seed")
+
+
+def test_a_mixture_without_experts_is_refused(tmp_path: Path) -> None:
+    seed = save_model(tmp_path / "seed", config_of("qwen3"))
+    config = json.loads((seed / "config.json").read_text())
+    more = {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 48, "num_experts_per_tok": 1}
+    (seed / "config.json").write_text(json.dumps({**config, **more, "mlp_only_layers": [0, 1]}))
+    with opened(seed) as checkpoint, pytest.raises(ArtifactError, match="experts in no layer"):
+        Moe(checkpoint)
 
 
 @pytest.mark.parametrize("found", [7, ["0"], [0.0]])
