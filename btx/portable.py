@@ -67,18 +67,18 @@ def rows(source: Checkpoint, layout: str) -> list[Row]:
 
 def _fused(source: Checkpoint, family: Family) -> list[Row]:
     """Experts of a layer as gate_up_proj (E, 2F, D) and down_proj (E, D, F), the router under its name in memory."""
-    found = {row.name: row for row in copies(source)}
+    found, fused = {row.name: row for row in copies(source)}, family.fused
     for name in [n for n in found if n.endswith(family.router)]:
         prefix = name.removesuffix(family.router)
         router = found.pop(name)
         count = router.shape[0]
-        for target, kinds in (("gate_up_proj", (GATE, UP)), ("down_proj", (DOWN,))):
+        for kinds in ((GATE, UP), (DOWN,)):
             names = [prefix + family.expert[k].format(e=e) for e in range(count) for k in kinds]
-            row = _joined(source, f"{prefix}{family.block}.experts.{target}", list(dict.fromkeys(names)), count)
+            row = _joined(source, prefix + fused.expert[kinds[0]], list(dict.fromkeys(names)), count)
             for old in dict.fromkeys(names):
                 del found[old]
             found[row.name] = row
-        renamed = f"{prefix}{family.block}.{family.gate}.weight"
+        renamed = prefix + fused.router
         found[renamed] = Row(renamed, router.dtype, router.shape, router.pieces)
     return list(found.values())
 

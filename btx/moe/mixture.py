@@ -27,7 +27,11 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 class Moe:
-    """An open Mixture-of-Experts folder: its family, its experts by name, its routers."""
+    """An open Mixture-of-Experts folder: its family, its experts by name, its routers.
+
+    Where the folder holds the experts fused, `layout` is `fused` and the family has the names in memory, under which a
+    changed folder is written too.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
@@ -37,7 +41,9 @@ class Moe:
                 f"({', '.join(MOE)})."
             )
         self.checkpoint, self.config = checkpoint, config
-        self.family: Family = MOE[config["model_type"]]
+        family = MOE[config["model_type"]]
+        self.layout = "fused" if f"model.layers.0.{family.fused.expert[DOWN]}" in checkpoint.entries else "published"
+        self.family: Family = family.fused if self.layout == "fused" else family
         fields = (self.family.experts_field, "num_local_experts")
         self.count_field = next((f for f in fields if f in config), fields[0])
         self.count = _number(checkpoint, self.count_field)
@@ -45,7 +51,7 @@ class Moe:
         self.hidden = _number(checkpoint, "hidden_size")
         self.layers = _number(checkpoint, "num_hidden_layers")
         _number(checkpoint, "num_experts_per_tok", self.count)
-        patterns_ = patterns(self.family).values()
+        patterns_ = [p for f in (family, family.fused) for p in patterns(f).values()]
         _require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
         self.names = expert_names(checkpoint.folder, self.count)
 

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from btx.cli import main
+from btx.settings import ExportSettings
+from btx.steps.export import write_model
 from tests.conftest import write_project
 from tests.integration.test_run import btx
 
@@ -71,6 +73,16 @@ def test_masked_experts_lie_beside_and_come_back(project: Path, tmp_path: Path) 
     found, wanted = (load_file(f / "model.safetensors") for f in (on, export))
     assert found.keys() == wanted.keys()
     assert all((found[n] == wanted[n]).all() for n in wanted)
+
+
+def test_a_fused_export_is_read_and_stays_fused(project: Path, tmp_path: Path) -> None:
+    export, fused, out = project / "runs/pico/export", tmp_path / "fused", tmp_path / "out"
+    fused.mkdir()
+    write_model(export, fused, ExportSettings(layout="fused"))
+    shutil.copy(export / "experts.json", fused)
+    said = call(project, "replace", str(fused), expert(project, "code"), "--name", "code", "--out", str(out))
+    assert "| change |" in said
+    assert "the experts fused as transformers 5 holds them" in check(out)
 
 
 def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
