@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.checkpoint import Checkpoint
-from btx.families import DOWN, GATE, MOE, UP, Family
+from btx.families import DENSE, DOWN, GATE, MOE, UP, Family
 from btx.safety import DTYPES
 from btx.shards import Row, copies
 
@@ -23,7 +23,7 @@ OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 u
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as transformers 5 wrote it, which transformers 4 reads as the same model; others are unchanged.
+    """A config.json as transformers 5 wrote it, which transformers 4 reads as the same model; other families' as it is.
 
     `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
     `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
@@ -31,7 +31,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     stands for.
     """
     family = MOE.get(config["model_type"])
-    if not family:
+    if not family and config["model_type"] not in DENSE:
         return config
     found = dict(config)
     rope = dict(found.get("rope_parameters") or {})
@@ -41,7 +41,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
         found["rope_scaling"] = rope
     if found.get("dtype"):
         found["torch_dtype"] = found["dtype"]
-    if "num_local_experts" in found:
+    if family and "num_local_experts" in found:
         found[family.experts_field] = found.pop("num_local_experts")
     if "head_dim" in found and found["head_dim"] is None:
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
