@@ -54,15 +54,22 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
     )
 
 
-def merged_config(recipe: Recipe, dense: Config) -> Config:
-    """The config of the Mixture of Experts that the recipe makes."""
+def widest(recipe: Recipe, dense: Config, base: Path) -> int:
+    """The feed-forward width that all experts get: the widest one's, where given experts are at hand, or the seed's."""
+    from btx.checks import width_of
+
+    given = [base / Path(d.checkpoint).expanduser() for d in recipe.domains.values() if d.checkpoint]
+    widths = [width_of(path) for path in given if (path / "config.json").is_file()]  # which adapters lack
+    return max([int(dense["intermediate_size"]), *widths])
+
+
+def merged_config(recipe: Recipe, dense: Config, width: int) -> Config:
+    """The config of the Mixture of Experts that the recipe makes of models with a feed-forward width."""
     models = [*recipe.domains, *(["seed"] if recipe.merge.include_seed else [])]
     experts = len(expert_names(models, recipe.merge))
     chunks = recipe.merge.chunks if recipe.merge.experts == "split" else 1
     top_k = recipe.finetune.experts_per_token or experts
-    config = moe_config(
-        dense, experts=experts, top_k=top_k, width=dense["intermediate_size"] // chunks, where="the seed"
-    )
+    config = moe_config(dense, experts=experts, top_k=top_k, width=width // chunks, where="the seed")
     return config.to_dict()  # type: ignore[no-any-return]
 
 
@@ -100,7 +107,7 @@ def rows(recipe: Recipe, base: Path) -> list[Row]:
     for name, domain in recipe.domains.items():
         if domain.tokens and not domain.checkpoint:
             found.append(_row(f"train:{name}", dense, domain.tokens, recipe.train, dtype))
-    moe = merged_config(recipe, dense)
+    moe = merged_config(recipe, dense, widest(recipe, dense, base))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     settings = recipe.finetuning
