@@ -102,17 +102,22 @@ def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
     made = f"transformers 5 (made with {version('transformers')})"
     if layout == "fused":
         return [
-            f"Its experts lie fused, as {made} holds them: it loads there only. transformers 4 would draw its experts "
-            "at random, and other tools read the published names; export with `layout: published` for them."
+            f"Its experts lie fused, as {made} holds them: it is known to load there only. transformers 4 would draw "
+            "its experts at random, and other tools ask for the published names; export with `layout: published` for "
+            "them."
         ]
-    found = [*_limits_of_transformers_4(config, folder), *_limits_of_llama_cpp(config, folder)]
+    found = [*_limits_of_transformers_4(config, folder), *_vllm(config), *_limits_of_llama_cpp(config, folder)]
     return [f"It loads in {made} and, as far as nothing else is said below, in transformers 4.57.", *found]
+
+
+def _own_head_dim(config: dict[str, Any]) -> bool:
+    heads = config["num_attention_heads"]
+    return bool((config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"])
 
 
 def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]:
     kind, found = config["model_type"], []
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if kind in ("qwen2_moe", "granitemoe") and head * config["num_attention_heads"] != config["hidden_size"]:
+    if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
         found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
     if kind == "qwen2_moe" and config.get("use_sliding_window"):
         found.append("transformers 4 computes something else: there, other layers have the sliding window.")
@@ -123,6 +128,20 @@ def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]
             f"The tokenizer files are the seed's, byte for byte, and {TOKENIZER} is as transformers 5 writes it, which "
             f"transformers 4 does not read: `{OLD_CLASS}(tokenizer_file='PATH/tokenizer.json')` does there."
         )
+    return found
+
+
+def _vllm(config: dict[str, Any]) -> list[str]:
+    """What the source of vLLM 0.33.0 says; tests/numerics/test_names_of_vllm.py has the names and where they stand."""
+    kind, found = config["model_type"], []
+    if kind == "flex_olmo":  # registry.py
+        return ["vLLM 0.33.0 has no model of its own for this family and names it among those it runs by transformers."]
+    if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
+        found.append("These tensors do not fit vLLM 0.33.0, which has no head_dim of its own in this family.")
+    elif kind in MOE:
+        found.append("vLLM 0.33.0 reads tensors of these names and shapes; that is from its source, it was not run.")
+    if kind == "qwen2_moe" and len(set(config.get("layer_types") or [])) > 1:
+        found.append("vLLM 0.33.0 computes something else: it leaves out a sliding window that some layers have.")
     return found
 
 
