@@ -26,7 +26,7 @@ help:
 	@echo "make $(STAGES)"
 	@echo "make plan | status | doctor           price, state, environment"
 	@echo "make megablocks                       the packages of the kernel sparse"
-	@echo "make portability                      pico exports in transformers 4.57 and llama.cpp (builds it: minutes)"
+	@echo "make portability                      pico exports in transformers 4.57, lm-eval and llama.cpp (builds it: minutes)"
 	@echo "variables: RECIPE=file.yaml DOMAIN=name SET='a.b=value c.d=value' PYTHON=python3 VENV=.venv"
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -81,7 +81,17 @@ check: $(VENV)/.dev
 
 megablocks: $(VENV)/.megablocks
 
-# A second environment: transformers 4, and llama.cpp with its converter from the source of llama-cpp-python.
+# lm-eval, in an environment of its own before all that $(VENV) has.
+SCORE = $(VENV)/lm-eval
+$(SCORE)/.done: $(VENV)/.dev
+	@echo "setting up $(SCORE) (once)"
+	@$(PYTHON) -m venv $(SCORE)
+	@at="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$at")')" > "$$($(SCORE)/bin/python -c "$$at")/behind.pth"
+	@$(SCORE)/bin/python -m pip --quiet install --no-warn-conflicts -c $(PINS) lm-eval==0.4.13
+	@touch $@
+
+# Another environment: transformers 4, and llama.cpp with its converter from the source of llama-cpp-python.
 AWAY = $(VENV)/portability
 LLAMA = llama_cpp_python-0.3.36
 $(AWAY)/.done: $(VENV)/.dev
@@ -96,11 +106,12 @@ $(AWAY)/.done: $(VENV)/.dev
 		$(AWAY)/bin/python -m pip --quiet install --no-build-isolation --no-deps $(abspath $(AWAY)/$(LLAMA))
 	@touch $@
 
-portability: $(AWAY)/.done
+portability: $(SCORE)/.done $(AWAY)/.done
 	@rm -rf $(AWAY)/exports $(AWAY)/gguf
 	@$(VENV)/bin/python -m tests.portability.exports $(AWAY)/exports
 	@rm -rf $(AWAY)/exports/*-parents
 	@$(AWAY)/bin/python tests/portability/in_transformers_4.py $(AWAY)/exports/*
+	@HF_HUB_OFFLINE=1 $(SCORE)/bin/python tests/portability/in_lm_eval.py $(AWAY)/exports/*
 	@$(AWAY)/bin/python tests/portability/in_llama_cpp.py $(AWAY)/$(LLAMA)/vendor/llama.cpp $(AWAY)/gguf $(AWAY)/exports/*
 
 bench: $(VENV)/.run

@@ -115,8 +115,8 @@ has them too; `proof.json` has the logits of probe prompts; `btx check FOLDER` c
 """
 
 
-def changed_card(did: str, parent: str, rows: dict[str, dict[str, float]]) -> str:
-    """The card of a mixture that a verb of `btx moe` made of another."""
+def changed_card(did: str, parent: str, rows: dict[str, dict[str, float]], loads: list[str]) -> str:
+    """The card of what a verb of `btx moe` made of a mixture; `loads` are the notes on where it does."""
     front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": parent,
                             "tags": ["btx", "mixture-of-experts"]}, sort_keys=False)  # fmt: skip
     measured = f"Bits per byte on held-out documents:\n\n{table(rows, 'domain')}" if rows else "Nothing was measured."
@@ -128,6 +128,10 @@ def changed_card(did: str, parent: str, rows: dict[str, dict[str, float]]) -> st
 Made of {parent} by `{did}` (btx {__version__}). Tensors that the verb does not change have the bits they had.
 
 {measured}
+
+## Where it loads
+
+{chr(10).join(loads)}
 
 `SHA256SUMS` has the digest of every file but `btx.json`, `proof.json` the logits of probe prompts; `btx check FOLDER`
 compares both.

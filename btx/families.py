@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from btx.errors import ArtifactError
@@ -81,6 +81,12 @@ class Family:
     def stacked(self) -> bool:
         """Whether the experts of a layer are one tensor on disk."""
         return "{e}" not in self.expert[GATE]
+
+    @property
+    def fused(self) -> Family:
+        """The same under the names in memory: experts stacked as gate_up_proj (E, 2F, D) and down_proj (E, D, F)."""
+        gate_up, down = (f"{self.block}.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+        return replace(self, expert={GATE: gate_up, UP: gate_up, DOWN: down}, router=f"{self.block}.{self.gate}.weight")
 
     def router_name(self, layer: int) -> str:
         """Published name of a layer's router weight, of shape (experts, width)."""

@@ -48,10 +48,20 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
     )
 
 
-def merged_config(recipe: Recipe, dense: Config) -> Config:
-    """The config of the Mixture of Experts that the recipe makes."""
-    experts = layout(recipe.merge, recipe.models, dense, "the seed")
-    config = experts.config(dense, recipe.finetune.experts_per_token or experts.count, "the seed")
+def widest(recipe: Recipe, dense: Config, base: Path) -> int:
+    """The feed-forward width that all experts get: the widest one's, where given experts are at hand, or the seed's."""
+    from btx.checks import width_of
+
+    given = [base / Path(path).expanduser() for d in recipe.domains.values() for path in d.checkpoints]
+    widths = [width_of(path) for path in given if (path / "config.json").is_file()]  # which adapters lack
+    return max([int(dense["intermediate_size"]), *widths])
+
+
+def merged_config(recipe: Recipe, dense: Config, width: int) -> Config:
+    """The config of the Mixture of Experts that the recipe makes of models with a feed-forward width."""
+    wide = {**dense, "intermediate_size": width}
+    experts = layout(recipe.merge, recipe.models, wide, "the seed")
+    config = experts.config(wide, recipe.finetune.experts_per_token or experts.count, "the seed")
     return config.to_dict()  # type: ignore[no-any-return]
 
 
@@ -89,7 +99,7 @@ def rows(recipe: Recipe, base: Path) -> list[Row]:
     for name, domain in recipe.domains.items():
         if domain.tokens and not domain.checkpoint:
             found += [_row(f"train:{n}", dense, domain.tokens, recipe.train, dtype) for n in domain.names(name)]
-    moe = merged_config(recipe, dense)
+    moe = merged_config(recipe, dense, widest(recipe, dense, base))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     settings = recipe.finetuning

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.checkpoint import Checkpoint
-from btx.families import DOWN, GATE, MOE, UP, Family
+from btx.families import DENSE, DOWN, GATE, MOE, UP, Family
 from btx.safety import DTYPES
 from btx.shards import Row, copies
 
@@ -23,7 +23,7 @@ OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 u
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as transformers 5 wrote it, which transformers 4 reads as the same model; others are unchanged.
+    """A config.json as transformers 5 wrote it, which transformers 4 reads as the same model; other families' as it is.
 
     `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
     `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
@@ -31,7 +31,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     stands for.
     """
     family = MOE.get(config["model_type"])
-    if not family:
+    if not family and config["model_type"] not in DENSE:
         return config
     found = dict(config)
     rope = dict(found.get("rope_parameters") or {})
@@ -41,7 +41,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
         found["rope_scaling"] = rope
     if found.get("dtype"):
         found["torch_dtype"] = found["dtype"]
-    if "num_local_experts" in found:
+    if family and "num_local_experts" in found:
         found[family.experts_field] = found.pop("num_local_experts")
     if "head_dim" in found and found["head_dim"] is None:
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
@@ -68,18 +68,18 @@ def rows(source: Checkpoint, layout: str) -> list[Row]:
 
 def _fused(source: Checkpoint, family: Family) -> list[Row]:
     """Experts of a layer as gate_up_proj (E, 2F, D) and down_proj (E, D, F), the router under its name in memory."""
-    found = {row.name: row for row in copies(source)}
+    found, fused = {row.name: row for row in copies(source)}, family.fused
     for name in [n for n in found if n.endswith(family.router)]:
         prefix = name.removesuffix(family.router)
         router = found.pop(name)
         count = router.shape[0]
-        for target, kinds in (("gate_up_proj", (GATE, UP)), ("down_proj", (DOWN,))):
+        for kinds in ((GATE, UP), (DOWN,)):
             names = [prefix + family.expert[k].format(e=e) for e in range(count) for k in kinds]
-            row = _joined(source, f"{prefix}{family.block}.experts.{target}", list(dict.fromkeys(names)), count)
+            row = _joined(source, prefix + fused.expert[kinds[0]], list(dict.fromkeys(names)), count)
             for old in dict.fromkeys(names):
                 del found[old]
             found[row.name] = row
-        renamed = f"{prefix}{family.block}.{family.gate}.weight"
+        renamed = prefix + fused.router
         found[renamed] = Row(renamed, router.dtype, router.shape, router.pieces)
     return list(found.values())
 
@@ -103,17 +103,22 @@ def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
     made = f"transformers 5 (made with {version('transformers')})"
     if layout == "fused":
         return [
-            f"Its experts lie fused, as {made} holds them: it loads there only. transformers 4 would draw its experts "
-            "at random, and other tools read the published names; export with `layout: published` for them."
+            f"Its experts lie fused, as {made} holds them: it is known to load there only. transformers 4 would draw "
+            "its experts at random, and other tools ask for the published names; export with `layout: published` for "
+            "them."
         ]
-    found = [*_limits_of_transformers_4(config, folder), *_limits_of_llama_cpp(config, folder)]
+    found = [*_limits_of_transformers_4(config, folder), *_vllm(config), *_limits_of_llama_cpp(config, folder)]
     return [f"It loads in {made} and, as far as nothing else is said below, in transformers 4.57.", *found]
+
+
+def _own_head_dim(config: dict[str, Any]) -> bool:
+    heads = config["num_attention_heads"]
+    return bool((config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"])
 
 
 def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]:
     kind, found = config["model_type"], []
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if kind in ("qwen2_moe", "granitemoe") and head * config["num_attention_heads"] != config["hidden_size"]:
+    if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
         found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
     if kind == "qwen2_moe" and config.get("use_sliding_window"):
         found.append("transformers 4 computes something else: there, other layers have the sliding window.")
@@ -124,6 +129,20 @@ def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]
             f"The tokenizer files are the seed's, byte for byte, and {TOKENIZER} is as transformers 5 writes it, which "
             f"transformers 4 does not read: `{OLD_CLASS}(tokenizer_file='PATH/tokenizer.json')` does there."
         )
+    return found
+
+
+def _vllm(config: dict[str, Any]) -> list[str]:
+    """What the source of vLLM 0.33.0 says; tests/numerics/test_names_of_vllm.py has the names and where they stand."""
+    kind, found = config["model_type"], []
+    if kind == "flex_olmo":  # registry.py
+        return ["vLLM 0.33.0 has no model of its own for this family and names it among those it runs by transformers."]
+    if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
+        found.append("These tensors do not fit vLLM 0.33.0, which has no head_dim of its own in this family.")
+    elif kind in MOE:
+        found.append("vLLM 0.33.0 reads tensors of these names and shapes; that is from its source, it was not run.")
+    if kind == "qwen2_moe" and len(set(config.get("layer_types") or [])) > 1:
+        found.append("vLLM 0.33.0 computes something else: it leaves out a sliding window that some layers have.")
     return found
 
 

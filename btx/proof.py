@@ -69,7 +69,8 @@ def check_sums(folder: Path) -> int:
     """Compare every file with SHA256SUMS; returns how many there are, ArtifactError names those that differ."""
     path = folder / SUMS
     if not path.is_file():
-        raise ArtifactError(f"{folder} has no {SUMS}: it is no export of btx.")
+        missing = f"{folder} has no {SUMS}" if folder.is_dir() else f"there is no folder {folder}"
+        raise ArtifactError(f"{missing}; name an export of btx, such as runs/NAME/export, or what btx moe wrote.")
     rows = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
     wrong = [row[-1] for row in rows if len(row) != 2 or not _same(folder, row[1], row[0])]
     if wrong:

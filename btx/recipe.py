@@ -237,13 +237,11 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 _PLAINLY = {
-    "model_type": "must be a mapping, lines of `key: value`",
-    "dict_type": "must be a mapping, lines of `key: value`",
+    **dict.fromkeys(("model_type", "dict_type"), "must be a mapping, lines of `key: value`"),
     "list_type": "must be a list, such as [one, two]",
     "string_type": "must be text; put it in quotes",
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-    "string_pattern_mismatch": "must not be blank, nor hold other signs than such a name has",
+    **dict.fromkeys(("string_too_short", "too_short"), "must not be empty"),
+    "string_pattern_mismatch": "must not be blank",
     "finite_number": "must be a finite number",
 }
 _BRANCHES = re.compile(r"(function-|constrained-|literal\[|`|(int|float|str|bool)$)")  # parts of a path in a union
@@ -269,6 +267,8 @@ def _explain(error: Any, path: list[str]) -> str:
         return "is missing"
     if error["type"] == "value_error":
         return str(error["msg"]).removeprefix("Value error, ")
+    if error.get("ctx", {}).get("pattern") == f"^{NAME}$":
+        return f"{error['input']!r:.80} cannot name a folder; use letters a-z, digits, '-', '_' and '.', 64 at most"
     message = _PLAINLY.get(error["type"]) or str(error["msg"]).replace("Input should", "should")
     return f"{message} (found {error['input']!r:.80})"
 

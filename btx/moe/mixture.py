@@ -27,7 +27,11 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 class Moe:
-    """An open Mixture-of-Experts folder: its family, its experts by name, its routers."""
+    """An open Mixture-of-Experts folder: its family, its experts by name, its routers.
+
+    Where the folder holds the experts fused, `layout` is `fused` and the family has the names in memory, under which a
+    changed folder is written too.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
@@ -37,12 +41,15 @@ class Moe:
                 f"({', '.join(MOE)})."
             )
         self.checkpoint, self.config = checkpoint, config
-        self.family: Family = MOE[config["model_type"]]
-        if self.family.attention:
+        family = MOE[config["model_type"]]
+        if family.attention:
             raise ArtifactError(
-                f"{checkpoint.folder} is a {self.family.moe}, whose attention is made of experts too, and `btx moe` "
+                f"{checkpoint.folder} is a {family.moe}, whose attention is made of experts too, and `btx moe` "
                 "changes feed-forward experts only. Merge it again, with merge.experts: one."
             )
+        rests = {match[2] for name in checkpoint.entries if (match := LAYER.fullmatch(name))}
+        self.layout = "fused" if family.fused.expert[DOWN] in rests else "published"
+        self.family: Family = family.fused if self.layout == "fused" else family
         fields = (self.family.experts_field, "num_local_experts")
         self.count_field = next((f for f in fields if f in config), fields[0])
         self.count = _number(checkpoint, self.count_field)
@@ -51,7 +58,7 @@ class Moe:
         self._depth = _number(checkpoint, "num_hidden_layers")
         self._dense = _dense_layers(checkpoint, self.family)
         _number(checkpoint, "num_experts_per_tok", self.count)
-        patterns_ = patterns(self.family).values()
+        patterns_ = [p for f in (family, family.fused) for p in patterns(f).values()]
         _require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
         self.layers = list(self._sparse())  # with experts
         self.dense = [n for n in range(self._depth) if n in self._dense]

@@ -22,13 +22,15 @@ from btx.card import changed_card, table
 from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite, tokenizer_digest
 from btx.corpus import resolve
 from btx.errors import ArtifactError, RecipeError
+from btx.families import MOE
 from btx.merge.lineage import distance
 from btx.moe import lifecycle
 from btx.moe.mixture import Masked, Moe
 from btx.moe.router_fit import fit_rows
+from btx.portable import notes, portable_config
 from btx.probes.bits_per_byte import Document, bits_per_byte, nats
 from btx.proof import PROOF, SUMS, check_sums, make_proof, write_sums
-from btx.safety import SINGLE
+from btx.safety import SINGLE, read_config
 from btx.settings import DataSettings, RunSettings
 from btx.step import versions
 from btx.steps.branch import LEAST_COSINE
@@ -162,12 +164,15 @@ class Work:
         def produce(out: Path) -> None:
             write(out)
             carry_files(self.folder, out)
+            config = portable_config(read_config(out))
+            write_json(out / "config.json", config)
             self.say("proves and measures")
             write_json(out / PROOF, make_proof(out))
             if before:
                 after = measure(out, self.texts)
                 rows.update(before=before, after=after, change={d: after[d] - before[d] for d in before})
-            (out / "README.md").write_text(changed_card(did, self.folder.name, rows), encoding="utf-8")
+            loads = notes(config, self.moe.layout if config["model_type"] in MOE else "published", out)
+            (out / "README.md").write_text(changed_card(did, self.folder.name, rows, loads), encoding="utf-8")
             write_sums(out)
 
         digests = {name: Checkpoint(path).digest() for name, path in parents.items()}

@@ -90,6 +90,8 @@ BAD = {
     "a flat router": (tensor(ROUTER, lambda t: t[0]), "gate.weight is 32, "),
     "an expert's tensor is missing": (tensor(E0, lambda _: None), "experts.0.w1.weight is missing"),
     "an expert too many": (tensor(E0, torch.clone, new=E0.replace("0.w1", "9.w1")), "belongs to no expert"),
+    "experts fused beside": (tensor(E0, torch.clone, new="model.layers.1.mlp.experts.gate_up_proj"), "to no expert"),
+    "experts fused by half": (tensor(E0, torch.clone, new="model.layers.0.mlp.experts.down_proj"), "is missing"),
 }
 
 

@@ -10,6 +10,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from btx.cli import main
+from btx.portable import notes
+from btx.safety import read_config
+from btx.settings import ExportSettings
+from btx.steps.export import write_model
 from tests.conftest import write_project
 from tests.integration.test_run import btx
 
@@ -37,6 +41,11 @@ def check(folder: Path) -> str:
     result = CliRunner().invoke(main, ["check", str(folder)])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def card_of(folder: Path) -> str:
+    """Its model card."""
+    return (folder / "README.md").read_text(encoding="utf-8")
 
 
 def expert(project: Path, domain: str) -> str:
@@ -73,12 +82,29 @@ def test_masked_experts_lie_beside_and_come_back(project: Path, tmp_path: Path) 
     assert all((found[n] == wanted[n]).all() for n in wanted)
 
 
+def test_a_fused_export_is_read_and_stays_fused(project: Path, tmp_path: Path) -> None:
+    export, fused, out = project / "runs/pico/export", tmp_path / "fused", tmp_path / "out"
+    fused.mkdir()
+    write_model(export, fused, ExportSettings(layout="fused"))
+    shutil.copy(export / "experts.json", fused)
+    said = call(project, "replace", str(fused), expert(project, "code"), "--name", "code", "--out", str(out))
+    assert "| change |" in said
+    assert "the experts fused as transformers 5 holds them" in check(out)
+    assert notes(read_config(out), "fused", out)[0] in card_of(out)
+
+
 def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
     export, dense, other = project / "runs/pico/export", tmp_path / "dense", tmp_path / "other"
     call(project, "extract", str(export), "--name", "math", "--out", str(dense))
     assert "MistralForCausalLM" in check(dense)
     call(project, "replace", str(export), str(dense), "--name", "code", "--out", str(other))
     check(other)
+    for folder in (dense, other):
+        config = read_config(folder)
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # what transformers 4 reads
+        said = notes(config, "published", folder)
+        assert any("llama.cpp" in note for note in said)
+        assert all(note in card_of(folder) for note in said)
 
 
 @pytest.mark.parametrize(

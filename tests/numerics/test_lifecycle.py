@@ -16,7 +16,9 @@ from btx.families import DENSE
 from btx.moe import lifecycle
 from btx.moe.mixture import Masked, Moe
 from btx.moe.router_fit import MARGIN, Normal, fit_rows, solve, targets
+from btx.portable import rows as rows_in
 from btx.routed import find_routers
+from btx.shards import write_weights
 from tests.conftest import config_of, save_model
 from tests.numerics.test_merge_identities import load, logits, merge
 
@@ -183,6 +185,50 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             lifecycle.add(tmp_path, moe, "1", moe.expert(0), moe.router)
     with opened(seed) as checkpoint, pytest.raises(ArtifactError, match="no Mixture of Experts"):
         Moe(checkpoint)
+
+
+def fused(folder: Path) -> Path:
+    """The same mixture with its experts fused, as `export.layout: fused` writes it."""
+    out = folder.with_name(f"{folder.name}-fused")
+    out.mkdir()
+    with opened(folder) as checkpoint:
+        write_weights(out, rows_in(checkpoint, "fused"))
+    for name in ("config.json", "experts.json"):
+        (out / name).write_bytes((folder / name).read_bytes())
+    return out
+
+
+def hidden(out: Path, moe: Moe, there: Path) -> None:
+    """Mask an expert into `there` and write the mixture with it back."""
+    lifecycle.keep(there, moe, ["code"])
+    lifecycle.remove(out, moe, ["code"])
+    (out / "on").mkdir()
+    with opened(out) as rest, opened(there) as away:
+        lifecycle.unmask(out / "on", Moe(rest), Masked(away, Moe(rest)))
+
+
+@pytest.mark.parametrize("verb", ["add", "remove", "replace", "unmask", "extract"])
+def test_a_fused_mixture_becomes_what_the_published_one_becomes_and_stays_fused(
+    folder: Path, dense: list[Path], verb: str
+) -> None:
+    def work(out: Path, moe: Moe) -> None:
+        with opened(dense[3]) as model:
+            {
+                "add": lambda: add(out, moe, dense[3]),
+                "remove": lambda: lifecycle.remove(out, moe, ["code", "math"]),
+                "replace": lambda: lifecycle.replace(out, moe, "code", lifecycle.from_dense(model, moe, "code")),
+                "unmask": lambda: hidden(out, moe, out.with_name(f"{out.name}-masked")),
+                "extract": lambda: lifecycle.extract(out, moe, "code"),
+            }[verb]()
+
+    inner = "on" if verb == "unmask" else "."
+    wanted, found = change(folder, "wanted", work) / inner, change(fused(folder), "found", work) / inner
+    same_files(wanted, found, "config.json", *(["experts.json"] if verb != "extract" else []))
+    reference = tensors(wanted) if verb == "extract" else tensors(fused(wanted))
+    assert any(name.endswith("experts.gate_up_proj") for name in reference) == (verb != "extract")
+    assert tensors(found).keys() == reference.keys()
+    assert all(torch.equal(tensors(found)[n], reference[n]) for n in reference)
+    assert torch.equal(logits(load(found)), logits(load(wanted)))
 
 
 # --- the router row of an added expert ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from btx.errors import ArtifactError
 from btx.portable import notes, portable_config
 from btx.proof import check, check_proof, load_stock, logits_of, write_sums
+from tests.conftest import config_of
 from tests.numerics.test_merge_identities import load, logits
 from tests.portability.exports import ROPES, export
 
@@ -39,6 +40,15 @@ def test_the_config_has_the_older_fields_and_is_the_same_to_transformers_5(
     assert torch.equal(logits(load(folder)), logits(load(tmp_path / "export-parents" / "moe")))
 
 
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_dense_config_has_the_older_fields_too(family: str, rope: str) -> None:
+    before = config_of(family, **ROPES[rope]).to_dict()
+    config = portable_config(before)
+    assert config["rope_theta"] == before["rope_parameters"]["rope_theta"]
+    assert ("rope_scaling" in config) == (rope != "default")
+    assert AutoConfig.for_model(**config).to_dict() == AutoConfig.for_model(**before).to_dict()
+
+
 def test_fused_loads_by_the_stock_class_and_passes_the_check(tmp_path: Path, family: str) -> None:
     folder = export(tmp_path / "fused", family, layout="fused")
     assert torch.equal(logits(load(folder)), logits(load(tmp_path / "fused-parents" / "moe")))
@@ -58,13 +68,13 @@ def test_logits_of_nan_are_not_those_of_the_proof(tmp_path: Path) -> None:
 
 
 def test_other_families_and_a_head_dim_of_null(tmp_path: Path) -> None:
-    dense = {"model_type": "llama", "rope_parameters": {"rope_theta": 1.0}}
-    assert portable_config(dense) == dense
+    other = {"model_type": "gemma", "rope_parameters": {"rope_theta": 1.0}}
+    assert portable_config(other) == other
     moe = {"model_type": "mixtral", "head_dim": None, "hidden_size": 32, "num_attention_heads": 4}
     assert portable_config(moe)["head_dim"] == 8
     said = " ".join(notes({**moe, "sliding_window": 16}, "published", tmp_path))
     assert "beyond 16 tokens" in said
-    assert "loads there only" in " ".join(notes(moe, "fused", tmp_path))
+    assert "known to load there only" in " ".join(notes(moe, "fused", tmp_path))
 
 
 @pytest.mark.parametrize("found", [{"tokenizer_class": "TokenizersBackend"}, {"extra_special_tokens": ["<s>"]}, {}])

@@ -21,10 +21,13 @@ from tests.numerics.test_merge_identities import CARRIED, merge
 ROPES = {"default": {}, **{name.split()[0]: CARRIED[name] for name in ("linear rope", "llama3 rope", "yarn rope")}}
 
 
-def export(out: Path, family: str, *, layout: Any = "published", like: Path | None = None, **config: Any) -> Path:
-    """An export of three different experts of a family; `like` has the tokenizer files to use instead."""
-    work = out.with_name(f"{out.name}-parents")
-    parents = [save_model(work / str(n), config_of(family, **config), noise=0.02 * n) for n in range(3)]
+def export(
+    out: Path, family: str, *, layout: Any = "published", like: Path | None = None, experts: int = 3,
+    dtype: torch.dtype = torch.float32, **config: Any,
+) -> Path:  # fmt: skip
+    """An export of so many different experts of a family; `like` has the tokenizer files to use instead."""
+    work, made = out.with_name(f"{out.name}-parents"), config_of(family, **config)
+    parents = [save_model(work / str(n), made, noise=0.02 * n, dtype=dtype) for n in range(experts)]
     for parent in parents:
         for path in [*like.iterdir()] if like else []:
             (parent / path.name).write_bytes(path.read_bytes())
@@ -60,7 +63,7 @@ def sentencepiece_into(folder: Path) -> Path:
 
 
 def main(folder: Path) -> None:
-    """All of them: by family and rope, then what makes a difference to somebody, then a sentencepiece tokenizer."""
+    """All of them: by family and rope, then what makes a difference to somebody."""
     torch.set_num_threads(2)
     folder.mkdir(parents=True)
     for family in FAMILIES:

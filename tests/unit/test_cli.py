@@ -14,6 +14,7 @@ from btx.cli import main
 from btx.pipeline import Graph
 from btx.plan import rows
 from btx.recipe import load_recipe, schema
+from tests.conftest import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +55,41 @@ def test_the_papers_plan_meets_the_papers_figures() -> None:
     assert found["train:code"].tokens == pytest.approx(210e9, rel=1e-4)
     share = found["finetune"].flops / sum(r.flops for r in found.values())
     assert share == pytest.approx(0.23, abs=0.02)  # of the compute is in the MoE stage, says the paper
+
+
+def test_the_plan_has_the_width_of_the_widest_expert(tmp_path: Path) -> None:
+    for name, width in (("seed", 48), ("wide", 64), ("narrow", 40)):
+        (tmp_path / name).mkdir()
+        config_of("llama", intermediate_size=width).save_pretrained(tmp_path / name)
+    text = "{name: x, seed: {checkpoint: seed}, domains: {a: {checkpoint: narrow}, b: {checkpoint: EXPERT}}}"
+    found = {}
+    for expert in ("wide", "narrow", "elsewhere"):
+        (tmp_path / "r.yaml").write_text(text.replace("EXPERT", expert), encoding="utf-8")
+        found[expert] = {r.label: r for r in rows(load_recipe(tmp_path / "r.yaml", []), tmp_path)}
+    layers, experts, matrices, hidden = 2, 3, 3, 32
+    more = layers * experts * matrices * hidden * (64 - 48)
+    for label in ("merge", "finetune"):
+        assert found["wide"][label].parameters - found["narrow"][label].parameters == more
+        assert found["elsewhere"][label] == found["narrow"][label]  # as wide as the seed
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a b", "-x"])
+def test_a_name_that_is_no_folders_is_told_in_a_sentence(tmp_path: Path, name: str) -> None:
+    text = "{name: NAME, seed: {checkpoint: builtin}, domains: {a: {data: [a.txt], tokens: 1k}}}"
+    (tmp_path / "r.yaml").write_text(text.replace("NAME", repr(name)), encoding="utf-8")
+    done = btx("plan", tmp_path / "r.yaml")
+    assert done.exit_code == 2
+    assert f"r.yaml: name: {name!r} cannot name a folder; use letters a-z, digits" in done.output
+    assert done.output.count("\n") == 1
+
+
+def test_what_is_no_export_is_told_with_the_remedy(tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "has no SHA256SUMS")):
+        done = btx("check", path)
+        assert done.exit_code == 3
+        assert said in done.output
+        assert str(path) in done.output
+        assert "name an export of btx, such as runs/NAME/export" in done.output
 
 
 def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(

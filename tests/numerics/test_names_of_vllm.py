@@ -1,0 +1,139 @@
+"""An export has the tensors that the loaders of vLLM 0.33.0 read, under their names and in their shapes.
+
+Nothing is run in vLLM. What is written here is what the source of that version asks for, in vllm/model_executor/models
+(mixtral.py, qwen2_moe.py, qwen3_moe.py, granitemoe.py) and, for experts, vllm/model_executor/layers/fused_moe (layer.py
+and routed_experts.py): three tensors an expert, or all of a layer as (experts, 2 * width, hidden), halved along axis 1
+into gate and up, and (experts, hidden, width). registry.py finds the model by `architectures` and runs FlexOlmo by the
+class of transformers, whose experts it reads under either kind of names.
+
+D hidden, F width of an expert, E experts, V vocabulary, H and K heads of queries and keys, each of h.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from btx.portable import notes
+from btx.safety import read_config
+from tests.conftest import config_of
+from tests.portability.exports import export
+
+ATTENTION = {
+    "self_attn.q_proj.weight": "Hh D",
+    "self_attn.k_proj.weight": "Kh D",
+    "self_attn.v_proj.weight": "Kh D",
+    "self_attn.o_proj.weight": "D Hh",
+}
+NORMS = {"input_layernorm.weight": "D", "post_attention_layernorm.weight": "D"}
+BY_PROJECTION = {
+    "mlp.gate.weight": "E D",
+    "mlp.experts.{e}.gate_proj.weight": "F D",
+    "mlp.experts.{e}.up_proj.weight": "F D",
+    "mlp.experts.{e}.down_proj.weight": "D F",
+}
+MIXTRAL = ATTENTION | NORMS | {
+    "block_sparse_moe.gate.weight": "E D",
+    "block_sparse_moe.experts.{e}.w1.weight": "F D",
+    "block_sparse_moe.experts.{e}.w3.weight": "F D",
+    "block_sparse_moe.experts.{e}.w2.weight": "D F",
+}  # fmt: skip
+LAYERS = {
+    "llama": MIXTRAL,
+    "mistral": MIXTRAL,
+    "qwen2": ATTENTION | NORMS | BY_PROJECTION | {
+        "self_attn.q_proj.bias": "Hh",
+        "self_attn.k_proj.bias": "Kh",
+        "self_attn.v_proj.bias": "Kh",
+        "mlp.shared_expert_gate.weight": "1 D",
+        "mlp.shared_expert.gate_proj.weight": "S D",
+        "mlp.shared_expert.up_proj.weight": "S D",
+        "mlp.shared_expert.down_proj.weight": "D S",
+    },
+    "qwen3": ATTENTION | NORMS | BY_PROJECTION | {"self_attn.q_norm.weight": "h", "self_attn.k_norm.weight": "h"},
+    "olmo2": ATTENTION | BY_PROJECTION | {
+        "self_attn.q_norm.weight": "Hh",
+        "self_attn.k_norm.weight": "Kh",
+        "post_attention_layernorm.weight": "D",
+        "post_feedforward_layernorm.weight": "D",
+    },
+    "granite": ATTENTION | NORMS | {
+        "block_sparse_moe.router.layer.weight": "E D",
+        "block_sparse_moe.input_linear.weight": "E 2F D",
+        "block_sparse_moe.output_linear.weight": "E D F",
+    },
+}  # fmt: skip
+AROUND = {"model.embed_tokens.weight": "V D", "model.norm.weight": "D"}
+ARCHITECTURE = {
+    "llama": "MixtralForCausalLM", "mistral": "MixtralForCausalLM", "qwen2": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3MoeForCausalLM", "olmo2": "FlexOlmoForCausalLM", "granite": "GraniteMoeForCausalLM",
+}  # fmt: skip
+TIED = ("qwen2", "qwen3", "granite")  # in tests/conftest.py; these need no lm_head.weight
+D, F, V, H, K, S, LAYER_COUNT = 32, 48, 300, 4, 2, 128, 2
+
+
+def wanted(family: str, experts: int, head: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the loader of a family's model reads, with its shape."""
+    size = {
+        "D": D,
+        "F": F,
+        "2F": 2 * F,
+        "V": V,
+        "E": experts,
+        "S": S,
+        "1": 1,
+        "h": head,
+        "Hh": H * head,
+        "Kh": K * head,
+    }
+    found = AROUND | ({} if family in TIED else {"lm_head.weight": "V D"})
+    for layer in range(LAYER_COUNT):
+        for name, axes in LAYERS[family].items():
+            found |= {f"model.layers.{layer}.{name.format(e=e)}": axes for e in range(experts)}
+    return {name: tuple(size[axis] for axis in axes.split()) for name, axes in found.items()}
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_an_export_has_what_vllm_reads(tmp_path: Path, family: str, experts: int) -> None:
+    folder = export(tmp_path / "export", family, experts=experts)
+    head = 12 if family in ("mistral", "qwen3") else 8
+    found = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert found == wanted(family, experts, head)
+    config = read_config(folder)
+    assert config["architectures"] == [ARCHITECTURE[family]]
+    said = " ".join(notes(config, "published", folder))
+    assert ("vLLM 0.33.0 reads tensors of these names" in said) == (family != "olmo2")
+    assert ("runs by transformers" in said) == (family == "olmo2")
+
+
+def test_gate_up_and_down_are_where_vllm_looks_for_them(tmp_path: Path, family: str) -> None:
+    folder = export(tmp_path / "export", family)
+    moe = load_file(folder / "model.safetensors")
+    dense = [load_file(tmp_path / f"export-parents/{n}/model.safetensors") for n in range(3)]
+    prefix = "model.layers.1."
+    for e, parent in enumerate(dense):
+        gate, up, down = (parent[f"{prefix}mlp.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
+        if family == "granite":
+            halves = moe[f"{prefix}block_sparse_moe.input_linear.weight"].chunk(2, dim=1)
+            found = [*(half[e] for half in halves), moe[f"{prefix}block_sparse_moe.output_linear.weight"][e]]
+        else:
+            names = LAYERS[family].keys() & {*BY_PROJECTION, *MIXTRAL}
+            kinds = ("w1", "w3", "w2") if family in ("llama", "mistral") else ("gate_proj", "up_proj", "down_proj")
+            found = [moe[prefix + n.format(e=e)] for k in kinds for n in names if n.endswith(f"{{e}}.{k}.weight")]
+        assert all(torch.equal(a, b) for a, b in zip(found, (gate, up, down), strict=True))
+
+
+@pytest.mark.parametrize("dense", ["qwen2", "granite"])
+def test_the_card_says_where_vllm_has_no_head_dim_of_its_own(tmp_path: Path, dense: str) -> None:
+    folder = export(tmp_path / "export", dense, head_dim=12)
+    assert "do not fit vLLM 0.33.0" in " ".join(notes(read_config(folder), "published", folder))
+
+
+def test_the_card_says_that_vllm_leaves_out_a_window_of_some_layers(tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 16}
+    for first, left_out in ((0, False), (1, True), (2, False)):
+        config = config_of("qwen2", max_window_layers=first, **window).to_dict() | {"model_type": "qwen2_moe"}
+        assert ("leaves out a sliding window" in " ".join(notes(config, "published", tmp_path))) == left_out
