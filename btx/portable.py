@@ -116,12 +116,18 @@ def _own_head_dim(config: dict[str, Any]) -> bool:
     return bool((config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"])
 
 
+def _rope(config: dict[str, Any]) -> str:
+    return str((config.get("rope_parameters") or {}).get("rope_type", "default"))
+
+
 def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]:
     kind, found = config["model_type"], []
     if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
         found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
     if kind == "qwen2_moe" and config.get("use_sliding_window"):
         found.append("transformers 4 computes something else: there, other layers have the sliding window.")
+    if kind == "olmo2" and _rope(config) != "default":
+        found.append(f"transformers 4 refuses its rope scaling ({_rope(config)}) in this family.")
     path = folder / TOKENIZER
     named = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if named.get("tokenizer_class") == OWN_CLASS or isinstance(named.get("extra_special_tokens"), list):
@@ -149,19 +155,19 @@ def _vllm(config: dict[str, Any]) -> list[str]:
 def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
     """What tests/portability/in_llama_cpp.py met in llama-cpp-python 0.3.36."""
     kind, found = config["model_type"], []
-    llama3 = (config.get("rope_parameters") or {}).get("rope_type") == "llama3"
+    llama3 = _rope(config) == "llama3"
     if kind == "flex_olmo":
         return ["llama.cpp has no place for its family."]
-    if kind == "granitemoe" and llama3:
+    if kind in ("granite", "granitemoe") and llama3:
         found.append("llama.cpp's converter refuses its rope scaling (llama3) in this family.")
-    if kind == "qwen3_moe" and llama3:
+    if kind in ("olmo2", "qwen2", "qwen3", "qwen3_moe") and llama3:
         found.append("llama.cpp leaves out its rope scaling (llama3) in this family and computes something else.")
     if kind == "qwen2_moe":  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
         return [
             "llama.cpp does not compute it: in this family it does not renormalise the chosen gates and gives NaN for "
             "a shared expert of zeros; with tied embeddings it does not load the file."
         ]
-    if kind == "mixtral" and config.get("sliding_window"):
+    if config.get("sliding_window") and (kind in ("mistral", "mixtral") or config.get("use_sliding_window")):
         found.append(f"llama.cpp has no sliding window here: it differs beyond {config['sliding_window']} tokens.")
     if not (folder / "tokenizer.model").is_file():
         found.append("llama.cpp's converter refuses byte-level tokenizers that it does not know, as those of btx.")

@@ -31,6 +31,7 @@ from btx.settings import (
 from btx.strict_yaml import parse_yaml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+SIGNS = "use letters a-z, digits, '-', '_' and '.', a letter or digit first, 64 at most"
 RESERVED = ("seed", "average", "merged", "finetuned")
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 
@@ -136,7 +137,7 @@ class Recipe(Settings):
         folded: dict[str, str] = {}
         for name in domains:
             if not re.fullmatch(NAME, name):
-                raise ValueError(f"{name!r} is no domain name: use letters a-z, digits, '-', '_' and '.', 64 at most")
+                raise ValueError(f"{name!r} is no domain name: {SIGNS}")
             if name.lower() in RESERVED:
                 raise ValueError(f"{name!r} names another model of the report; call the domain something else")
             if name.lower() in folded:
@@ -263,12 +264,10 @@ def _explain(error: Any, path: list[str]) -> str:
     """What is wrong at a place and, for an unknown key, the nearest known one."""
     if error["type"] == "extra_forbidden":
         return f"there is no such key; {nearest(path[-1], _keys(path[:-1]))}"
-    if error["type"] == "missing":
-        return "is missing"
-    if error["type"] == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] in ("missing", "value_error"):
+        return "is missing" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
     if error.get("ctx", {}).get("pattern") == f"^{NAME}$":
-        return f"{error['input']!r:.80} cannot name a folder; use letters a-z, digits, '-', '_' and '.', 64 at most"
+        return f"{error['input']!r:.80} cannot name a folder; {SIGNS}"
     message = _PLAINLY.get(error["type"]) or str(error["msg"]).replace("Input should", "should")
     return f"{message} (found {error['input']!r:.80})"
 

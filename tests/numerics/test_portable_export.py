@@ -77,6 +77,35 @@ def test_other_families_and_a_head_dim_of_null(tmp_path: Path) -> None:
     assert "known to load there only" in " ".join(notes(moe, "fused", tmp_path))
 
 
+LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}
+LIMITS = [  # as make portability met them, or as the source of the same versions says
+    ("olmo2", LLAMA3, "transformers 4 refuses its rope scaling (llama3)"),
+    ("olmo2", {"rope_parameters": {"rope_type": "linear"}}, "transformers 4 refuses its rope scaling (linear)"),
+    ("olmo2", LLAMA3, "llama.cpp leaves out its rope scaling (llama3)"),
+    ("qwen2", LLAMA3, "llama.cpp leaves out its rope scaling (llama3)"),
+    ("qwen3", LLAMA3, "llama.cpp leaves out its rope scaling (llama3)"),
+    ("qwen3_moe", LLAMA3, "llama.cpp leaves out its rope scaling (llama3)"),
+    ("granite", LLAMA3, "llama.cpp's converter refuses its rope scaling (llama3)"),
+    ("granitemoe", LLAMA3, "llama.cpp's converter refuses its rope scaling (llama3)"),
+    ("mistral", {"sliding_window": 16}, "differs beyond 16 tokens"),
+    ("mixtral", {"sliding_window": 16}, "differs beyond 16 tokens"),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": True}, "differs beyond 16 tokens"),
+    ("qwen2_moe", {"use_sliding_window": True}, "transformers 4 computes something else"),
+    ("flex_olmo", {}, "llama.cpp has no place for its family"),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "said"), LIMITS, ids=lambda x: str(x)[:30])
+def test_the_card_says_a_limit_where_it_holds_and_only_there(
+    tmp_path: Path, kind: str, field: dict[str, Any], said: str
+) -> None:
+    config = {"model_type": kind, "hidden_size": 32, "num_attention_heads": 4}
+    assert said in " ".join(notes({**config, **field}, "published", tmp_path))
+    other = config if field else {**config, "model_type": "mixtral"}
+    assert said not in " ".join(notes(other, "published", tmp_path))
+    assert said not in " ".join(notes({**config, **LLAMA3, "model_type": "llama"}, "published", tmp_path))
+
+
 @pytest.mark.parametrize("found", [{"tokenizer_class": "TokenizersBackend"}, {"extra_special_tokens": ["<s>"]}, {}])
 def test_the_card_says_when_transformers_4_cannot_read_the_seeds_tokenizer(tmp_path: Path, found: dict) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(found), encoding="utf-8")

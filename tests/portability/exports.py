@@ -6,12 +6,15 @@ python -m tests.portability.exports FOLDER
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from btx.artifact import write_json
+from btx.moe.work import Work, extract
 from btx.portable import portable_tokenizer
 from btx.settings import ExportSettings
 from btx.steps.export import write_model
@@ -35,6 +38,13 @@ def export(
             portable_tokenizer(parent)
     out.mkdir()
     write_model(merge(work / "moe", parents, top_k=2), out, ExportSettings(layout=layout))
+    return out
+
+
+def extracted(out: Path, mixture: Path) -> Path:
+    """One expert of an export as a dense model, as `btx moe extract` writes it."""
+    with ExitStack() as stack:
+        extract(Work(stack, mixture, out, {}, 64, print), "1")
     return out
 
 
@@ -63,13 +73,23 @@ def sentencepiece_into(folder: Path) -> Path:
 
 
 def main(folder: Path) -> None:
-    """All of them: by family and rope, then what makes a difference to somebody."""
+    """All of them: by family and rope, number of experts and precision, then what makes a difference to somebody."""
     torch.set_num_threads(2)
+    logging.disable_progress_bar()
     folder.mkdir(parents=True)
     for family in FAMILIES:
         for name, rope in ROPES.items():
             if not (family == "mistral" and name != "default"):
                 export(folder / f"{family}-{name}", family, **rope)
+        export(folder / f"{family}-default-5-experts", family, experts=5)
+        export(folder / f"{family}-default-8-experts-bf16", family, experts=8, dtype=torch.bfloat16)
+        for name in ("default", "llama3"):
+            if (folder / f"{family}-{name}").is_dir():
+                extracted(folder / f"dense-{family}-{name}", folder / f"{family}-{name}")
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    extracted(folder / "dense-qwen2-window", export(folder / "qwen2-window", "qwen2", **window))
+    export(folder / "llama-default-2-experts", "llama", experts=2)
+    export(folder / "granite-default-2-experts", "granite", experts=2)
     export(folder / "mistral-no-window", "mistral", sliding_window=None)
     export(folder / "qwen2-untied", "qwen2", tie_word_embeddings=False)
     export(folder / "qwen2-untied-llama3", "qwen2", tie_word_embeddings=False, **ROPES["llama3"])

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 TOLERANCE = 1e-4
+KNOWN = ("dense-olmo2-llama3", "qwen2-window")  # not to go; btx/portable.py says why
 
 
 @torch.inference_mode()
@@ -39,18 +40,20 @@ def difference(folder: Path) -> float:
 
 
 def main(folders: list[Path]) -> int:
-    """A line for each folder; 1 when one of them is not the same."""
+    """A line for each folder; 1 when one of them is not the same, or is although it is known not to be."""
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     failed = 0
     for folder in folders:
+        known = folder.name in KNOWN
         try:
             off = difference(folder)
         except Exception as error:  # whatever it is, it is what a user would see
-            print(f"{folder.name:20} FAILED {type(error).__name__}: {str(error).strip().splitlines()[-1]:.150}")
-            failed = 1
-            continue
-        failed |= not off <= TOLERANCE
-        print(f"{folder.name:20} {'ok' if off <= TOLERANCE else 'DIFFERS'}, off by {off:.1e}")
+            good, text = False, f"FAILED {type(error).__name__}: {str(error).strip().splitlines()[-1]:.150}"
+        else:
+            good = off <= TOLERANCE  # which a NaN is not
+            text = f"{'ok' if good else 'DIFFERS'}, off by {off:.1e}"
+        failed |= good == known
+        print(f"{folder.name:32} {text}{' (as known)' if known and not good else ''}")
     return failed
 
 

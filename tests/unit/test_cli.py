@@ -79,7 +79,8 @@ def test_a_name_that_is_no_folders_is_told_in_a_sentence(tmp_path: Path, name: s
     (tmp_path / "r.yaml").write_text(text.replace("NAME", repr(name)), encoding="utf-8")
     done = btx("plan", tmp_path / "r.yaml")
     assert done.exit_code == 2
-    assert f"r.yaml: name: {name!r} cannot name a folder; use letters a-z, digits" in done.output
+    assert f"r.yaml: name: {name!r} cannot name a folder; use letters a-z, digits, '-', '_' and '.'," in done.output
+    assert "a letter or digit first" in done.output
     assert done.output.count("\n") == 1
 
 
