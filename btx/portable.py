@@ -101,7 +101,8 @@ def _pieces(source: Checkpoint, names: list[str]) -> Any:
 def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
     """Sentences on where the folder loads and where it is known not to, for its card."""
     made = f"transformers 5 (made with {version('transformers')})"
-    if layout == "fused":
+    family = MOE.get(config["model_type"])
+    if layout == "fused" and not (family and family.attention):  # whose names on disk and in memory are the same
         return [
             f"Its experts lie fused, as {made} holds them: it is known to load there only. transformers 4 would draw "
             "its experts at random, and other tools ask for the published names; export with `layout: published` for "
@@ -141,6 +142,8 @@ def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]
 def _vllm(config: dict[str, Any]) -> list[str]:
     """What the source of vLLM 0.33.0 says; tests/numerics/test_names_of_vllm.py has the names and where they stand."""
     kind, found = config["model_type"], []
+    if kind == "jetmoe":
+        return ["vLLM has no model of its own for this family."]
     if kind == "flex_olmo":  # registry.py
         return ["vLLM 0.33.0 has no model of its own for this family and names it among those it runs by transformers."]
     if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
@@ -156,8 +159,10 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
     """What tests/portability/in_llama_cpp.py met in llama-cpp-python 0.3.36."""
     kind, found = config["model_type"], []
     llama3 = _rope(config) == "llama3"
-    if kind == "flex_olmo":
+    if kind in ("flex_olmo", "jetmoe"):
         return ["llama.cpp has no place for its family."]
+    if config.get("mlp_only_layers"):
+        return ["llama.cpp's converter refuses layers without experts in this family."]
     if kind in ("granite", "granitemoe") and llama3:
         found.append("llama.cpp's converter refuses its rope scaling (llama3) in this family.")
     if kind in ("olmo2", "qwen2", "qwen3", "qwen3_moe") and llama3:
@@ -165,7 +170,7 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
     if kind == "qwen2_moe":  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
         return [
             "llama.cpp does not compute it: in this family it does not renormalise the chosen gates and gives NaN for "
-            "a shared expert of zeros; with tied embeddings it does not load the file."
+            "a shared expert whose gate is zero; with tied embeddings it does not load the file."
         ]
     if config.get("sliding_window") and (kind in ("mistral", "mixtral") or config.get("use_sliding_window")):
         found.append(f"llama.cpp has no sliding window here: it differs beyond {config['sliding_window']} tokens.")

@@ -26,9 +26,12 @@ ROPES = {"default": {}, **{name.split()[0]: CARRIED[name] for name in ("linear r
 
 def export(
     out: Path, family: str, *, layout: Any = "published", like: Path | None = None, experts: int = 3,
-    dtype: torch.dtype = torch.float32, **config: Any,
+    dtype: torch.dtype = torch.float32, merging: dict[str, Any] | None = None, **config: Any,
 ) -> Path:  # fmt: skip
-    """An export of so many different experts of a family; `like` has the tokenizer files to use instead."""
+    """An export of so many different experts of a family; `like` has the tokenizer files to use instead.
+
+    `merging` are settings of the merge.
+    """
     work, made = out.with_name(f"{out.name}-parents"), config_of(family, **config)
     parents = [save_model(work / str(n), made, noise=0.02 * n, dtype=dtype) for n in range(experts)]
     for parent in parents:
@@ -37,7 +40,7 @@ def export(
         if not like:
             portable_tokenizer(parent)
     out.mkdir()
-    write_model(merge(work / "moe", parents, top_k=2), out, ExportSettings(layout=layout))
+    write_model(merge(work / "moe", parents, top_k=2, **(merging or {})), out, ExportSettings(layout=layout))
     return out
 
 
@@ -86,6 +89,13 @@ def main(folder: Path) -> None:
         for name in ("default", "llama3"):
             if (folder / f"{family}-{name}").is_dir():
                 extracted(folder / f"dense-{family}-{name}", folder / f"{family}-{name}")
+    for name, rope in ROPES.items():
+        attention = {"merging": {"experts": "ffn+attention"}, "num_key_value_heads": 4}
+        export(folder / f"attention-experts-{name}", "llama", **attention, **rope)
+    for family in ("qwen2", "qwen3"):
+        export(folder / f"some-layers-{family}", family, merging={"layers": [1]})
+    export(folder / "qwen2-shared-expert", "qwen2", merging={"shared_expert": "seed"})
+    export(folder / "llama-copies", "llama", merging={"copies": 2, "reinitialize": 0.3})
     window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     extracted(folder / "dense-qwen2-window", export(folder / "qwen2-window", "qwen2", **window))
     export(folder / "llama-default-2-experts", "llama", experts=2)
