@@ -118,11 +118,10 @@ def _rows(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 
-def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabulary:
-    """Write the seed's tokenizer with all tokens that experts added, in the experts' order, and which row is whose.
+def join(seed: Path, experts: Mapping[str, Path]) -> tuple[Vocabulary, list[dict[str, Any]]]:
+    """The seed's tokens and all that experts added, in the experts' order, and the entries of those that are added.
 
-    A token that several have added is one token, as the first of them has it. What marks a text's start and end and the
-    chat template stay the seed's.
+    A token that several have added is one token, as the first of them has it.
     """
     added = {name: added_tokens(seed, folder, f"the expert {name} ({folder})") for name, folder in experts.items()}
     common = common_ids(seed)
@@ -132,6 +131,15 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
         if entry["content"] not in tokens:
             tokens[entry["content"]] = common + len(tokens)
             entries.append({**entry, "id": tokens[entry["content"]]})
+    return Vocabulary(common, tokens, {n: {e["content"]: e["id"] for e in some} for n, some in added.items()}), entries
+
+
+def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabulary:
+    """Write the seed's tokenizer with all tokens that experts added, and which row is whose.
+
+    What marks a text's start and end and the chat template stay the seed's.
+    """
+    found, entries = join(seed, experts)
     carry_files(seed, out)
     data = json.loads((out / JSON).read_text(encoding="utf-8"))
     data["added_tokens"] = [*data.get("added_tokens", []), *entries]
@@ -142,7 +150,6 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
             flags = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
             config["added_tokens_decoder"] = {**config["added_tokens_decoder"], **flags}
             (out / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
-    found = Vocabulary(common, tokens, {n: {e["content"]: e["id"] for e in some} for n, some in added.items()})
     write_json(out / FILE, asdict(found))
     return found
 
