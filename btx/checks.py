@@ -92,7 +92,7 @@ def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
     width = config["intermediate_size"]
     layout(merge.settings, list(merge.models), config, str(seed.folder))
     for name, step in merge.models.items():
-        if merge.settings.experts != "one" and isinstance(step, Given) and width_of(step.folder) != width:
+        if merge.settings.experts in ("split", "blend") and isinstance(step, Given) and width_of(step.folder) != width:
             raise RecipeError(
                 f"merge.experts: {merge.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
                 f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
