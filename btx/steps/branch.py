@@ -78,6 +78,10 @@ def require_complete(checkpoint: Checkpoint) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
+        raise ArtifactError(
+            f"{checkpoint.folder}: config.json does not state {', '.join(unstated)}. Add what the model has."
+        )
     native = native_config(checkpoint.config, str(checkpoint.folder))
     try:
         with torch.device("meta"):
