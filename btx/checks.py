@@ -92,7 +92,7 @@ def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
     width = config["intermediate_size"]
     layout(merge.settings, list(merge.models), config, str(seed.folder))
     for name, step in merge.models.items():
-        if merge.settings.experts != "one" and isinstance(step, Given) and width_of(step.folder) != width:
+        if merge.settings.experts in ("split", "blend") and isinstance(step, Given) and width_of(step.folder) != width:
             raise RecipeError(
                 f"merge.experts: {merge.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
                 f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
@@ -186,13 +186,13 @@ def check_documents(step: TokensStep, length: int) -> None:
     `length` is of the longest sequence that they must fill. Where the tokenizer is yet to be made, bytes stand for
     tokens, of which there are never more.
     """
-    from btx.tokens import known_encoder, train_tokens
+    from btx.tokens import train_tokens
 
     if step.done:
         tokens, counts = train_tokens(step.folder), ""
     else:
         split = step.split()
-        tokens = split.survey(known_encoder(step.tokenizer.folder, step.data), enough=length + 1)
+        tokens = split.survey(step.encoder() if step.tokenizer.folder.is_dir() else None, enough=length + 1)
         counts = f" ({split.summary(len(step.sources), len(step.valid))})"
         if split.counts.documents and not split.kept and (step.data.holdout or step.valid):
             raise RecipeError(

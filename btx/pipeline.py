@@ -88,7 +88,7 @@ class Graph:
         others = {expert: name for expert, name in recipe.domain_of.items() if known and expert != name}
         merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, tokens=known, domains=others, **models))
         check_method(recipe.merge, list(merge.models))
-        own = {f"expert:{e}": {n: self._tokens(n, *texts[n], given[e], f"@{e}") for n in tokens}
+        own = {f"expert:{e}": {n: self._tokens(n, *texts[n], given[e], f"@{e}", seed) for n in tokens}
                for e in (vocabulary.experts if vocabulary else ())}  # fmt: skip
         if vocabulary:
             own |= {model: {n: mixed[n] for n in tokens} for model in ("average", "merged", "finetuned")}
@@ -186,7 +186,10 @@ class Graph:
         experts = {name: step for name, step in given.items() if is_extended(seed.path, step.path)}
         return self._add(VocabularyStep(seed=seed, experts=experts, **self._place())) if experts else None
 
-    def _tokens(self, name: str, data: list[str], valid: list[str], tokenizer: Step, suffix: str = "") -> TokensStep:
+    def _tokens(
+        self, name: str, data: list[str], valid: list[str], tokenizer: Step, suffix: str = "",
+        template: Step | None = None,
+    ) -> TokensStep:  # fmt: skip
         label = f"tokens:{name}{suffix}"
         if label in self.steps:
             found = self.steps[label]
@@ -200,7 +203,7 @@ class Graph:
         apart = sorted({file for _, files in others for file in files} - {*kept})
         elsewhere = any({*sources} & {*theirs} for theirs, files in others if not files)
         return self._add(TokensStep(
-            tokenizer=tokenizer, sources=sources, valid=kept, apart=apart, data=self.recipe.data,
+            tokenizer=tokenizer, template=template, sources=sources, valid=kept, apart=apart, data=self.recipe.data,
             held_out_elsewhere=elsewhere, content=[self._digest(s) for s in (*sources, *kept, *apart)],
             **self._place(name + suffix),
         ))  # fmt: skip

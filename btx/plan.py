@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from btx.families import family_of
 from btx.merge.layout import layout
 from btx.pipeline import mix
 from btx.recipe import Recipe
+from btx.safety import read_config, require_size
 from btx.settings import FinetuneSettings, TrainSettings
+from btx.steps.branch import native_config
 
 Config = dict[str, Any]
 
@@ -38,8 +39,7 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
         return recipe.seed.builtin.config
     folder = base / Path(recipe.seed.checkpoint).expanduser()
     if (folder / "config.json").is_file():
-        config: Config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config
+        return read_config(folder)
     if recipe.seed.architecture:
         return recipe.seed.architecture
     raise RecipeError(
@@ -48,20 +48,25 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
     )
 
 
-def widest(recipe: Recipe, dense: Config, base: Path) -> int:
-    """The feed-forward width that all experts get: the widest one's, where given experts are at hand, or the seed's."""
-    from btx.checks import width_of
+def evened(recipe: Recipe, base: Path, dense: Config) -> Config:
+    """The seed's config as the merge evens it out with experts at hand: the widest blocks, all added tokens."""
+    from btx.merge.vocabulary import is_extended, join
 
-    given = [base / Path(path).expanduser() for d in recipe.domains.values() for path in d.checkpoints]
-    widths = [width_of(path) for path in given if (path / "config.json").is_file()]  # which adapters lack
-    return max([int(dense["intermediate_size"]), *widths])
+    paths = [base / Path(c).expanduser() for domain in recipe.domains.values() for c in domain.checkpoints]
+    experts = {str(path): path for path in paths if (path / "config.json").is_file()}
+    seed = base / Path(recipe.seed.checkpoint).expanduser()
+    widths = [native_config(read_config(path), str(path)).intermediate_size for path in experts.values()]
+    made = {**dense, "intermediate_size": max(dense["intermediate_size"], *widths, 0)}
+    if extended := {name: path for name, path in experts.items() if is_extended(seed, path)}:
+        vocabulary, _ = join(seed, extended)
+        made["vocab_size"] = max(dense["vocab_size"], vocabulary.common + len(vocabulary.tokens))
+    return made
 
 
-def merged_config(recipe: Recipe, dense: Config, width: int) -> Config:
-    """The config of the Mixture of Experts that the recipe makes of models with a feed-forward width."""
-    wide = {**dense, "intermediate_size": width}
-    experts = layout(recipe.merge, recipe.models, wide, "the seed")
-    config = experts.config(wide, recipe.finetune.experts_per_token or experts.count, "the seed")
+def merged_config(recipe: Recipe, dense: Config) -> Config:
+    """The config of the Mixture of Experts that the recipe makes."""
+    experts = layout(recipe.merge, recipe.models, dense, "the seed")
+    config = experts.config(dense, recipe.finetune.experts_per_token or experts.count, "the seed")
     return config.to_dict()  # type: ignore[no-any-return]
 
 
@@ -87,9 +92,17 @@ def _row(label: str, config: Config, tokens: int, settings: TrainSettings, dtype
 
 
 def rows(recipe: Recipe, base: Path) -> list[Row]:
-    """The price of every training and of the merge."""
-    dense = seed_config(recipe, base)
+    """The price of every training and of the merge; RecipeError for a config that no model can have."""
+    try:
+        return _rows(recipe, base, seed_config(recipe, base))
+    except ValueError as error:
+        raise RecipeError(f"the seed's config.json makes no model: {error}. Correct it.") from error
+
+
+def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
+    require_size(dense, "the seed")
     family_of(dense, "the seed")
+    dense = native_config(dense, "the seed").to_dict()
     dtype = str(dense.get("dtype") or dense.get("torch_dtype") or "float32")
     found: list[Row] = []
     if recipe.seed.is_builtin:
@@ -99,7 +112,7 @@ def rows(recipe: Recipe, base: Path) -> list[Row]:
     for name, domain in recipe.domains.items():
         if domain.tokens and not domain.checkpoint:
             found += [_row(f"train:{n}", dense, domain.tokens, recipe.train, dtype) for n in domain.names(name)]
-    moe = merged_config(recipe, dense, widest(recipe, dense, base))
+    moe = merged_config(recipe, evened(recipe, base, dense))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     settings = recipe.finetuning

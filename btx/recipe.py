@@ -245,7 +245,9 @@ _PLAINLY = {
     "string_pattern_mismatch": "must not be blank",
     "finite_number": "must be a finite number",
 }
-_BRANCHES = re.compile(r"(function-|constrained-|literal\[|`|(int|float|str|bool)$)")  # parts of a path in a union
+_BRANCHES = re.compile(
+    r"(function-|constrained-|(literal|list|dict)\[|`|(int|float|str|bool)$)"
+)  # parts of a path in a union
 
 
 def _sentences(error: ValidationError) -> list[str]:

@@ -36,6 +36,7 @@ CARRIED = (
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # older checkpoints store it; it is computed, not a weight
+MOST_LAYERS = 10_000
 NATIVE = ("eager", "sdpa")  # what a config may ask for by `*_implementation` without a package or a hub
 
 
@@ -78,7 +79,17 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} names no model_type, so the family of the checkpoint is unknown. Fetch the checkpoint again."
         )
     _refuse_code(folder, config)
+    require_size(config, str(folder))
     return config
+
+
+def require_size(config: dict[str, Any], where: str) -> None:
+    """ArtifactError for a config that claims more layers than a model has: each would be looked at."""
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ArtifactError(
+            f"{where}: config.json has num_hidden_layers = {layers}, more than a model has. Fetch the checkpoint again."
+        )
 
 
 def _json(path: Path) -> Any:

@@ -217,11 +217,6 @@ def _size(document: Document, encoder: Encoder | None) -> int:
     return sum(len(ids) for ids, _ in encoder.encode([document]))
 
 
-def known_encoder(folder: Path, settings: DataSettings) -> Encoder | None:
-    """The encoder of a tokenizer that is there; none for one that is yet to be made."""
-    return Encoder(load_tokenizer(folder), settings.loss_on) if folder.is_dir() else None
-
-
 def train_tokens(folder: Path) -> int:
     """How many tokens of a tokens folder are trained on."""
     return int(json.loads((folder / "tokens.json").read_text(encoding="utf-8"))["train_tokens"])

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from btx.checkpoint import BLOCK, Checkpoint, Tensors, count_non_finite
+from btx.checkpoint import BLOCK, Checkpoint, Tensors, count_non_finite, tokenizer_digest
 from btx.errors import ArtifactError
 from btx.safety import DTYPES, read_header, refuse_links, refuse_scripts
 from btx.shards import Row
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, TOKENIZER = "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"
 PREFIX = "base_model.model."
 PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 IDLE: dict[str, tuple[Any, ...]] = {  # fields that must have one of these values, under which they do nothing
@@ -69,7 +69,16 @@ class Adapter:
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def require_fit(self, seed: Checkpoint) -> None:
-        """ArtifactError unless every tensor belongs to a weight of the seed, with its shape, and is finite."""
+        """ArtifactError unless every tensor belongs to a weight of the seed, with its shape, and is finite.
+
+        A tokenizer that lies beside the adapter must be the seed's.
+        """
+        if (self.folder / TOKENIZER).is_file() and tokenizer_digest(self.folder) != tokenizer_digest(seed.folder):
+            raise ArtifactError(
+                f"{self.folder}: its {TOKENIZER} has other tokens than that of the seed ({seed.folder}), which the "
+                "expert would lose. Merge the adapter yourself (peft's merge_and_unload, then save_pretrained, with "
+                f"this tokenizer) and name the dense folder; or remove {TOKENIZER}, if they were not used."
+            )
         for weight, parts in self.factors.items():
             shapes = {k: self.tensors.entries[n].shape for k, n in parts.items()}
             base = seed.entries[weight].shape if weight in seed.entries else None

@@ -21,6 +21,7 @@ from btx.checkpoint import Checkpoint, carry_files, tokenizer_digest
 from btx.errors import ArtifactError
 from btx.families import EMBEDDING
 from btx.merge.settings import AveragingSettings
+from btx.tokens import load_tokenizer
 
 HEAD = "lm_head.weight"
 FILE = "vocabulary.json"
@@ -66,7 +67,7 @@ def added_tokens(seed: Path, other: Path, who: str) -> list[dict[str, Any]]:
             found = repr(known[token["id"]]) if token["id"] in known else "missing"
             raise ArtifactError(f"{refusal}its id {token['id']}, there {token['content']!r}, is {found} here. {remedy}")
     old = {t["id"] for t in mine}
-    added = sorted((t for t in theirs if t["id"] not in old), key=lambda t: int(t["id"]))
+    added = sorted((t for t in theirs if t["id"] not in old), key=lambda t: t["id"])
     for token in added:
         if token["id"] < common:
             raise ArtifactError(f"{refusal}{token['content']!r} is its id {token['id']}, one of the seed's. {remedy}")
@@ -84,22 +85,43 @@ def common_ids(seed: Path) -> int:
 
 def _parts(folder: Path) -> tuple[tuple[Any, list[str]], list[dict[str, Any]]]:
     """The tokenizer's model (vocabulary, merges), and its added tokens. `tokenizer_digest` has looked at the file."""
+    if not (folder / JSON).is_file():
+        raise ArtifactError(
+            f"{folder} has no {JSON}, by which rows of the embedding are aligned. Write one: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
     data = json.loads((folder / JSON).read_text(encoding="utf-8"))
     model = data["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     added: list[dict[str, Any]] = data.get("added_tokens", [])
-    return (model.get("vocab"), merges), added
+    for token in added:
+        if type(token["id"]) is not int or not isinstance(token["content"], str) or not token["content"]:
+            raise ArtifactError(f"{folder / JSON} is damaged: {token!r:.80} is no token. Fetch the checkpoint again.")
+    if not isinstance(model.get("vocab"), (dict, list)):
+        raise ArtifactError(f"{folder / JSON} is damaged: it has no vocabulary. Fetch the checkpoint again.")
+    return (model["vocab"], merges), added
+
+
+def require_ids_as_stated(folder: Path, added: list[dict[str, Any]], who: str) -> None:
+    """ArtifactError unless the tokenizer, once loaded, takes its added tokens as the ids that tokenizer.json states."""
+    known = load_tokenizer(folder).get_vocab()
+    for token in added:
+        if known.get(token["content"]) != token["id"]:
+            raise ArtifactError(
+                f"{who}: {JSON} states the id {token['id']} for {token['content']!r}, and the tokenizer takes it as "
+                f"{known.get(token['content'])}. Save it anew: AutoTokenizer.from_pretrained(folder)"
+                ".save_pretrained(folder)."
+            )
 
 
 def _rows(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 
-def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabulary:
-    """Write the seed's tokenizer with all tokens that experts added, in the experts' order, and which row is whose.
+def join(seed: Path, experts: Mapping[str, Path]) -> tuple[Vocabulary, list[dict[str, Any]]]:
+    """The seed's tokens and all that experts added, in the experts' order, and the entries of those that are added.
 
-    A token that several have added is one token, as the first of them has it. What marks a text's start and end and the
-    chat template stay the seed's.
+    A token that several have added is one token, as the first of them has it.
     """
     added = {name: added_tokens(seed, folder, f"the expert {name} ({folder})") for name, folder in experts.items()}
     common = common_ids(seed)
@@ -109,6 +131,15 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
         if entry["content"] not in tokens:
             tokens[entry["content"]] = common + len(tokens)
             entries.append({**entry, "id": tokens[entry["content"]]})
+    return Vocabulary(common, tokens, {n: {e["content"]: e["id"] for e in some} for n, some in added.items()}), entries
+
+
+def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabulary:
+    """Write the seed's tokenizer with all tokens that experts added, and which row is whose.
+
+    What marks a text's start and end and the chat template stay the seed's.
+    """
+    found, entries = join(seed, experts)
     carry_files(seed, out)
     data = json.loads((out / JSON).read_text(encoding="utf-8"))
     data["added_tokens"] = [*data.get("added_tokens", []), *entries]
@@ -119,7 +150,6 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
             flags = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
             config["added_tokens_decoder"] = {**config["added_tokens_decoder"], **flags}
             (out / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
-    found = Vocabulary(common, tokens, {n: {e["content"]: e["id"] for e in some} for n, some in added.items()})
     write_json(out / FILE, asdict(found))
     return found
 

@@ -18,13 +18,17 @@ import torch
 from btx.artifact import write_json
 from btx.checkpoint import Checkpoint
 from btx.errors import ArtifactError, RecipeError
-from btx.families import LAYER, RECORDED, Family, class_name, moe_config
+from btx.families import DOWN, LAYER, RECORDED, Family, class_name, moe_config
+from btx.merge.layout import BESIDE_SHARED
 from btx.moe.mixture import EXPERTS, Masked, Moe, Source, patterns
 from btx.shards import Row, write_weights
 
 
 def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
-    """A dense model's feed-forward blocks as an expert; ArtifactError when they do not fit."""
+    """A dense model's feed-forward blocks as an expert; ArtifactError when they do not fit.
+
+    Beside a shared expert that is not zero, its output is halved as the merge does.
+    """
     for layer in moe.layers:
         for kind in moe.family.expert:
             entry = dense.entries.get(f"model.layers.{layer}.{kind}")
@@ -35,7 +39,19 @@ def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
                     f"{moe.checkpoint.folder} are {'x'.join(map(str, moe.shape(kind)))}. Use a model trained from the "
                     "same seed."
                 )
-    return lambda prefix, kind: dense.blocks(prefix + kind)
+    halved = any(bool(block.any()) for name in _shared_outputs(moe) for block in moe.checkpoint.blocks(name))
+
+    def source(prefix: str, kind: str) -> Iterator[torch.Tensor]:
+        for block in dense.blocks(prefix + kind):
+            yield block * BESIDE_SHARED if halved and kind == DOWN else block
+
+    return source
+
+
+def _shared_outputs(moe: Moe) -> list[str]:
+    """The output projections of the shared experts, where the family has them."""
+    shared = moe.family.shared
+    return [f"model.layers.{layer}.{shared.names[DOWN]}" for layer in moe.layers] if shared else []
 
 
 def write_changed(

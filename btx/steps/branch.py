@@ -78,6 +78,10 @@ def require_complete(checkpoint: Checkpoint) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
+        raise ArtifactError(
+            f"{checkpoint.folder}: config.json does not state {', '.join(unstated)}. Add what the model has."
+        )
     native = native_config(checkpoint.config, str(checkpoint.folder))
     try:
         with torch.device("meta"):
@@ -151,7 +155,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     from btx.checkpoint import opened, require_finite, tokenizer_digest
     from btx.merge.lineage import distance, require_same
     from btx.merge.padded import same_width
-    from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_rows
+    from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_ids_as_stated, require_rows
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."
@@ -166,6 +170,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
         added = added_tokens(seed_folder, folder, who)
         if added or seed.config.get("vocab_size") != other.config.get("vocab_size"):
             require_ids(other)
+            require_ids_as_stated(folder, added, who)
             require_rows(other, common_ids(seed_folder), who)
             models = {name: Trimmed(one, common_ids(seed_folder), 0) for name, one in models.items()}
         wide = same_width(models)

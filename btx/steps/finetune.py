@@ -57,12 +57,12 @@ class Balanced:
     """The watch of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, tell: Tell, names: list[str]) -> None:
-        from btx.routed import Routed, find_routers
+        from btx.routed import Routed, find_routers, router_labels
 
         freeze(model, settings.trainable)
         experts: Any = next(iter(find_routers(model).values())).num_experts
         self.settings, self.label, self.tell, self.experts = settings, label, tell, int(experts)
-        self.names = names
+        self.names, self.labels = names, router_labels(model)
         self.routed = Routed(
             model,
             settings.routing,
@@ -96,7 +96,7 @@ class Balanced:
                 if (n, expert) not in self.warned:
                     self.warned.add((n, expert))
                     said = f"the expert {self.names[expert]} is dead ({layer.load[expert]:.1%} of the choices)"
-                    self.tell({"label": self.label, "warning": f"layer {n}: {said}"})
+                    self.tell({"label": self.label, "warning": f"layer {self.labels[n]}: {said}"})
         return {
             "load": [[round(x, 4) for x in layer.load] for layer in layers],
             "entropy": [round(layer.entropy_share, 4) for layer in layers],

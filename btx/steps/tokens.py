@@ -9,7 +9,7 @@ from btx.settings import DataSettings
 from btx.step import Step, Tell
 
 if TYPE_CHECKING:
-    from btx.tokens import Split
+    from btx.tokens import Encoder, Split
 
 
 class TokensStep(Step):
@@ -17,6 +17,7 @@ class TokensStep(Step):
 
     kind: ClassVar[str] = "tokens"
     tokenizer: Step  # a folder that holds the tokenizer
+    template: Step | None = None  # a folder whose chat template writes the conversations instead of the tokenizer's own
     sources: list[str]
     valid: list[str]
     apart: list[str]  # held-out files of other domains, whose documents are not trained on here either
@@ -36,12 +37,20 @@ class TokensStep(Step):
 
         return Split(self.sources, self.valid, self.data, apart=self.apart, held_out_elsewhere=self.held_out_elsewhere)
 
+    def encoder(self) -> Encoder:
+        """What turns the documents into ids."""
+        from btx.tokens import Encoder, load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer.folder)
+        if self.template:
+            tokenizer.chat_template = load_tokenizer(self.template.folder).chat_template
+        return Encoder(tokenizer, self.data.loss_on)
+
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Tokenise all documents."""
-        from btx.tokens import Encoder, load_tokenizer, write_tokens
+        from btx.tokens import write_tokens
 
-        encoder = Encoder(load_tokenizer(self.tokenizer.folder), self.data.loss_on)
-        facts = write_tokens(out, self.split(), settings=self.data, encoder=encoder)
+        facts = write_tokens(out, self.split(), settings=self.data, encoder=self.encoder())
         for number, what in (
             (facts["left_out"], "documents are held out, here or for another domain, and not trained on"),
             (facts["read"]["bad"], f"bad lines skipped, first {facts['read']['first_bad']}"),

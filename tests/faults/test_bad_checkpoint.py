@@ -123,6 +123,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
     "unknown activation": (config("seed", hidden_act="nope"), ("config.json", "nope")),
     "unknown dtype": (config("seed", dtype="float99"), ("config.json", "float99")),
     "layers that are not there": (config("seed", num_hidden_layers=3), ("model.layers.2.", "missing", "config.json")),
+    "layers unsaid": (config("seed", num_hidden_layers=None), ("does not state num_hidden_layers", "Add")),
     "layers too many": (config("seed", num_hidden_layers=1), ("model.layers.1.", "missing")),
     "another vocabulary size": (config("seed", vocab_size=299), ("lm_head.weight", "300x32", "299x32")),
     "head neither stored nor tied": (weights("seed", lambda t: t.pop("lm_head.weight")), ("lm_head.weight", "missing")),

@@ -43,6 +43,22 @@ def test_a_layout_that_cannot_be_had_is_refused_with_its_place_and_the_remedy(wo
     refused(world.write(), world.runs, 2, words)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("merge.copies", 0),
+        ("merge.copies", {"seed": 0}),
+        ("merge.layers", [-1]),
+        ("domains.law.checkpoint", ["law", 7]),
+    ],
+)
+def test_a_field_of_several_forms_is_named_as_the_recipe_has_it(world: World, key: str, value: object) -> None:
+    world.set(key, value)
+    said = refused(world.write(), world.runs, 2, (f"{key}:",))
+    assert "function" not in said
+    assert "list[" not in said
+
+
 def test_one_missing_of_several_checkpoints_is_named(world: World) -> None:
     world.set("domains.law.checkpoint", ["law", "lav"])
     refused(world.write(), world.runs, 3, ("domains.law.checkpoint", "no folder", "lav"))

@@ -189,3 +189,22 @@ def test_an_expert_with_tokens_of_its_own_is_merged_by_token(tmp_path: Path) -> 
     )
     said = btx("run", recipe, cwd=tmp_path).stdout
     assert "Everything is done already" in said
+
+
+def test_conversations_are_written_alike_for_an_expert_with_a_chat_template_of_its_own(tmp_path: Path) -> None:
+    recipe = write_project(tmp_path)
+    plain(tmp_path / "seed", "llama")
+    extended(tmp_path / "law", "llama", ["<|a|>", "<|b|>"], noise=0.01)
+    template = "{% for m in messages %}<|a|>{{ m.role }}: {{ m.content }}<|b|>{% endfor %}"
+    (tmp_path / "law" / "chat_template.jinja").write_text(template)
+    said = ["so it is, and", "that it was, for", "then it will be"]
+    rows = [[{"role": "user", "content": f"what of {n}?"}, {"role": "assistant", "content": f"{said[n % 3]} {n}"}]
+            for n in range(60)]  # fmt: skip
+    lines = [json.dumps({"messages": row}) + "\n" for row in rows]
+    (tmp_path / "corpora" / "law.jsonl").write_text("".join(lines))
+    law = '  law: {checkpoint: law, data: ["corpora/law.jsonl"]}\ntrain:'
+    recipe.write_text(recipe.read_text().replace("train:", law, 1))
+    btx("run", recipe, "--until", "evaluate", "--set", "finetune.tokens=256", cwd=tmp_path)
+    found = [json.loads(next((tmp_path / "runs/pico/steps").glob(f"tokens-law{n}-*/tokens.json")).read_text())["valid"]
+             for n in ("", "@merged", "@law")]  # fmt: skip
+    assert all([row[2] for row in rows] == [row[2] for row in found[0]] for rows in found)

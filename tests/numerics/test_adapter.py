@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from btx.artifact import write_json
 from btx.checkpoint import opened
@@ -127,6 +127,19 @@ def test_what_is_more_or_less_than_lora_is_refused(tmp_path: Path, case: str) ->
     do(tmp_path / "adapter")
     with pytest.raises(ArtifactError, match=words):
         ours(seed, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tokenizer_beside_the_adapter_must_be_the_seeds(tmp_path: Path) -> None:
+    seed = save_model(tmp_path / "seed", config_of("llama"))
+    train_adapter(seed, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(seed)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ours(seed, tmp_path / "adapter", tmp_path / "out")
+    tokenizer.add_tokens(["<x>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with opened(seed) as base, pytest.raises(ArtifactError, match=r"other tokens than that of the seed.*Merge"):
+        Adapter(tmp_path / "adapter").require_fit(base)
 
 
 @pytest.mark.slow

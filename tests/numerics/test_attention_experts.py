@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from btx.checkpoint import Checkpoint, opened
+from btx.cli import graph_of
 from btx.errors import ArtifactError, RecipeError
 from btx.experts import kernel_of
 from btx.families import OUTPUT, QUERY
@@ -226,3 +227,21 @@ def test_what_its_class_cannot_do_is_refused_at_the_start(world: World, sets: di
     for key, value in {"merge.experts": FORM, **sets}.items():
         world.set(key, value)
     refused(world.write(), world.runs, 2, words)
+
+
+def test_wider_and_narrower_blocks_go_with_it(world: World) -> None:
+    seed = seed_of(world.seed)
+    narrow, wide = load(seed), load(seed_of(world.law, intermediate_size=80))
+    state = {n: torch.zeros_like(p) for n, p in wide.state_dict().items()}
+    for name, tensor in narrow.state_dict().items():
+        state[name][tuple(slice(0, size) for size in tensor.shape)] = tensor
+    wide.load_state_dict(state)
+    wide.save_pretrained(world.law)
+    world.set("merge.experts", FORM)
+    world.set("domains.math", {"checkpoint": "seed", "data": ["data/math.jsonl"]})
+    world.examine()
+    graph = graph_of(world.write(), ())
+    for step in graph.needed(["merge"]):
+        step.build(lambda _event: None)
+    merged = load(graph.steps["merge"].folder)
+    torch.testing.assert_close(logits(merged), logits(narrow), atol=1e-5, rtol=0)

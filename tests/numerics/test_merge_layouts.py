@@ -22,6 +22,8 @@ from btx.merge.write import write_moe
 from btx.moe import lifecycle
 from btx.moe.mixture import Moe
 from btx.routed import find_routers
+from btx.settings import FinetuneSettings
+from btx.steps.finetune import Balanced
 from tests.conftest import config_of, save_model
 from tests.numerics.test_lifecycle import change
 from tests.numerics.test_merge_identities import IDS, load, logits, merge
@@ -207,6 +209,38 @@ def test_a_live_shared_expert_cannot_be_left_out_of_a_dense_model(tmp_path: Path
     folder = merge(tmp_path / "moe", [seed] * 2, top_k=1, shared_expert="seed")
     with pytest.raises(ArtifactError, match="every token also visits a shared expert"):
         change(folder, "out", lambda out, moe: lifecycle.extract(out, moe, "0"))
+
+
+@pytest.mark.parametrize("verb", ["add", "replace"])
+def test_a_model_that_joins_a_mixture_with_a_shared_expert_gives_half_of_the_output_too(
+    tmp_path: Path, verb: str
+) -> None:
+    seed = save_model(tmp_path / "seed", config_of("qwen2", num_hidden_layers=4))
+    folder = merge(tmp_path / "moe", [seed] * 2, top_k=2, shared_expert="seed", layers=[1, 3], router_entropy=0.8)
+
+    def join(out: Path, moe: Moe) -> None:
+        with opened(seed) as dense:
+            source = lifecycle.from_dense(dense, moe, "new")
+            if verb == "add":
+                lifecycle.add(out, moe, "new", source, lambda layer: 0.9 * moe.router(layer)[0])
+            else:
+                lifecycle.replace(out, moe, "1", source)
+
+    torch.testing.assert_close(logits(load(change(folder, "out", join))), logits(load(seed)), atol=1e-5, rtol=0)
+
+
+def test_a_dead_expert_is_told_with_the_layer_that_it_is_in(tmp_path: Path) -> None:
+    seed, told = save_model(tmp_path / "seed", config_of("qwen3", num_hidden_layers=4)), []
+    model = load(merge(tmp_path / "moe", [seed] * 2, top_k=1, layers="alternate"))
+    watch = Balanced(model, FinetuneSettings(routing="switch"), "finetune", told.append, ["math", "code"])
+    for router in find_routers(model).values():
+        router.weight.data[:] = 0.0  # all tokens to the first
+    model.train()(input_ids=IDS)
+    watch.loss()
+    watch.figures()
+    assert [event["warning"].split(" is ")[0] for event in told] == [
+        "layer 1: the expert code", "layer 3: the expert code",
+    ]  # fmt: skip
 
 
 def test_a_seed_that_claims_layers_without_end_is_refused() -> None:
