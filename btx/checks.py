@@ -27,8 +27,11 @@ from btx.steps.train import Train
 ALONE = ("NO", "MULTI_CPU")  # kinds of accelerate's launch files under which it starts one process, without MPI
 
 
-def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
-    """Raise what is wrong with the input of these steps, whose folders will lie under `root`; nothing is written."""
+def check_inputs(steps: list[Step], merge: Merge, recipe: Recipe, root: Path) -> None:
+    """Raise what is wrong with the input of these steps, whose folders will lie under `root`; nothing is written.
+
+    A merge that cannot be had is told before experts are trained for it.
+    """
     check_place(recipe.run, root)
     for seed in {s.folder: s for step in steps if (s := seed_of(step)) and isinstance(s, Given)}:
         check_lengths(seed, recipe)
@@ -38,13 +41,15 @@ def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
         if isinstance(step, Finetune) and step.merge.settings.attention:
             check_attention_experts(recipe)
         if isinstance(step, Merge):
-            check_layout(step, recipe.seed.builtin.config)
+            check_memory(step)
         if isinstance(step, Export) and recipe.finetune.soft_first_layer:
             raise RecipeError(
                 "finetune.soft_first_layer: no stock class can hold a layer that visits all experts beside others that "
                 "visit one, so the export would be another model than the one measured. Leave it out, or stop before "
                 "the export: --until evaluate."
             )
+    if any(isinstance(step, (Train, Merge)) for step in steps):
+        check_layout(merge, recipe.seed.builtin.config)
     for tokens, length in sequence_lengths(steps):
         check_documents(tokens, length)
 
@@ -79,16 +84,13 @@ def check_lengths(seed: Path, recipe: Recipe) -> None:
 
 
 def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
-    """RecipeError when the seed's feed-forward blocks cannot be cut as the recipe says, ResourceError for memory."""
-    from btx.checkpoint import opened
-    from btx.merge.averaging import require_memory
+    """RecipeError when experts cannot be made of the seed's feed-forward blocks as the recipe says."""
     from btx.merge.layout import layout
+    from btx.safety import read_config
 
     seed, config = merge.branch.seed, builtin
     if isinstance(seed, Given):
-        with opened(seed.folder) as found:
-            config = {**found.config, "intermediate_size": width_of(seed.folder)}
-            require_memory(found, merge.settings.shared, models=len(merge.models), limit=merge.where.max_memory)
+        config = {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
     width = config["intermediate_size"]
     layout(merge.settings, list(merge.models), config, str(seed.folder))
     for name, step in merge.models.items():
@@ -97,6 +99,17 @@ def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
                 f"merge.experts: {merge.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
                 f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
             )
+
+
+def check_memory(merge: Merge) -> None:
+    """ResourceError when averaging takes more memory than the recipe gives it."""
+    from btx.checkpoint import opened
+    from btx.merge.averaging import require_memory
+
+    seed = merge.branch.seed
+    if isinstance(seed, Given):
+        with opened(seed.folder) as found:
+            require_memory(found, merge.settings.shared, models=len(merge.models), limit=merge.where.max_memory)
 
 
 def check_attention_experts(recipe: Recipe) -> None:

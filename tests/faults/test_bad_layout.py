@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from btx.cli import graph_of
+from btx.errors import ArtifactError, RecipeError
 from tests.faults.test_bad_input import setting
 from tests.faults.world import Break, World, refused
 
@@ -57,6 +59,16 @@ def test_a_field_of_several_forms_is_named_as_the_recipe_has_it(world: World, ke
     said = refused(world.write(), world.runs, 2, (f"{key}:",))
     assert "function" not in said
     assert "list[" not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("merge.layers", [0]), ("merge.shared_expert", "seed"), ("merge.experts", "ffn+attention")]
+)
+def test_no_expert_is_trained_for_a_merge_that_cannot_be_had(world: World, key: str, value: object) -> None:
+    world.set(key, value)
+    graph = graph_of(world.write(), ())
+    with pytest.raises((RecipeError, ArtifactError), match=r"merge\.|attention experts"):
+        graph.check(graph.needed(graph.labels("train", "math")))
 
 
 def test_one_missing_of_several_checkpoints_is_named(world: World) -> None:
