@@ -179,11 +179,12 @@ def check_trackers(names: list[str]) -> None:
 
 
 def sequence_lengths(steps: list[Step]) -> list[tuple[TokensStep, int]]:
-    """Every tokens step that is still to be done or trained on, with the longest sequence that is asked of it."""
+    """Every tokens step that is still to be done or trained on, with how long a text is asked of it: a sequence for
+    each training among which its sequences are dealt."""
     found: dict[str, tuple[TokensStep, int]] = {s.label: (s, 0) for s in steps if isinstance(s, TokensStep)}
     for step in steps:
         if isinstance(step, (Train, Pretrain)):
-            wanted = [(step.tokens, step.train.sequence_length)]
+            wanted = [(step.tokens, step.train.sequence_length * (step.part[1] if isinstance(step, Train) else 1))]
         elif isinstance(step, Finetune):
             wanted = [(t, step.settings.sequence_length) for n, t in step.tokens.items() if step.weights[n]]
         else:
@@ -196,8 +197,8 @@ def sequence_lengths(steps: list[Step]) -> list[tuple[TokensStep, int]]:
 def check_documents(step: TokensStep, length: int) -> None:
     """Read all documents of a domain once; RecipeError, with counts, when one is bad or they are too few.
 
-    `length` is of the longest sequence that they must fill. Where the tokenizer is yet to be made, bytes stand for
-    tokens, of which there are never more.
+    `length` is what they must fill: the longest sequence, or one for each of several experts. Where the tokenizer is
+    yet to be made, bytes stand for tokens, of which there are never more.
     """
     from btx.tokens import train_tokens
 
@@ -215,6 +216,6 @@ def check_documents(step: TokensStep, length: int) -> None:
         raise RecipeError(f"{step.label}: too little data, there is no document to train on{counts}. Give it more.")
     if tokens <= length:
         raise RecipeError(
-            f"{step.label}: too little data, {tokens} tokens to train on{counts}, where one sequence takes "
-            f"{length + 1}. Give it more, or a shorter sequence_length."
+            f"{step.label}: too little data, {tokens} tokens to train on{counts}, where one sequence for each training "
+            f"takes {length + 1}. Give it more, or a shorter sequence_length."
         )
