@@ -27,8 +27,11 @@ from btx.steps.train import Train
 ALONE = ("NO", "MULTI_CPU")  # kinds of accelerate's launch files under which it starts one process, without MPI
 
 
-def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
-    """Raise what is wrong with the input of these steps, whose folders will lie under `root`; nothing is written."""
+def check_inputs(steps: list[Step], merge: Merge, recipe: Recipe, root: Path) -> None:
+    """Raise what is wrong with the input of these steps, whose folders will lie under `root`; nothing is written.
+
+    A merge that cannot be had is told before experts are trained for it.
+    """
     check_place(recipe.run, root)
     for seed in {s.folder: s for step in steps if (s := seed_of(step)) and isinstance(s, Given)}:
         check_lengths(seed, recipe)
@@ -38,13 +41,15 @@ def check_inputs(steps: list[Step], recipe: Recipe, root: Path) -> None:
         if isinstance(step, Finetune) and step.merge.settings.attention:
             check_attention_experts(recipe)
         if isinstance(step, Merge):
-            check_layout(step, recipe.seed.builtin.config)
+            check_memory(step)
         if isinstance(step, Export) and recipe.finetune.soft_first_layer:
             raise RecipeError(
                 "finetune.soft_first_layer: no stock class can hold a layer that visits all experts beside others that "
                 "visit one, so the export would be another model than the one measured. Leave it out, or stop before "
                 "the export: --until evaluate."
             )
+    if any(isinstance(step, (Train, Merge)) for step in steps):
+        check_layout(merge, recipe.seed.builtin.config)
     for tokens, length in sequence_lengths(steps):
         check_documents(tokens, length)
 
@@ -79,16 +84,13 @@ def check_lengths(seed: Path, recipe: Recipe) -> None:
 
 
 def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
-    """RecipeError when the seed's feed-forward blocks cannot be cut as the recipe says, ResourceError for memory."""
-    from btx.checkpoint import opened
-    from btx.merge.averaging import require_memory
+    """RecipeError when experts cannot be made of the seed's feed-forward blocks as the recipe says."""
     from btx.merge.layout import layout
+    from btx.safety import read_config
 
     seed, config = merge.branch.seed, builtin
     if isinstance(seed, Given):
-        with opened(seed.folder) as found:
-            config = {**found.config, "intermediate_size": width_of(seed.folder)}
-            require_memory(found, merge.settings.shared, models=len(merge.models), limit=merge.where.max_memory)
+        config = {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
     width = config["intermediate_size"]
     layout(merge.settings, list(merge.models), config, str(seed.folder))
     for name, step in merge.models.items():
@@ -97,6 +99,17 @@ def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
                 f"merge.experts: {merge.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
                 f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
             )
+
+
+def check_memory(merge: Merge) -> None:
+    """ResourceError when averaging takes more memory than the recipe gives it."""
+    from btx.checkpoint import opened
+    from btx.merge.averaging import require_memory
+
+    seed = merge.branch.seed
+    if isinstance(seed, Given):
+        with opened(seed.folder) as found:
+            require_memory(found, merge.settings.shared, models=len(merge.models), limit=merge.where.max_memory)
 
 
 def check_attention_experts(recipe: Recipe) -> None:
@@ -166,11 +179,12 @@ def check_trackers(names: list[str]) -> None:
 
 
 def sequence_lengths(steps: list[Step]) -> list[tuple[TokensStep, int]]:
-    """Every tokens step that is still to be done or trained on, with the longest sequence that is asked of it."""
+    """Every tokens step that is still to be done or trained on, with how long a text is asked of it: a sequence for
+    each training among which its sequences are dealt."""
     found: dict[str, tuple[TokensStep, int]] = {s.label: (s, 0) for s in steps if isinstance(s, TokensStep)}
     for step in steps:
         if isinstance(step, (Train, Pretrain)):
-            wanted = [(step.tokens, step.train.sequence_length)]
+            wanted = [(step.tokens, step.train.sequence_length * (step.part[1] if isinstance(step, Train) else 1))]
         elif isinstance(step, Finetune):
             wanted = [(t, step.settings.sequence_length) for n, t in step.tokens.items() if step.weights[n]]
         else:
@@ -183,8 +197,8 @@ def sequence_lengths(steps: list[Step]) -> list[tuple[TokensStep, int]]:
 def check_documents(step: TokensStep, length: int) -> None:
     """Read all documents of a domain once; RecipeError, with counts, when one is bad or they are too few.
 
-    `length` is of the longest sequence that they must fill. Where the tokenizer is yet to be made, bytes stand for
-    tokens, of which there are never more.
+    `length` is what they must fill: the longest sequence, or one for each of several experts. Where the tokenizer is
+    yet to be made, bytes stand for tokens, of which there are never more.
     """
     from btx.tokens import train_tokens
 
@@ -202,6 +216,6 @@ def check_documents(step: TokensStep, length: int) -> None:
         raise RecipeError(f"{step.label}: too little data, there is no document to train on{counts}. Give it more.")
     if tokens <= length:
         raise RecipeError(
-            f"{step.label}: too little data, {tokens} tokens to train on{counts}, where one sequence takes "
-            f"{length + 1}. Give it more, or a shorter sequence_length."
+            f"{step.label}: too little data, {tokens} tokens to train on{counts}, where one sequence for each training "
+            f"takes {length + 1}. Give it more, or a shorter sequence_length."
         )

@@ -76,11 +76,7 @@ class Launcher:
             start = [sys.executable, "-c", LAUNCHER, "--config_file", str(Path(config).absolute()), "-m"]
         sets = [part for text in self.overrides for part in ("--set", text)]
         argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label]
-        return Job(step.label, argv, _log(step), launcher=bool(config))
-
-
-def _log(step: Step) -> Path:
-    return step.work.with_suffix(".log")
+        return Job(step.label, argv, step.log_file, launcher=bool(config))
 
 
 def _gpus() -> int:

@@ -255,7 +255,9 @@ class Graph:
 
     def check(self, steps: list[Step]) -> None:
         """Look at all input of the steps that are still to be done; what is wrong is raised, nothing is written."""
-        check_inputs(steps, self.recipe, self.root)
+        merge = self.steps["merge"]
+        assert isinstance(merge, Merge)
+        check_inputs(steps, merge, self.recipe, self.root)
 
 
 def router_data(recipe: Recipe, tokens: dict[str, TokensStep]) -> dict[str, TokensStep]:

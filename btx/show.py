@@ -95,7 +95,7 @@ def status_table(graph: Any) -> None:
 
 
 def _state(step: Any) -> str:
-    if locked(step.work.with_suffix(".lock")):
+    if locked(step.lock_file):
         return "under way"
     if step.exists:
         return "made from other inputs"

@@ -69,6 +69,16 @@ class Step(BaseModel):
         """Where an unfinished training keeps its saved states, which go once it has published."""
         return self.root / "work" / self.folder.name
 
+    @property
+    def lock_file(self) -> Path:
+        """Held by the process that is at work on it."""
+        return self.work.with_name(f"{self.work.name}.lock")  # with_suffix would take math.0 for math
+
+    @property
+    def log_file(self) -> Path:
+        """What a training in a process of its own prints."""
+        return self.work.with_name(f"{self.work.name}.log")
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result."""
         fields = {}
@@ -111,7 +121,7 @@ class Step(BaseModel):
         def waiting(owner: str) -> None:
             tell({"label": self.label, "note": f"waits for {owner}, which is at work on it"})
 
-        with lock(self.work.with_suffix(".lock"), waiting=waiting):
+        with lock(self.lock_file, waiting=waiting):
             if self.done:
                 return
             if self.exists:
@@ -126,7 +136,7 @@ class Step(BaseModel):
 
         The first one may have to wait for the lock, and find the step done by others: then there is nothing to help.
         """
-        while not held_by_launch(self.work.with_suffix(".lock")):
+        while not held_by_launch(self.lock_file):
             if self.done:
                 return
             time.sleep(0.5)

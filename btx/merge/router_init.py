@@ -7,7 +7,8 @@ Both ways look at a merged model, at what each of its routers truly sees (behind
 - `embeddings`: each domain's mean input embedding, less the mean over the domains.
 
 A layer's rows are then scaled together so that the mean entropy of their softmax over the tokens is what was asked. An
-expert without data of its own, such as the seed's, has the row of a domain with average inputs: zeros.
+expert without data of its own, such as the seed's, has the row of a domain with average inputs: zeros. Experts of one
+domain have its row, each a little off it: of equal rows only the first would ever be chosen.
 
 Axes: T tokens, E experts, D width of the model, N domains.
 """
@@ -26,6 +27,7 @@ from btx.routed import find_routers
 from btx.routing import mean_entropy
 
 RIDGE = 1e-3  # λ as a share of the mean square of a component of x
+APART = 0.1  # root mean square of what tells experts of one domain apart, as a share of the rows'
 KEPT = 512  # tokens of each domain and layer that the scale is measured on
 
 
@@ -115,11 +117,20 @@ def scaled(rows_ED: Tensor, seen: Iterable[Seen], entropy: float) -> Tensor:
     return rows_ED * (0.5 * (low + high))
 
 
+def apart(owners: Sequence[str], rows_ND: Tensor, layer: int) -> Tensor:
+    """Small random rows (E, D) for experts that share their owner with others, zeros for the rest."""
+    made = torch.randn(len(owners), rows_ND.shape[1], generator=torch.Generator().manual_seed(layer))
+    shared = torch.tensor([owners.count(owner) > 1 for owner in owners])
+    return made * shared[:, None] * (APART * rows_ND.square().mean().sqrt())
+
+
 def fresh_routers(
-    model: Any, batches: Mapping[str, Sequence[Tensor]], owners: Sequence[str], *, how: str, entropy: float
-) -> list[Tensor]:
+    model: Any, batches: Mapping[str, Sequence[Tensor]], owners: Sequence[str], *, how: str, entropy: float,
+    together: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """A router (E, D) in float32 for every layer; `owners` names each expert's domain, `batches` those with data.
 
+    `together`: experts of one owner have the very same row, as chunks of one model must.
     ValueError when fewer than two domains have data.
     """
     if len(batches) < 2:
@@ -132,5 +143,7 @@ def fresh_routers(
         rows_ND = from_activations(here) if embedded is None else embedded
         nothing = torch.zeros_like(rows_ND[0])
         rows_ED = torch.stack([rows_ND[names.index(o)] if o in names else nothing for o in owners])
+        if not together:
+            rows_ED = rows_ED + apart(owners, rows_ND, layer)
         routers.append(scaled(rows_ED, here, entropy))
     return routers

@@ -163,7 +163,7 @@ class MergeSettings(Settings):
         many = self.copies if isinstance(self.copies, int) else max(self.copies.values(), default=1)
         if many > 1 and self.router in FROM_DATA and not self.reinitialize:
             raise ValueError(
-                f"router: {self.router} gives copies of one model the same row, so they would never differ; "
+                f"router: {self.router} gives copies of one model rows that hardly differ; "
                 "use random or orthogonal, or reinitialize some of their units"
             )
         return self

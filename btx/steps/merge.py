@@ -113,7 +113,7 @@ class Merge(Models):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "merge"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     top_k: int | None  # experts a token visits; None for all
     tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, where the router is made from data
     domains: dict[str, str] = Field(default_factory=dict)  # of models whose name is another than their domain's
@@ -151,7 +151,10 @@ class Merge(Models):
         net = model.load(out, where=self.where).to(model.device_of(self.where)).eval()
         batches = {name: _batches(step, self.settings.router_tokens) for name, step in self.tokens.items()}
         owners = [self.domains.get(model, model) for model in experts.owners.values()]
-        routers = fresh_routers(net, batches, owners, how=self.settings.router, entropy=self.settings.router_entropy)
+        routers = fresh_routers(
+            net, batches, owners, how=self.settings.router, entropy=self.settings.router_entropy,
+            together=self.settings.experts == "split",
+        )  # fmt: skip
         family = MOE[net.config.model_type]
         return overwrite(out, dict(zip(experts.routers(family), routers, strict=True)))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from btx.artifact import lock, locked
+from btx.cli import graph_of
+from btx.errors import ArtifactError, RecipeError
 from tests.faults.test_bad_input import setting
 from tests.faults.world import Break, World, refused
 
@@ -57,6 +60,31 @@ def test_a_field_of_several_forms_is_named_as_the_recipe_has_it(world: World, ke
     said = refused(world.write(), world.runs, 2, (f"{key}:",))
     assert "function" not in said
     assert "list[" not in said
+
+
+def test_several_experts_of_a_domain_wait_for_nobody_and_have_logs_of_their_own(world: World) -> None:
+    world.set("domains.math.experts", 2)
+    steps = graph_of(world.write(), ()).steps
+    one, two = steps["train:math.0"], steps["train:math.1"]
+    assert one.lock_file != two.lock_file
+    assert one.log_file != two.log_file
+    with lock(one.lock_file, waiting=lambda _owner: None):
+        assert not locked(two.lock_file)
+
+
+def test_text_that_is_too_little_for_several_experts_is_refused(world: World) -> None:
+    world.set("domains.math.experts", 1000)
+    refused(world.write(), world.runs, 2, ("tokens:math", "too little data", "for each training", "16001"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("merge.layers", [0]), ("merge.shared_expert", "seed"), ("merge.experts", "ffn+attention")]
+)
+def test_no_expert_is_trained_for_a_merge_that_cannot_be_had(world: World, key: str, value: object) -> None:
+    world.set(key, value)
+    graph = graph_of(world.write(), ())
+    with pytest.raises((RecipeError, ArtifactError), match=r"merge\.|attention experts"):
+        graph.check(graph.needed(graph.labels("train", "math")))
 
 
 def test_one_missing_of_several_checkpoints_is_named(world: World) -> None:

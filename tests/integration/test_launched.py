@@ -63,7 +63,7 @@ def test_a_further_process_helps_only_the_first_one_of_its_own_launch(
 
     monkeypatch.setattr("btx.step.time.sleep", sleep)
     monkeypatch.setattr(type(step), "run", lambda *_: calls.append("helps"))
-    with artifact.lock(step.work.with_suffix(".lock"), waiting=calls.append):
+    with artifact.lock(step.lock_file, waiting=calls.append):
         monkeypatch.setenv("RANK", "1")
         step.build(lambda _event: None)
         assert calls == ["helps"]

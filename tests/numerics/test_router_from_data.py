@@ -14,6 +14,7 @@ from btx.checkpoint import opened
 from btx.families import DENSE
 from btx.merge.router_init import Seen, fresh_routers, from_activations, scaled
 from btx.moe.router_fit import RIDGE
+from btx.routed import Routed, find_routers
 from btx.routing import init_router, mean_entropy
 from btx.shards import overwrite
 from tests.conftest import config_of, save_model
@@ -101,11 +102,31 @@ def test_routers_from_data_know_whose_expert_is_whose(tmp_path: Path, family: st
             torch.testing.assert_close(router[:3] / router[:3].norm(), centred / centred.norm(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("how", ["activations", "embeddings"])
+def test_several_experts_of_a_domain_are_all_chosen_by_its_tokens(tmp_path: Path, how: str) -> None:
+    out = merge(tmp_path / "moe", [save_model(tmp_path / "seed", config_of("llama"))] * 6, top_k=1)
+    owners = [domain for domain in DOMAINS for _ in range(2)]
+    model = load(out)
+    routers = fresh_routers(model, batches(), owners, how=how, entropy=0.6)
+    for router, weight in zip(find_routers(model).values(), routers, strict=True):
+        router.weight.data = weight
+    with torch.inference_mode(), Routed(model, "switch", 1) as routed:
+        counts = torch.zeros(len(DOMAINS), 6)
+        for number, some in enumerate(batches().values()):
+            model(input_ids=some[0])
+            for layer in routed.layers:
+                counts[number] += torch.bincount(layer.index_TK.flatten(), minlength=6)
+    own = torch.stack([counts[n, 2 * n : 2 * n + 2] for n in range(len(DOMAINS))])
+    assert (own > 0).all()
+    if how == "activations":
+        assert own.sum() / counts.sum() > 0.9
+    alike = fresh_routers(model, batches(), owners, how=how, entropy=0.6, together=True)
+    assert all(torch.equal(router[0::2], router[1::2]) for router in alike)
+
+
 @torch.inference_mode()
 def own_shares(model: Any) -> dict[str, float]:
     """Share of each domain's tokens, over all layers, whose first expert is its own."""
-    from btx.routed import Routed
-
     found = {}
     with Routed(model, "top_k", 2) as routed:
         for number, (domain, some) in enumerate(batches().items()):
