@@ -14,7 +14,7 @@ from btx.recipe import Recipe
 from btx.settings import RunSettings
 from btx.step import Step
 from btx.steps.adapted import Adapted
-from btx.steps.branch import Branch, native_config
+from btx.steps.branch import Branch, Descent, native_config
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune
@@ -36,7 +36,7 @@ def check_inputs(steps: list[Step], merge: Merge, recipe: Recipe, root: Path) ->
     for seed in {s.folder: s for step in steps if (s := seed_of(step)) and isinstance(s, Given)}:
         check_lengths(seed, recipe)
     for step in steps:
-        if isinstance(step, (Branch, Adapted)) and isinstance(step.seed, Given):
+        if isinstance(step, (Branch, Descent, Adapted)) and isinstance(step.seed, Given):
             step.examine()
         if isinstance(step, Finetune) and step.merge.settings.attention:
             check_attention_experts(recipe)
@@ -56,7 +56,7 @@ def check_inputs(steps: list[Step], merge: Merge, recipe: Recipe, root: Path) ->
 
 def seed_of(step: Step) -> Step | None:
     """The seed under a step that reads sequences, or that verifies the seed."""
-    if isinstance(step, Branch):
+    if isinstance(step, (Branch, Descent)):
         return step.seed
     if isinstance(step, Train):
         return step.branch.seed

@@ -18,7 +18,7 @@ from btx.merge.settings import FROM_DATA
 from btx.recipe import Recipe
 from btx.step import Step
 from btx.steps.adapted import Adapted
-from btx.steps.branch import Branch
+from btx.steps.branch import Branch, Descent
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune
@@ -65,7 +65,8 @@ class Graph:
             for expert, path in zip(domain.names(name), domain.checkpoints, strict=False)
         }
         given = {name: step for name, step in elsewhere.items() if isinstance(step, Given)}
-        branch = self._add(Branch(seed=seed, given=given, **self._place()))
+        branch = self._add(Branch(seed=seed, **self._place()))
+        descent = self._add(Descent(seed=seed, given=given, **self._place("given"))) if given else None
         experts: dict[str, Step] = {}
         for expert, name in recipe.domain_of.items():
             domain = recipe.domains[name]
@@ -74,8 +75,8 @@ class Graph:
                       part=(domain.names(name).index(expert), domain.experts), **self._place(expert))
             )  # fmt: skip
         vocabulary = self._vocabulary(seed, given)
-        models = {"branch": branch, "experts": experts, "settings": recipe.merge, "vocabulary": vocabulary,
-                  **self._place()}  # fmt: skip
+        models = {"branch": branch, "descent": descent, "experts": experts, "settings": recipe.merge,
+                  "vocabulary": vocabulary, **self._place()}  # fmt: skip
         average = self._add(Average(**models))
         if not tokens:
             raise RecipeError("no domain has `data`, so there is nothing to finetune or evaluate on.")

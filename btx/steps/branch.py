@@ -1,4 +1,4 @@
-"""The seed verified and its lineage written down: what every later stage checks its models against."""
+"""The seed verified, and the experts that were trained elsewhere: what the stages after them rest on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ LEAST_COSINE = 0.3  # between all matrices of an expert and the seed; strangers 
 
 
 class Branch(Step):
-    """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes, and each given expert's."""
+    """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes."""
 
     kind: ClassVar[str] = "branch"
     seed: Step
-    given: dict[str, Step]  # experts that were trained elsewhere, by domain
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
-        """Check seed and given experts, write the lineage."""
+        """Check the seed, write the lineage."""
         lineage = self.examine()
         write_json(out / "lineage.json", lineage)
-        return {"family": lineage["seed"]["family"], "becomes": lineage["seed"]["becomes"]}
+        return {"family": lineage["family"], "becomes": lineage["becomes"]}
 
     def examine(self) -> dict[str, Any]:
-        """Read seed and given experts whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
+        """Read the seed whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
         from btx.checkpoint import opened, require_finite, tokenizer_digest
         from btx.families import family_of
 
@@ -41,7 +40,7 @@ class Branch(Step):
             require_complete(seed)
             require_ids(seed)
             require_finite(seed, "the seed")
-            about = {
+            return {
                 "digest": self.seed.digest,
                 "family": family.dense,
                 "becomes": family.moe,
@@ -49,7 +48,27 @@ class Branch(Step):
                 "dtype": str(seed.dtype).removeprefix("torch."),
                 "tensors": {n: list(e.shape) for n, e in seed.entries.items()},
             }
-        return {"seed": about, "given": {n: check_expert(folder, s.folder, n) for n, s in self.given.items()}}
+
+
+class Descent(Step):
+    """A report folder with lineage.json: how each expert that was trained elsewhere descends from the seed.
+
+    Apart from the seed's, so that no expert is trained again when another one joins.
+    """
+
+    kind: ClassVar[str] = "branch"
+    seed: Step
+    given: dict[str, Step]  # by name
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Check the experts, write the lineage."""
+        lineage = self.examine()
+        write_json(out / "lineage.json", lineage)
+        return {"experts": list(lineage)}
+
+    def examine(self) -> dict[str, Any]:
+        """Read the experts whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
+        return {name: check_expert(self.seed.folder, step.folder, name) for name, step in self.given.items()}
 
 
 def check_buildable(config: dict[str, Any], where: str) -> None:

@@ -13,7 +13,7 @@ from btx.artifact import STATES, fingerprint, write_json
 from btx.errors import RecipeError
 from btx.merge.settings import FROM_DATA, MergeSettings
 from btx.step import HASHED, Step, Tell
-from btx.steps.branch import Branch
+from btx.steps.branch import Branch, Descent
 from btx.steps.tokens import TokensStep
 from btx.steps.vocabulary import VocabularyStep
 
@@ -33,6 +33,7 @@ class Models(Step):
     """What merge and average share: the seed's lineage and the experts by domain, in the recipe's order."""
 
     branch: Branch
+    descent: Descent | None  # of the experts that were trained elsewhere
     experts: dict[str, Step]
     settings: MergeSettings
     vocabulary: VocabularyStep | None = None  # where experts have tokens of their own

@@ -87,8 +87,8 @@ def test_an_expert_trained_elsewhere_is_checked_and_merged_not_trained(tmp_path:
     assert found["experts"] == ["math", "code", "law", "seed"]
     assert set(found["bits_per_byte"]["expert:law"]) == {"math", "code"}
     assert not list((tmp_path / "runs/pico/steps").glob("train-law*"))
-    lineage = json.loads(next((tmp_path / "runs/pico/steps").glob("branch-*/lineage.json")).read_text())
-    assert lineage["given"]["law"]["cosine"] > 0.9
+    lineage = json.loads(next((tmp_path / "runs/pico/steps").glob("branch-given-*/lineage.json")).read_text())
+    assert lineage["law"]["cosine"] > 0.9
 
 
 FSDP = """\
@@ -165,8 +165,8 @@ def test_an_expert_with_tokens_of_its_own_is_merged_by_token(tmp_path: Path) -> 
     steps = tmp_path / "runs/pico/steps"
     config = json.loads((tmp_path / "runs/pico/export/config.json").read_text())
     assert config["vocab_size"] == TOKENS + 2
-    lineage = json.loads(next(steps.glob("branch-*/lineage.json")).read_text())
-    assert lineage["given"]["law"]["added_tokens"] == ["<law>", "</law>"]
+    lineage = json.loads(next(steps.glob("branch-given-*/lineage.json")).read_text())
+    assert lineage["law"]["added_tokens"] == ["<law>", "</law>"]
     found = results(tmp_path)["bits_per_byte"]
     assert {*found["expert:law"]} == {"math", "code", "law"}
     ids = {

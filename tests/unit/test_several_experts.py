@@ -8,6 +8,7 @@ import pytest
 
 from btx.pipeline import mix
 from btx.recipe import Recipe
+from tests.faults.world import World
 from tests.unit.test_recipe import SMALL
 
 
@@ -42,3 +43,10 @@ def test_copies_count_as_experts() -> None:
 def test_two_experts_of_one_name_are_refused(domains: Any, merge: Any) -> None:
     with pytest.raises(ValueError, match=r"would be called '(a|seed)\.[01]'"):
         Recipe.model_validate({**SMALL, "domains": domains, "merge": merge})
+
+
+def test_an_expert_that_joins_has_none_trained_again(world: World) -> None:
+    labels = ("branch", "train:math", "merge")
+    before = {label: world.key(label) for label in labels}
+    world.set("domains.more", {"checkpoint": ["law", "law"]})
+    assert [label for label in labels if world.key(label) != before[label]] == ["merge"]
