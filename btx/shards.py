@@ -30,7 +30,7 @@ from btx.errors import ArtifactError
 from btx.safety import DTYPES, INDEX, NAMES, SINGLE
 
 SHARD_BYTES = 5 * 10**9
-QUEUED = 4  # blocks that may wait to be written
+QUEUED = 12  # blocks that may wait to be hashed and written: with 4, one side waited for the other half of the time
 FLUSHED = 2**28  # bytes after which they are brought to the disk
 Progress = Callable[[Path, int, int], None]  # takes the file at work, bytes of tensors done and in all
 
