@@ -17,7 +17,7 @@ from btx.merge.settings import MergeSettings
 from btx.safety import MOST_LAYERS
 
 BESIDE_SHARED = 0.5  # what routed experts are multiplied by where a shared one gives the other half: its fresh gate is
-# sigmoid(0), so N copies and a shared expert of the same block give that block, and halving is exact in any dtype
+# sigmoid(0), so N copies and a shared expert of the same block give that block; halving is exact but for subnormals
 
 
 @dataclass(frozen=True)
