@@ -200,15 +200,15 @@ def check_documents(step: TokensStep, length: int) -> None:
     `length` is what they must fill: the longest sequence, or one for each of several experts. Where the tokenizer is
     yet to be made, bytes stand for tokens, of which there are never more.
     """
-    from btx.tokens import train_tokens
+    from btx.tokens import survey, train_tokens
 
     if step.done:
         tokens, counts = train_tokens(step.folder), ""
     else:
         split = step.split()
-        tokens = split.survey(step.encoder() if step.tokenizer.folder.is_dir() else None, enough=length + 1)
+        tokens = survey(split, step.encoder() if step.tokenizer.folder.is_dir() else None, enough=length + 1)
         counts = f" ({split.summary(len(step.sources), len(step.valid))})"
-        if split.counts.documents and not split.kept and (step.data.holdout or step.valid):
+        if split.counts.documents and not split.test and (step.data.holdout or step.valid):
             raise RecipeError(
                 f"{step.label}: there is no document to hold out{counts}. Name `valid` files that have some."
             )

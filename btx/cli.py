@@ -1,4 +1,4 @@
-"""The command: one verb a stage, and run, status, path, plan, check, doctor, init, schema, bench.
+"""The command: one verb a stage, and run, status, path, plan, check, doctor, init, schema, text, bench.
 
 Nothing heavy is imported before a verb needs it, so that `btx --help` answers at once.
 """
@@ -216,6 +216,16 @@ def schema() -> None:
     from btx.recipe import schema as recipe_schema
 
     click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def text(folder: Path) -> None:
+    """Write the builtin texts as FOLDER/math, FOLDER/code and FOLDER/prose, for recipes to name as their data."""
+    from btx import builtin
+
+    for name, (documents, size) in builtin.write(folder).items():
+        click.echo(f"{folder / name}: {documents:,} documents, {size:,} bytes of text")
 
 
 main.add_command(bench)

@@ -11,9 +11,9 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,24 @@ class Document:
 
     pieces: tuple[tuple[str, bool], ...]
     messages: tuple[dict[str, Any], ...] = ()  # kept for tokenizers with a chat template
+    source: str = ""  # name of the source document that this is a piece of; none: it is one itself
 
-    @property
+    @cached_property
     def text(self) -> str:
         """All pieces as one text."""
         return "".join(text for text, _ in self.pieces)
+
+    @cached_property
+    def rank(self) -> int:
+        """Where its text stands in the order of hashes."""
+        return rank_of(self.text)
+
+    def shortened(self, limit: int) -> Document:
+        """Its first `limit` bytes, less a character that the limit would split; a conversation stays whole, since how
+        much text its template makes of it is not known here."""
+        if self.messages or len(self.text) <= limit // 4:
+            return self
+        return Document(((cut(self.text, limit), True),), source=self.source)
 
     @property
     def empty(self) -> bool:
@@ -136,7 +149,7 @@ def read(sources: list[str], *, skip_bad: bool, counts: Counts) -> Iterator[Docu
     RecipeError with file and line for what cannot be read, unless `skip_bad`.
     """
     for source in sources:
-        for where, record in _records(source):
+        for where, record, origin in _records(source):
             try:
                 document = parse(record) if not isinstance(record, Exception) else _raise(record)
             except (ValueError, RecursionError) as error:
@@ -151,7 +164,7 @@ def read(sources: list[str], *, skip_bad: bool, counts: Counts) -> Iterator[Docu
                 continue
             counts.documents += 1
             counts.bytes += len(document.text.encode())
-            yield document
+            yield replace(document, source=origin) if origin else document
 
 
 def _raise(error: Exception) -> Document:
@@ -159,17 +172,25 @@ def _raise(error: Exception) -> Document:
 
 
 @cache
-def _builtin(name: str) -> tuple[str, ...]:
+def _builtin(name: str) -> tuple[tuple[str, str], ...]:
     """An embedded corpus, made once a process: a run reads it several times, and it is a few MB."""
-    return tuple(builtin.documents(name))
+    return tuple(builtin.sources(name))
 
 
-def _records(source: str) -> Iterator[tuple[str, Any]]:
-    if not source.startswith(BUILTIN):
-        yield from records(source)
+def in_pieces(source: str) -> bool:
+    """Whether a source document may come as several records: a plain text, or a topic of the builtin prose."""
+    return source.startswith(BUILTIN) or kind_of(source) == ".txt"
+
+
+def _records(source: str) -> Iterator[tuple[str, Any, str]]:
+    """(where, record, name of the source document that it is a piece of, or none)."""
+    if source.startswith(BUILTIN):
+        for number, (origin, text) in enumerate(_builtin(source.removeprefix(BUILTIN)), 1):
+            yield f"{source}#{number}", {"text": text}, origin and f"{source}/{origin}"
         return
-    for number, text in enumerate(_builtin(source.removeprefix(BUILTIN)), 1):
-        yield f"{source}#{number}", {"text": text}
+    origin = source if in_pieces(source) else ""
+    for where, record in records(source):
+        yield where, record, origin
 
 
 def parse(record: Any) -> Document:
@@ -211,6 +232,11 @@ def _conversation(messages: Any) -> Document:
     return Document(pieces, tuple({"role": m["role"], "content": m["content"]} for m in messages))
 
 
-def held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out share: by its own hash, so equal texts never come apart."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < share * 2**32
+def rank_of(text: str) -> int:
+    """Where a text stands in the order of hashes: the first 128 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16])
+
+
+def cut(text: str, limit: int) -> str:
+    """The first `limit` bytes of a text, less a character that the limit would split."""
+    return text[:limit].encode()[:limit].decode(errors="ignore")

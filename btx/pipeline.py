@@ -5,9 +5,10 @@ Every input is looked at first (`Graph.check`), so that a bad one is refused bef
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from btx import corpus
 from btx.artifact import fingerprint
@@ -135,11 +136,8 @@ class Graph:
         if not seed.is_builtin:
             given = self._given("seed", seed.checkpoint)
             return given, given
-        sources = corpus.resolve(seed.sources, self.data_base, "seed.data")
-        tokenizer = self._add(Tokenizer(
-            sources=sources, content=[self._digest(s) for s in sources], data=self.recipe.data,
-            vocab_size=seed.builtin.vocab_size, **self._place(),
-        ))  # fmt: skip
+        reads = self._reads("seed", seed.sources, seed.valid)
+        tokenizer = self._add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self._place()))
         tokens = self._tokens("seed", seed.sources, seed.valid, tokenizer)
         return self._add(
             Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=self.recipe.train, **self._place())
@@ -196,18 +194,27 @@ class Graph:
             found = self.steps[label]
             assert isinstance(found, TokensStep)
             return found
-        where = "seed" if name == "seed" else f"domains.{name}"
+        reads = self._reads("seed" if name == "seed" else f"domains.{name}", data, valid)
+        return self._add(TokensStep(tokenizer=tokenizer, template=template, **reads, **self._place(name + suffix)))
+
+    def _reads(self, where: str, data: list[str], valid: list[str]) -> dict[str, Any]:
+        """What a step says of the text that it reads, and of other domains' that it must leave out.
+
+        What the seed's data holds out by chance is scored nowhere, so the domains need not leave it out.
+        """
         sources, kept = self._resolved(where, data, valid)
         for source in sorted({*sources} & {*kept}):
             raise RecipeError(f"{where}: {source} is in `data` and in `valid`. Leave it out of one of them.")
-        others = [self._resolved(*o) for o in self._data() if o[0] != where]
-        apart = sorted({file for _, files in others for file in files} - {*kept})
-        elsewhere = any({*sources} & {*theirs} for theirs, files in others if not files)
-        return self._add(TokensStep(
-            tokenizer=tokenizer, template=template, sources=sources, valid=kept, apart=apart, data=self.recipe.data,
-            held_out_elsewhere=elsewhere, content=[self._digest(s) for s in (*sources, *kept, *apart)],
-            **self._place(name + suffix),
-        ))  # fmt: skip
+        others = [(o[0], *self._resolved(*o)) for o in self._data() if o[0] != where]
+        apart = sorted({file for _, _, files in others for file in files} - {*kept})
+        mine = {*map(self._digest, sources)}
+        beside = [
+            theirs for other, theirs, files in others
+            if other != "seed" and not files and mine & {*map(self._digest, theirs)}
+        ]  # fmt: skip
+        read = (*sources, *kept, *apart, *itertools.chain(*beside))
+        return {"sources": sources, "valid": kept, "apart": apart, "beside": beside,
+                "content": [self._digest(s) for s in read], "data": self.recipe.data}  # fmt: skip
 
     def _resolved(self, where: str, data: list[str], valid: list[str]) -> tuple[list[str], list[str]]:
         """The files of a domain's data and of its held-out data."""

@@ -163,6 +163,8 @@ class Recipe(Settings):
                     f"data.holdout is 0 and domains.{name} has no `valid` files, so there is nothing to "
                     "evaluate it on; name some, or hold a share out"
                 )
+        if self.evaluate.split == "select" and not self.data.select:
+            raise ValueError("evaluate.split is select, and data.select holds nothing out for it; raise data.select")
         return self
 
     def _enough_experts(self) -> None:

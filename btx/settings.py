@@ -115,14 +115,29 @@ class DataSettings(Settings):
     """How documents are read and which of them are held out."""
 
     directory: str | None = execution(None, description="what data paths are relative to; default: the recipe's folder")
-    holdout: Part = Field(0.05, description="share of a domain's documents kept for evaluation, by document")
+    holdout: Part = Field(
+        0.05,
+        description="share of a domain's documents that are held out to report on (test), by hash; 30 at least, where "
+        "these are no more than a fifth; 0: only `valid` files are held out",
+    )
+    select: Part = Field(
+        0.05, description="share held out beside it to choose settings on, likewise; of `valid` files it is half"
+    )
     valid_bytes: Annotated[Count, Field(ge=4)] = Field(
-        16_384, description="a held-out document is cut to this many bytes of text"
+        4096, description="a held-out document is cut to this many bytes of text"
     )
     loss_on: Literal["all", "completion"] = Field(
         "all", description="all: plain next-token loss, as in the paper; completion: only answers count"
     )
     on_bad_line: Literal["error", "skip"] = Field("error", description="skip: leave bad lines out and count them")
+
+    @model_validator(mode="after")
+    def _something_left(self) -> DataSettings:
+        if self.holdout + self.select >= 1:
+            raise ValueError(
+                f"holdout ({self.holdout:g}) and select ({self.select:g}) leave nothing to train on; choose less"
+            )
+        return self
 
 
 class TrainSettings(Settings):
@@ -213,8 +228,11 @@ class EvaluateSettings(Settings):
     """Bits per byte on held-out documents."""
 
     sequence_length: Count | None = Field(None, description="window; default: train.sequence_length")
+    split: Literal["test", "select"] = Field(
+        "test", description="held-out documents that are scored: test to report, select to choose settings by"
+    )
     tokens: Count = Field(200_000, description="held-out tokens scored per domain, at most")
-    bootstrap: Count = Field(1000, description="resamples of the documents for the 95 % intervals")
+    bootstrap: Count = Field(1000, description="resamples of the source documents for the 95 % intervals")
     seed: Whole = 0
     batch_tokens: Count = execution(8192)
 

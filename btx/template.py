@@ -53,7 +53,12 @@ finetune:                         # what is not said here of the optimiser is as
   balance: {{form: btx, weight: 0.01}}   # a weight means nothing without its form: btx, switch, transformers, none
   trainable: all                  # all, router, no_experts
 
+# data:
+#   holdout: 0.05                 # share of each domain's documents that reports are made on (test), by hash
+#   select: 0.05                  # and of those that settings are chosen on
+
 evaluate:
+  split: test                     # select: while you choose settings
   tokens: 200k                    # held-out tokens per domain
 
 export: {{}}

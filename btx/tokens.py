@@ -3,29 +3,30 @@
 `train.bin` is one flat run of token ids (little-endian, `dtype` as `tokens.json` says), documents one after
 another, each with the seed's start token where its tokenizer adds one, and its end-of-text token. `train.mask`
 stands beside it when only answers are learned: one byte a token, 1 where it is to be predicted. `valid.bin` holds
-the held-out documents, each led by one token of context; `tokens.json` says where each lies and how many bytes of
-text it has.
+the held-out documents, each led by one token of context; `tokens.json` says under `valid` (those to report on) and
+`select` (those to choose settings on) where each lies, how many bytes of text it has, and the number of its source.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from btx.artifact import write_json
-from btx.corpus import Counts, Document, held_out, read
+from btx.corpus import Document, cut
 from btx.errors import ArtifactError, RecipeError
+from btx.heldout import Side
 from btx.settings import DataSettings
+from btx.split import Held, Split
 
-KEPT = 10_000  # held-out documents that are stored, at most; those beyond are not trained on either
+ROWS: dict[Side, str] = {"test": "valid", "select": "select"}  # where tokens.json has the documents of each side
 BATCH = 512  # documents tokenised at once
 Ids = list[int]
 
@@ -121,94 +122,25 @@ def write_tokens(out: Path, split: Split, *, settings: DataSettings, encoder: En
     """Fill `out` with the tokens of a domain."""
     dtype = np.dtype("<u2" if encoder.ids <= 2**16 else "<u4")
     tokens = _write_train(out, split.train(), encoder, settings, dtype)
-    rows = _write_valid(out, (_cut(encoder.text(d), settings.valid_bytes) for d in split.kept), encoder, dtype)
+    with (out / "valid.bin").open("wb") as file:
+        sides = [_write_valid(file, held, encoder, settings, dtype) for held in (split.test, split.select)]
+    rows = dict(zip(ROWS.values(), sides, strict=True))
     facts = {
         "train_tokens": tokens,
-        "valid_tokens": sum(r[1] - 1 for r in rows),
+        "valid_tokens": sum(length - 1 for _, length, *_ in rows["valid"]),
         "read": asdict(split.counts),
         "read_valid": asdict(split.valid_counts),
-        "valid_documents": len(rows),
+        "valid_documents": len(rows["valid"]),
+        "select_documents": len(rows["select"]),
         "left_out": split.left_out,
     }
-    write_json(
-        out / "tokens.json", {"dtype": dtype.str, "masked": settings.loss_on == "completion", "valid": rows, **facts}
-    )
+    write_json(out / "tokens.json", {"dtype": dtype.str, "masked": settings.loss_on == "completion", **rows, **facts})
     return facts
 
 
-class Split:
-    """A domain's documents in two: those that `train` passes on, and `kept`, complete once `train` has ended.
-
-    `valid` are its own held-out files; without them a share of the documents is held out by chance, decided by their
-    text. What is held out is not trained on, also where the same text stands in `sources` again, nor are the documents
-    of `apart`, other domains' held-out files, and, with `held_out_elsewhere`, those that chance holds out there.
-    """
-
-    def __init__(
-        self, sources: list[str], valid: list[str], settings: DataSettings, *, apart: Sequence[str] = (),
-        held_out_elsewhere: bool = False,
-    ) -> None:  # fmt: skip
-        self.counts, self.valid_counts = Counts(), Counts()
-        self.left_out = 0  # documents of `sources` that are held out by a file or elsewhere
-        skip = settings.on_bad_line == "skip"
-        self.kept = list(read(valid, skip_bad=skip, counts=self.valid_counts))
-        known = {d.text for d in (*self.kept, *read(list(apart), skip_bad=skip, counts=Counts()))}
-        elsewhere = settings.holdout if valid and held_out_elsewhere else 0.0
-        self._documents = self._allowed(read(sources, skip_bad=skip, counts=self.counts), known, elsewhere)
-        self._share = 0.0 if valid else settings.holdout
-
-    def _allowed(self, documents: Iterator[Document], known: set[str], elsewhere: float) -> Iterator[Document]:
-        for document in documents:
-            if document.text in known or (elsewhere and held_out(document.text, elsewhere)):
-                self.left_out += 1
-            else:
-                yield document
-
-    def train(self) -> Iterator[Document]:
-        """The documents to train on, in order but for one: where chance keeps none, one is kept at the end."""
-        yield from self._hold_out() if self._share else self._documents
-
-    def _hold_out(self) -> Iterator[Document]:
-        seen: set[bytes] = set()
-        last: list[Document] = []  # the last text met for the first time, as often as it was met; kept if none is
-        for document in self._documents:
-            if held_out(document.text, self._share):
-                if len(self.kept) < KEPT:
-                    self.kept.append(document)
-            elif self.kept:
-                yield document
-            elif last and document.text == last[0].text:
-                last.append(document)
-            elif (mark := hashlib.sha256(document.text.encode()).digest()[:16]) in seen:
-                yield document
-            else:
-                yield from last
-                last = [document]
-                seen.add(mark)
-        if self.kept:
-            yield from last
-        else:
-            self.kept += last[:1]
-
-    def survey(self, encoder: Encoder | None, *, enough: int) -> int:
-        """Read everything, and count the tokens to train on up to `enough`; without an encoder, bytes instead."""
-        tokens = 0
-        for document in self.train():
-            if tokens < enough:
-                tokens += _size(document, encoder)
-        return tokens
-
-    def summary(self, files: int, valid_files: int) -> str:
-        """What was read, in words."""
-        seen, kept = self.counts, self.valid_counts
-        said = f"{seen.documents} documents, {seen.empty} empty, {seen.bad} bad lines in {files} files"
-        if seen.first_bad:
-            said += f" (first {seen.first_bad.rstrip('.')})"
-        if valid_files:
-            said += (
-                f"; {kept.documents} documents, {kept.empty} empty, {kept.bad} bad lines in {valid_files} valid files"
-            )
-        return f"{said}; {len(self.kept)} held out"
+def survey(split: Split, encoder: Encoder | None, *, enough: int) -> int:
+    """Read a whole domain, and count the tokens to train on up to `enough`; without an encoder, bytes instead."""
+    return split.survey(lambda document: _size(document, encoder), enough=enough)
 
 
 def _size(document: Document, encoder: Encoder | None) -> int:
@@ -240,24 +172,20 @@ def _write_train(
     return written
 
 
-def _cut(text: str, limit: int) -> str:
-    """The first `limit` bytes of a text, less a character that the limit would split."""
-    return text.encode()[:limit].decode(errors="ignore")
-
-
-def _write_valid(out: Path, texts: Iterable[str], encoder: Encoder, dtype: np.dtype[Any]) -> list[list[int]]:
-    """Rows [first id, number of ids, bytes of text], one a document."""
+def _write_valid(
+    file: BinaryIO, held: list[Held], encoder: Encoder, settings: DataSettings, dtype: np.dtype[Any]
+) -> list[list[int]]:
+    """Rows [first id, number of ids, bytes of text, number of the source document], one a document."""
     rows: list[list[int]] = []
-    position = 0
-    stream = iter(texts)
-    with (out / "valid.bin").open("wb") as file:
-        while batch := list(itertools.islice(stream, BATCH)):
-            for text, ids in zip(batch, encoder.scored(batch), strict=True):
-                if len(ids) < 2:
-                    continue
-                file.write(np.asarray(ids, dtype).tobytes())
-                rows.append([position, len(ids), len(text.encode())])
-                position += len(ids)
+    numbers: dict[int, int] = {}
+    for batch in (held[start : start + BATCH] for start in range(0, len(held), BATCH)):
+        texts = [cut(encoder.text(one.document), settings.valid_bytes) for one in batch]
+        for one, text, ids in zip(batch, texts, encoder.scored(texts), strict=True):
+            if len(ids) < 2:
+                continue
+            source = numbers.setdefault(one.source, len(numbers))
+            rows.append([file.tell() // dtype.itemsize, len(ids), len(text.encode()), source])
+            file.write(np.asarray(ids, dtype).tobytes())
     return rows
 
 
@@ -270,22 +198,27 @@ class Tokens:
         self.train = self._map(folder / "train.bin", self.dtype)
         self.mask = self._map(folder / "train.mask", np.dtype("u1")) if about["masked"] else None
         self._valid = self._map(folder / "valid.bin", self.dtype)
-        self._rows: list[list[int]] = about["valid"]
+        self._rows: dict[str, list[list[int]]] = {side: about.get(key, []) for side, key in ROWS.items()}
 
     @staticmethod
     def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
-    def valid(self, limit: int) -> list[tuple[NDArray[np.int64], int]]:
-        """Held-out documents as (ids, bytes of text), in order, until `limit` tokens are reached."""
+    def valid(self, limit: int, side: Side = "test") -> list[tuple[NDArray[np.int64], int]]:
+        """Held-out documents of a side as (ids, bytes of text), in the order of hashes, until `limit` tokens."""
         count = 0
-        for _, length, _ in self._rows:
+        for _, length, *_ in self._rows[side]:
             count += 1
             limit -= length - 1
             if limit <= 0:
                 break
-        return self.valid_documents(count)
+        return self.valid_documents(count, side)
 
-    def valid_documents(self, count: int) -> list[tuple[NDArray[np.int64], int]]:
+    def valid_documents(self, count: int, side: Side = "test") -> list[tuple[NDArray[np.int64], int]]:
         """The first held-out documents as (ids, bytes of text), in order."""
-        return [(self._valid[at : at + length].astype(np.int64), size) for at, length, size in self._rows[:count]]
+        rows = self._rows[side][:count]
+        return [(self._valid[at : at + length].astype(np.int64), size) for at, length, size, *_ in rows]
+
+    def sources(self, count: int, side: Side = "test") -> list[int]:
+        """For each of the first held-out documents, the number of the source document that it is a piece of."""
+        return [row[3] for row in self._rows[side][:count]]

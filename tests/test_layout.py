@@ -27,6 +27,8 @@ FLOORS = (
         "metrics",
         "stream",
         "tokens",
+        "split",
+        "heldout",
         "corpus",
         "readers",
         "merge",
@@ -38,6 +40,7 @@ FLOORS = (
     },
     {
         "builtin",
+        "arithmetic",
         "checkpoint",
         "safety",
         "families",

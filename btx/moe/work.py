@@ -20,7 +20,7 @@ from btx import model
 from btx.artifact import publish, unwritable, write_json
 from btx.card import changed_card, table
 from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite, tokenizer_digest
-from btx.corpus import resolve
+from btx.corpus import cut, resolve
 from btx.errors import ArtifactError, RecipeError
 from btx.families import MOE
 from btx.merge.lineage import distance
@@ -32,9 +32,10 @@ from btx.probes.bits_per_byte import Document, bits_per_byte, nats
 from btx.proof import PROOF, SUMS, check_sums, make_proof, write_sums
 from btx.safety import SINGLE, read_config
 from btx.settings import DataSettings, RunSettings
+from btx.split import Split
 from btx.step import versions
 from btx.steps.branch import LEAST_COSINE
-from btx.tokens import Encoder, Split, load_tokenizer
+from btx.tokens import Encoder, load_tokenizer
 
 Say = Callable[[str], None]
 MASKED = "masked"  # folder beside a mixture that holds what was switched off
@@ -75,8 +76,8 @@ def read_texts(sources: Mapping[str, str], folder: Path, *, tokens: int) -> dict
 
 
 def _held_out(split: Split, encoder: Encoder, tokens: int) -> Iterator[tuple[str, list[int]]]:
-    for document in split.kept:
-        text = encoder.text(document)[:16_384]
+    for held in split.test:
+        text = cut(encoder.text(held.document), DataSettings().valid_bytes)
         ids = encoder.scored([text])[0]
         if len(ids) > 1:
             yield text, ids

@@ -1,4 +1,4 @@
-"""Bits per byte on held-out documents: −Σ log₂ p / bytes, with bootstrap intervals over documents.
+"""Bits per byte on held-out documents: −Σ log₂ p / bytes, with bootstrap intervals over source documents.
 
 Bytes, not tokens, so that models of different tokenizers compare. Each document is scored on its own, in windows of
 `sequence_length` that do not overlap; only its text counts, not the mark that ends it.
@@ -64,10 +64,16 @@ def bits_per_byte(nats: NDArray[np.float64], sizes: NDArray[np.float64]) -> floa
 
 
 def interval(
-    nats: NDArray[np.float64], sizes: NDArray[np.float64], *, resamples: int, seed: int
+    nats: NDArray[np.float64], sizes: NDArray[np.float64], *, resamples: int, seed: int, sources: list[int]
 ) -> tuple[float, float]:
-    """95 % percentile interval of the bits per byte when the documents are drawn again with replacement."""
-    draws = np.random.default_rng(seed).integers(0, len(nats), (resamples, len(nats)))
-    values = nats[draws].sum(1) / (math.log(2) * sizes[draws].sum(1))
+    """95 % percentile interval of the bits per byte when source documents are drawn again with replacement.
+
+    `sources` has the number of the source document of each document: pieces of one are not independent, so they are
+    drawn together (the cluster bootstrap).
+    """
+    _, group = np.unique(sources, return_inverse=True)
+    lost, size = np.bincount(group, nats), np.bincount(group, sizes)
+    draws = np.random.default_rng(seed).integers(0, len(lost), (resamples, len(lost)))
+    values = lost[draws].sum(1) / (math.log(2) * size[draws].sum(1))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

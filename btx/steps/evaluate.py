@@ -9,6 +9,7 @@ from pydantic import Field
 
 from btx.artifact import write_json
 from btx.errors import RecipeError
+from btx.heldout import LEAST
 from btx.settings import EvaluateSettings
 from btx.step import Step, Tell
 from btx.steps.finetune import Finetune
@@ -25,6 +26,7 @@ class Evaluate(Step):
     """A report folder: results.json, and documents.json with every document's score."""
 
     kind: ClassVar[str] = "evaluate"
+    version: ClassVar[int] = 2
     average: Average
     finetune: Finetune
     tokens: dict[str, TokensStep]
@@ -49,23 +51,19 @@ class Evaluate(Step):
         """Measure and write."""
         from btx.tokens import Tokens
 
-        documents = {n: Tokens(t.folder).valid(self.settings.tokens) for n, t in self.tokens.items()}
-        for name, found in documents.items():
-            if not found:
-                raise RecipeError(
-                    f"domain {name} has no held-out document to evaluate on. Name `valid:` files, or give "
-                    "it more documents than one."
-                )
-            if len(found) < FEW:
-                tell({"label": self.label, "warning": f"{name}: {len(found)} held-out documents make no fair interval"})
+        folders = {n: Tokens(t.folder) for n, t in self.tokens.items()}
+        documents = {n: t.valid(self.settings.tokens, self.settings.split) for n, t in folders.items()}
+        sources = {n: t.sources(len(documents[n]), self.settings.split) for n, t in folders.items()}
+        for name, found in sources.items():
+            self._require_enough(name, len(set(found)), tell)
         scores: dict[str, Any] = {}
         routing: dict[str, Any] = {}
         for done, (name, step) in enumerate(self.models.items()):
             tell({"label": self.label, "done": done, "total": len(self.models), "note": f"scores {name}"})
-            own = {d: _same(Tokens(t.folder), documents[d], d, name) for d, t in self.own.get(name, {}).items()}
+            own = {d: self._same(Tokens(t.folder), documents[d], d, name) for d, t in self.own.get(name, {}).items()}
             scores[name], routing[name] = self._measure(name, step.folder, own or documents)
         tell({"label": self.label, "done": len(self.models), "total": len(self.models)})
-        results = summarise(scores, documents, self.settings)
+        results = summarise(scores, documents, sources, self.settings)
         results["routing"] = {n: r for n, r in routing.items() if r}
         results["experts"] = self._experts()
         write_json(out / "results.json", results)
@@ -73,6 +71,30 @@ class Evaluate(Step):
             out / "documents.json", {m: {d: list(map(float, v)) for d, v in row.items()} for m, row in scores.items()}
         )
         return {"mean": results["mean"]}
+
+    def _require_enough(self, domain: str, count: int, tell: Tell) -> None:
+        """RecipeError for a domain without a held-out document, a warning for one with few."""
+        if not count:
+            raise RecipeError(
+                f"domain {domain} has no held-out document to evaluate on ({self.settings.split}). Name `valid:` files "
+                "with several documents, or give it more data."
+            )
+        if count < LEAST:
+            tell({
+                "label": self.label,
+                "warning": f"{domain}: intervals over {count} held-out source documents are too narrow, {LEAST} or "
+                "more are better. Raise evaluate.tokens, lower data.valid_bytes, or give the domain more documents",
+            })  # fmt: skip
+
+    def _same(self, tokens: Tokens, documents: list[Any], domain: str, model: str) -> list[Any]:
+        """The same documents in another tokenizer; RecipeError when they are not the same."""
+        found = tokens.valid_documents(len(documents), self.settings.split)
+        if [size for _, size in found] != [size for _, size in documents]:
+            raise RecipeError(
+                f"domain {domain}: a held-out document is a single token in the tokenizer of {model} or of the seed, "
+                "so it cannot be scored in both. Leave documents of one word out."
+            )
+        return found
 
     def _experts(self) -> list[str]:
         import json
@@ -105,21 +127,12 @@ class Evaluate(Step):
         return scored, shares
 
 
-def _same(tokens: Tokens, documents: list[Any], domain: str, model: str) -> list[Any]:
-    """The same documents in another tokenizer; RecipeError when they are not the same."""
-    found = tokens.valid_documents(len(documents))
-    if [size for _, size in found] != [size for _, size in documents]:
-        raise RecipeError(
-            f"domain {domain}: a held-out document is a single token in the tokenizer of {model} or of the seed, so it "
-            "cannot be scored in both. Leave documents of one word out."
-        )
-    return found
-
-
-def summarise(scores: dict[str, Any], documents: dict[str, Any], settings: EvaluateSettings) -> dict[str, Any]:
+def summarise(
+    scores: dict[str, Any], documents: dict[str, Any], sources: dict[str, list[int]], settings: EvaluateSettings
+) -> dict[str, Any]:
     """Bits per byte by model and domain, their intervals, those of the differences from the seed, and sizes.
 
-    A difference is taken document by document before the documents are drawn again, so its interval is narrower than
+    A difference is taken document by document before their sources are drawn again, so its interval is narrower than
     those of its two sides: how hard the documents are falls out.
     """
     import numpy as np
@@ -130,16 +143,25 @@ def summarise(scores: dict[str, Any], documents: dict[str, Any], settings: Evalu
     table = {m: {d: bits_per_byte(v, sizes[d]) for d, v in row.items()} for m, row in scores.items()}
     drawn = {"resamples": settings.bootstrap, "seed": settings.seed}
     held_out = {
-        d: {"documents": len(rows), "bytes": int(sizes[d].sum()), "tokens": sum(len(ids) - 1 for ids, _ in rows)}
+        d: {
+            "documents": len(rows),
+            "sources": len(set(sources[d])),
+            "bytes": int(sizes[d].sum()),
+            "tokens": sum(len(ids) - 1 for ids, _ in rows),
+        }
         for d, rows in documents.items()
     }
     return {
         "bits_per_byte": table,
         "mean": {m: sum(row.values()) / len(row) for m, row in table.items()},
-        "interval_95": {m: {d: interval(v, sizes[d], **drawn) for d, v in row.items()} for m, row in scores.items()},
+        "interval_95": {
+            m: {d: interval(v, sizes[d], sources=sources[d], **drawn) for d, v in row.items()}
+            for m, row in scores.items()
+        },
         "difference_from_seed_95": {
-            m: {d: interval(v - scores[SEED][d], sizes[d], **drawn) for d, v in row.items()}
+            m: {d: interval(v - scores[SEED][d], sizes[d], sources=sources[d], **drawn) for d, v in row.items()}
             for m, row in scores.items()
         },
         "held_out": held_out,
+        "split": settings.split,
     }

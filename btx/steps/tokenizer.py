@@ -5,26 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.corpus import Counts, held_out, read
-from btx.settings import DataSettings
-from btx.step import Step, Tell
+from btx.step import Tell
+from btx.steps.tokens import Reads
 
 END = "<|endoftext|>"
 
 
-class Tokenizer(Step):
+class Tokenizer(Reads):
     """A folder with tokenizer.json, trained once; only a builtin seed needs it."""
 
     kind: ClassVar[str] = "tokenizer"
-    version: ClassVar[int] = 2
-    sources: list[str]
-    content: list[str]  # digest of each source
-    data: DataSettings
+    version: ClassVar[int] = 3
     vocab_size: int
-
-    def identity(self) -> dict[str, Any]:
-        """What the files hold decides, not where they lie."""
-        return {**super().identity(), "sources": len(self.sources)}
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Train on what is not held out, and save as a transformers fast tokenizer."""
@@ -34,7 +26,6 @@ class Tokenizer(Step):
 
         from btx.portable import portable_tokenizer
 
-        texts = [d.text for d in read(self.sources, skip_bad=self.data.on_bad_line == "skip", counts=Counts())]
         fast = Fast(models.BPE())
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         fast.decoder = decoders.ByteLevel()
@@ -42,7 +33,7 @@ class Tokenizer(Step):
             vocab_size=self.vocab_size, special_tokens=[END], show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )  # fmt: skip
-        fast.train_from_iterator((t for t in texts if not held_out(t, self.data.holdout)), trainer)
+        fast.train_from_iterator((document.text for document in self.split().train()), trainer)
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=fast, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
         )

@@ -9,33 +9,40 @@ from btx.settings import DataSettings
 from btx.step import Step, Tell
 
 if TYPE_CHECKING:
-    from btx.tokens import Encoder, Split
+    from btx.split import Split
+    from btx.tokens import Encoder
 
 
-class TokensStep(Step):
-    """A tokens folder."""
+class Reads(Step):
+    """What a step says that reads the training part of some texts."""
 
-    kind: ClassVar[str] = "tokens"
-    tokenizer: Step  # a folder that holds the tokenizer
-    template: Step | None = None  # a folder whose chat template writes the conversations instead of the tokenizer's own
     sources: list[str]
     valid: list[str]
     apart: list[str]  # held-out files of other domains, whose documents are not trained on here either
-    content: list[str]  # digests of sources, valid and apart, in order
-    held_out_elsewhere: bool  # another domain holds out documents of these very sources by chance
+    beside: list[list[str]]  # the sources of other domains that have files of these, and hold out a share of them
+    content: list[str]  # digests of sources, valid, apart and beside, in order
     data: DataSettings
 
     def identity(self) -> dict[str, Any]:
         """What the files hold decides, not where they lie."""
         fields = super().identity()
         fields |= {name: len(getattr(self, name)) for name in ("sources", "valid", "apart")}
-        return fields
+        return fields | {"beside": [len(other) for other in self.beside]}
 
     def split(self) -> Split:
         """The documents, to be read once."""
-        from btx.tokens import Split
+        from btx.split import Split
 
-        return Split(self.sources, self.valid, self.data, apart=self.apart, held_out_elsewhere=self.held_out_elsewhere)
+        return Split(self.sources, self.valid, self.data, apart=self.apart, beside=self.beside)
+
+
+class TokensStep(Reads):
+    """A tokens folder."""
+
+    kind: ClassVar[str] = "tokens"
+    version: ClassVar[int] = 2
+    tokenizer: Step  # a folder that holds the tokenizer
+    template: Step | None = None  # a folder whose chat template writes the conversations instead of the tokenizer's own
 
     def encoder(self) -> Encoder:
         """What turns the documents into ids."""
@@ -50,7 +57,10 @@ class TokensStep(Step):
         """Tokenise all documents."""
         from btx.tokens import write_tokens
 
-        facts = write_tokens(out, self.split(), settings=self.data, encoder=self.encoder())
+        split = self.split()
+        facts = write_tokens(out, split, settings=self.data, encoder=self.encoder())
+        for warning in split.warnings:
+            tell({"label": self.label, "warning": warning})
         for number, what in (
             (facts["left_out"], "documents are held out, here or for another domain, and not trained on"),
             (facts["read"]["bad"], f"bad lines skipped, first {facts['read']['first_bad']}"),

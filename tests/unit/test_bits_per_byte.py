@@ -55,20 +55,30 @@ def test_a_uniform_model_has_the_bits_of_its_alphabet() -> None:
 
 def test_intervals_hold_the_value_shrink_with_documents_and_repeat() -> None:
     few, many = (CHANCE.gamma(5, 1, n) for n in (20, 2000))
-    spans = [interval(v, np.full(len(v), 3.0), resamples=400, seed=1) for v in (few, many)]
+    spans = [interval(v, np.full(len(v), 3.0), resamples=400, seed=1, sources=[*range(len(v))]) for v in (few, many)]
     for v, (low, high) in zip((few, many), spans, strict=True):
         assert low < bits_per_byte(v, np.full(len(v), 3.0)) < high
     assert spans[1][1] - spans[1][0] < (spans[0][1] - spans[0][0]) / 3
-    assert spans[0] == interval(few, np.full(20, 3.0), resamples=400, seed=1)
+    assert spans[0] == interval(few, np.full(20, 3.0), resamples=400, seed=1, sources=[*range(20)])
 
 
 def test_a_constant_gain_over_the_seed_is_certain_though_the_documents_differ() -> None:
     sizes = np.full(30, 2.0)
     seed = CHANCE.gamma(5, 1, 30)
     documents = {"d": [(np.zeros(3), 2)] * 30}
-    found = summarise({"seed": {"d": seed}, "m": {"d": seed - 0.1 * sizes}}, documents, EvaluateSettings(bootstrap=100))
+    scores = {"seed": {"d": seed}, "m": {"d": seed - 0.1 * sizes}}
+    found = summarise(scores, documents, {"d": [*range(30)]}, EvaluateSettings(bootstrap=100))
     low, high = found["difference_from_seed_95"]["m"]["d"]
     assert low == pytest.approx(high)
     assert low == pytest.approx(-0.1 / math.log(2))
     low, high = found["interval_95"]["m"]["d"]
     assert high - low > 0.1
+
+
+def test_pieces_of_one_source_are_drawn_together() -> None:
+    nats, sizes = CHANCE.gamma(5, 1, 40), np.full(40, 3.0)
+    alone = interval(nats, sizes, resamples=500, seed=3, sources=[*range(40)])
+    copied = interval(np.repeat(nats, 5), np.repeat(sizes, 5), resamples=500, seed=3, sources=np.repeat(range(40), 5))
+    naive = interval(np.repeat(nats, 5), np.repeat(sizes, 5), resamples=500, seed=3, sources=[*range(200)])
+    assert copied == pytest.approx(alone)  # five equal pieces say no more than one
+    assert naive[1] - naive[0] < 0.7 * (alone[1] - alone[0])

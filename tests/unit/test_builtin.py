@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from btx import builtin
+from btx.cli import main
+from btx.corpus import Counts, read, resolve
 from btx.errors import RecipeError
+from btx.settings import DataSettings
+from btx.split import Split
 
 SMALLEST, LARGEST = 700_000, 20_000_000  # bytes of a corpus
 
@@ -153,3 +158,39 @@ def test_nothing_opens_a_connection(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(socket, "socket", refuse)
     assert next(builtin.documents(name))
+
+
+# ---- as files ----
+
+
+def test_the_corpora_are_written_whole_as_records_that_a_recipe_may_name(
+    tmp_path: Path, corpora: dict[str, list[str]]
+) -> None:
+    done = CliRunner().invoke(main, ["text", str(tmp_path / "new" / "texts")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"prose: [\d,]+ documents, [\d,]+ bytes", done.output)
+    for name in builtin.NAMES:
+        files = resolve([name], tmp_path / "new" / "texts", "x")
+        texts = [d.text for d in read(files, skip_bad=False, counts=Counts())]
+        assert "\n".join(texts) == "\n".join(corpora[name])
+        split = Split(files, [], DataSettings())
+        assert len([*split.train()]) > len(texts) / 2
+        assert len({held.source for held in split.test}) >= 30 <= len({held.source for held in split.select})
+        assert f"{name}: {len(texts):,} documents, {sum(len(t.encode()) for t in texts):,} bytes" in done.output
+
+
+def test_corpora_that_are_there_or_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prose").mkdir()
+    done = CliRunner().invoke(main, ["text", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "prose is there already" in done.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prose"]
+
+    def full(_path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(builtin, "sync", full)
+    done = CliRunner().invoke(main, ["text", str(tmp_path / "full")])
+    assert done.exit_code == 5
+    assert "No space left" in done.output
+    assert not [*(tmp_path / "full").iterdir()]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from btx.corpus import Counts, Document, digest, held_out, parse, read, resolve
+from btx.corpus import Counts, Document, digest, parse, read, resolve
 from btx.errors import RecipeError
 from btx.readers import SUFFIXES, TEXT_PIECE, kind_of
 
@@ -171,16 +171,3 @@ def test_a_file_that_may_not_be_read_is_told_by_name() -> None:
 )
 def test_the_kind_of_a_file_is_its_last_suffix_but_the_packing(name: str, kind: str) -> None:
     assert kind_of(f"/some.parquet/{name}") == kind
-
-
-@given(st.text(), st.floats(0, 1), st.floats(0, 1))
-def test_what_is_held_out_at_a_share_is_held_out_at_every_larger_one(text: str, a: float, b: float) -> None:
-    text = text.encode(errors="ignore").decode()
-    low, high = sorted((a, b))
-    assert held_out(text, low) <= held_out(text, high)
-    assert not held_out(text, 0.0)
-    assert held_out(text, 1.0)
-
-
-def test_the_held_out_share_is_about_the_share_asked_for() -> None:
-    assert abs(sum(held_out(str(n), 0.2) for n in range(5000)) / 5000 - 0.2) < 0.02

@@ -179,6 +179,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "train.max_bad_steps": (5, "train:math"),
     "domains.math.tokens": (128, "train:math"),
     "data.holdout": (0.1, "tokens:math"),
+    "data.select": (0.1, "tokens:math"),
     "data.valid_bytes": (99, "tokens:math"),
     "data.loss_on": ("completion", "tokens:math"),
     "merge.include_seed": (False, "average"),
@@ -199,6 +200,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "finetune.mix": ({"math": 1, "law": 2}, "finetune"),
     "finetune.tokens": (96, "finetune"),
     "evaluate.tokens": (9, "evaluate"),
+    "evaluate.split": ("select", "evaluate"),
     "export.license": ("mit", "export"),
 }
 

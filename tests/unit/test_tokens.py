@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btx.corpus import held_out
 from btx.errors import ArtifactError, RecipeError
+from btx.heldout import SIDES
 from btx.settings import DataSettings
-from btx.tokens import Encoder, Split, Tokens, load_tokenizer, train_tokens, write_tokens
+from btx.split import Split
+from btx.tokens import Encoder, Tokens, load_tokenizer, survey, train_tokens, write_tokens
 from tests.conftest import tokenizer_into
 from tests.faults.world import write_jsonl
 
@@ -64,6 +65,11 @@ def documents(ids: Any, using: Encoder) -> list[str]:
     return text.split("<|end|>")[:-1] if text else []
 
 
+def held(tokens: Tokens, using: Encoder) -> list[str]:
+    """The held-out texts of both sides."""
+    return [using.tokenizer.decode(list(ids[1:])) for side in SIDES for ids, _ in tokens.valid(10**9, side)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(TEXT, max_size=8), share=st.sampled_from([0.0, 0.3, 0.9]))
 def test_the_training_tokens_are_the_documents_and_no_held_out_one_is_among_them(
@@ -74,18 +80,15 @@ def test_the_training_tokens_are_the_documents_and_no_held_out_one_is_among_them
     out = tmp_path_factory.mktemp("out")
     tokens, facts = written(out, [{"text": t} for t in texts], using, holdout=share)
     trained = documents(tokens.train, using)
-    kept = [using.tokenizer.decode(list(ids[1:])) for ids, _ in tokens.valid(10**9)]
+    kept = held(tokens, using)
     said = [t for t in texts if t.strip()]
-    assert not {*trained} & {*kept}
-    assert {*trained} | {*kept} == {*said}
+    assert len({*kept}) == len(kept)
+    assert sorted(trained) == sorted(t for t in said if t not in kept)
+    assert {*kept} <= {*said}
     assert facts["read"]["documents"] == len(said)
     assert bool(kept) == bool(share and said)
     assert train_tokens(out) == len(tokens.train) == facts["train_tokens"]
-    assert [size for _, size in tokens.valid(10**9)] == [len(t.encode()) for t in kept]
-    by_hash = [t for t in said if held_out(t, share)]
-    assert kept == by_hash if by_hash else len(kept) <= 1
-    if by_hash or not share:
-        assert sorted(trained) == sorted(t for t in said if t not in by_hash)
+    assert [size for side in SIDES for _, size in tokens.valid(10**9, side)] == [len(t.encode()) for t in kept]
 
 
 def test_the_order_of_documents_stays(tmp_path: Path, folder: Path) -> None:
@@ -103,23 +106,7 @@ def test_documents_that_are_in_the_valid_files_too_are_left_out_of_training_and_
     tokens, facts = written(tmp_path, rows, using, valid=[{"text": "two"}, {"text": "four"}])
     assert documents(tokens.train, using) == ["one", "three"]
     assert facts["left_out"] == 2
-    assert [using.tokenizer.decode(list(ids[1:])) for ids, _ in tokens.valid(10**9)] == ["two", "four"]
-
-
-@given(texts=st.lists(st.sampled_from("abcd"), min_size=1, max_size=8))
-def test_where_chance_holds_nothing_out_one_text_is_kept_with_all_its_copies(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
-) -> None:
-    assert not any(held_out(t, 1e-6) for t in texts)
-    path = tmp_path_factory.mktemp("split") / "a.jsonl"
-    write_jsonl(path, [{"text": t} for t in texts])
-    split = Split([str(path)], [], DataSettings(holdout=1e-6))
-    trained = [d.text for d in split.train()]
-    assert len(split.kept) == 1
-    assert split.kept[0].text not in trained
-    assert {*trained} == {*texts} - {split.kept[0].text} or texts.count(split.kept[0].text) > 1
-    rest = [t for t in texts if t != split.kept[0].text]
-    assert sorted(trained) == sorted(rest)
+    assert sorted(held(tokens, using)) == ["four", "two"]
 
 
 @pytest.mark.parametrize("limit", [4, 5, 6, 7])
@@ -236,28 +223,9 @@ def test_surveying_counts_what_is_written(tmp_path: Path, folder: Path) -> None:
     rows = [{"text": f"the number {n} é"} for n in range(30)]
     using = encoder(folder)
     _, facts = written(tmp_path, rows, using)
-    counts = [Split([str(tmp_path / "data.jsonl")], [], DataSettings()).survey(using, enough=n) for n in (1, 50, 10**9)]
+    counts = [survey(Split([str(tmp_path / "data.jsonl")], [], DataSettings()), using, enough=n)
+              for n in (1, 50, 10**9)]  # fmt: skip
     assert counts[-1] == facts["train_tokens"]
     assert all(a < b for a, b in pairwise(counts))
-    assert Split([str(tmp_path / "data.jsonl")], [], DataSettings()).survey(None, enough=10**9) >= counts[-1]
+    assert survey(Split([str(tmp_path / "data.jsonl")], [], DataSettings()), None, enough=10**9) >= counts[-1]
     assert np.all(np.array(counts) >= [1, 50, 0])
-
-
-def test_what_another_domain_holds_out_is_not_trained_on_here(tmp_path: Path) -> None:
-    rows = [{"text": f"document {n}"} for n in range(200)]
-    write_jsonl(tmp_path / "data.jsonl", rows)
-    write_jsonl(tmp_path / "theirs.jsonl", rows[:7])
-    write_jsonl(tmp_path / "own.jsonl", rows[7:9])
-    data, theirs, own = (str(tmp_path / f"{n}.jsonl") for n in ("data", "theirs", "own"))
-    by_file = Split([data], [own], DataSettings(), apart=[theirs])
-    assert [d.text for d in by_file.train()] == [r["text"] for r in rows[9:]]
-    assert by_file.left_out == 9
-    by_chance = Split([data], [], DataSettings(holdout=0.3), apart=[theirs])
-    trained = {d.text for d in by_chance.train()}
-    assert not trained & {r["text"] for r in rows[:7]}
-    there = Split([data], [], DataSettings(holdout=0.3))
-    there_trained = {d.text for d in there.train()}
-    here = Split([data], [own], DataSettings(holdout=0.3), held_out_elsewhere=True)
-    here_trained = {d.text for d in here.train()}
-    assert not here_trained & {d.text for d in there.kept}
-    assert here_trained == there_trained - {r["text"] for r in rows[7:9]}
