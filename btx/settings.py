@@ -232,6 +232,9 @@ class EvaluateSettings(Settings):
         "test", description="held-out documents that are scored: test to report, select to choose settings by"
     )
     tokens: Count = Field(200_000, description="held-out tokens scored per domain, at most")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of all models of a report; auto: bf16 on a GPU that has it, fp32 on a CPU"
+    )
     bootstrap: Count = Field(1000, description="resamples of the source documents for the 95 % intervals")
     seed: Whole = 0
     batch_tokens: Count = execution(8192)

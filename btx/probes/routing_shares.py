@@ -1,41 +1,59 @@
-"""Which experts the tokens of each domain go to: per layer, and over all layers."""
+"""Which experts the tokens of each domain go to: per layer, and over all layers.
+
+Axes: T tokens, E experts, K chosen experts of a token.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from btx.probes.bits_per_byte import Document, windows
 from btx.routed import Routed, router_labels
-from btx.routing import statistics
+from btx.routing import Routing
 
 
-@torch.inference_mode()
-def routing_shares(model: Any, routed: Routed, documents: list[Document], *, length: int) -> dict[str, Any]:
-    """Load (share of token-choices) per layer with a router and expert, its mean over them, and the routers' entropy.
+class RoutingShares:
+    """Adds up, pass by pass, where the tokens of a domain went; `routed` is the rule at work on the model.
 
-    `routed` is the rule at work on `model`. Windows of the greatest length only, so that no padding is counted.
+    Call it after each forward pass with a mask (T,) of the tokens that count: padding is routed too, and must not.
     """
-    pieces = [ids[:-1] for _, ids in windows(documents, length)]
-    full = [ids for ids in pieces if len(ids) == len(pieces[0])]
-    weight, loads, entropies = 0, None, None
-    for start in range(0, len(full), 32):
-        ids = torch.from_numpy(np.stack(full[start : start + 32])).to(model.device)
-        model(input_ids=ids, use_cache=False)
-        layers = statistics(routed.layers)
-        load = ids.numel() * np.array([layer.load for layer in layers])
-        entropy = ids.numel() * np.array([layer.entropy_share for layer in layers])
-        loads = load if loads is None else loads + load
-        entropies = entropy if entropies is None else entropies + entropy
-        weight += ids.numel()
-    assert loads is not None
-    assert entropies is not None
-    return {
-        "routers": router_labels(model),
-        "layers": (loads / weight).tolist(),
-        "mean": (loads.mean(0) / weight).tolist(),
-        "entropy": (entropies / weight).tolist(),
-        "tokens": weight,
-    }
+
+    def __init__(self, model: Any, routed: Routed) -> None:
+        self.routed, self.labels = routed, router_labels(model)
+        self.loads: list[Tensor] = []  # choices by expert (E,), one a router
+        self.entropies: list[float] = []  # sums over tokens, as a share of log E
+        self.tokens = 0
+
+    @torch.inference_mode()
+    def __call__(self, mask_T: Tensor) -> None:
+        """Count the last forward pass."""
+        found = [_sums(layer, mask_T.to(layer.logits_TE.device)) for layer in self.routed.layers]
+        if not self.tokens:
+            self.loads, self.entropies = [torch.zeros_like(load) for load, _ in found], [0.0] * len(found)
+        for n, (load_E, entropy) in enumerate(found):
+            self.loads[n] += load_E
+            self.entropies[n] += entropy
+        self.tokens += int(mask_T.sum())
+
+    def table(self) -> dict[str, Any]:
+        """Load (share of token-choices) per router and expert, its mean over them, and the routers' entropy."""
+        layers_LE = torch.stack([load / load.sum() for load in self.loads])
+        return {
+            "routers": self.labels,
+            "layers": layers_LE.tolist(),
+            "mean": layers_LE.mean(0).tolist(),
+            "entropy": [entropy / self.tokens for entropy in self.entropies],
+            "tokens": self.tokens,
+        }
+
+
+def _sums(layer: Routing, mask_T: Tensor) -> tuple[Tensor, float]:
+    """Choices by expert (E,) float64, and the summed entropy of the tokens that count, as a share of log E."""
+    logits_TE = layer.logits_TE[mask_T].float()
+    experts = logits_TE.shape[-1]
+    load_E = torch.bincount(layer.index_TK[mask_T].flatten(), minlength=experts).double().cpu()
+    entropy = float(torch.special.entr(logits_TE.softmax(-1)).double().sum())
+    return load_E, entropy / math.log(experts) if experts > 1 else float(len(logits_TE))

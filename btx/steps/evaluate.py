@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,8 @@ from btx.steps.merge import SEED, Average
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
+    import torch
+
     from btx.tokens import Tokens
 
 FEW = 10  # documents: fewer, drawn again and again, say little of how far other documents might lie
@@ -26,7 +29,7 @@ class Evaluate(Step):
     """A report folder: results.json, and documents.json with every document's score."""
 
     kind: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     average: Average
     finetune: Finetune
     tokens: dict[str, TokensStep]
@@ -58,10 +61,15 @@ class Evaluate(Step):
             self._require_enough(name, len(set(found)), tell)
         scores: dict[str, Any] = {}
         routing: dict[str, Any] = {}
+        measured: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}
         for done, (name, step) in enumerate(self.models.items()):
             tell({"label": self.label, "done": done, "total": len(self.models), "note": f"scores {name}"})
             own = {d: self._same(Tokens(t.folder), documents[d], d, name) for d, t in self.own.get(name, {}).items()}
-            scores[name], routing[name] = self._measure(name, step.folder, own or documents)
+            routed = step.kind in ("merge", "finetune")
+            known = (step.digest, routed, bool(own) and name)  # the same bytes give the same scores
+            if known not in measured:
+                measured[known] = self._measure(step.folder, own or documents, routed=routed)
+            scores[name], routing[name] = measured[known]
         tell({"label": self.label, "done": len(self.models), "total": len(self.models)})
         results = summarise(scores, documents, sources, self.settings)
         results["routing"] = {n: r for n, r in routing.items() if r}
@@ -102,29 +110,35 @@ class Evaluate(Step):
         names: list[str] = json.loads((self.finetune.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
         return names
 
-    def _measure(self, name: str, folder: Path, documents: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Nats of each document by domain, and for a Mixture of Experts its routing by domain."""
-        import torch
-
+    def _measure(
+        self, folder: Path, documents: dict[str, Any], *, routed: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Nats of each document by domain, and for a Mixture of Experts its routing by domain, found on the way."""
         from btx import model
         from btx.probes.bits_per_byte import nats
-        from btx.probes.routing_shares import routing_shares
+        from btx.probes.routing_shares import RoutingShares
         from btx.routed import Routed
 
         model.set_threads(self.where)
         device = model.device_of(self.where)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        net = model.load(folder, where=self.where, dtype=dtype).to(device).eval()
-        size = {"length": self.length, "batch_tokens": self.settings.batch_tokens}
-        if name not in ("merged", "finetuned"):
-            return {d: nats(net, rows, **size) for d, rows in documents.items()}, {}
+        net = model.load(folder, where=self.where, dtype=self._dtype(device)).to(device).eval()
+        score = partial(nats, net, length=self.length, batch_tokens=self.settings.batch_tokens)
+        if not routed:
+            return {d: score(rows) for d, rows in documents.items()}, {}
         rule = self.finetune.settings
         with Routed(
             net, rule.routing, net.config.num_experts_per_tok, soft_first_layer=rule.soft_first_layer
-        ) as routed:
-            scored = {d: nats(net, rows, **size) for d, rows in documents.items()}
-            shares = {d: routing_shares(net, routed, rows, length=self.length) for d, rows in documents.items()}
-        return scored, shares
+        ) as watched:
+            shares = {d: RoutingShares(net, watched) for d in documents}
+            scored = {d: score(rows, watch=shares[d]) for d, rows in documents.items()}
+        return scored, {d: found.table() for d, found in shares.items()}
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        """What all models of a report are computed in; on a GPU `auto` is bf16, on a CPU fp32."""
+        import torch
+
+        automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(self.settings.precision, automatic)
 
 
 def summarise(

@@ -10,23 +10,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
+from btx.probes import bits_per_byte as probe
 from btx.probes.bits_per_byte import bits_per_byte, interval, nats, windows
 from btx.settings import EvaluateSettings
 from btx.steps.evaluate import summarise
+from tests import moe_models
+from tests.conftest import FAMILIES, config_of
 
 CHANCE = np.random.default_rng(0)
 DOCUMENTS = [(CHANCE.integers(0, 9, n), 3 * n) for n in (2, 5, 8, 9, 30)]
 
 
-class Bigram:
+class OneHot(nn.Module):
+    """A body that says which token it sees, and nothing else."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(last_hidden_state=functional.one_hot(input_ids, 9).float())
+
+
+class Bigram(nn.Module):
     """A model whose next-token distribution depends on the present token alone, so windows change nothing."""
 
     device = torch.device("cpu")
     table = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
+    base_model_prefix, config = "model", SimpleNamespace(vocab_size=9)
 
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self.table[input_ids])
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = self.body = OneHot()
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.body
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int = 0) -> Any:
+        hidden = self.model(input_ids, use_cache=use_cache).last_hidden_state
+        return SimpleNamespace(logits=hidden[:, -logits_to_keep:] @ self.table)
 
 
 def exact(ids: np.ndarray) -> float:
@@ -40,6 +62,52 @@ def exact(ids: np.ndarray) -> float:
 def test_every_token_is_scored_once_however_it_is_cut(length: int, batch_tokens: int) -> None:
     found = nats(Bigram(), DOCUMENTS, length=length, batch_tokens=batch_tokens)
     assert found == pytest.approx([exact(ids) for ids, _ in DOCUMENTS], rel=1e-5)
+
+
+MODELS = (*FAMILIES, *moe_models.FAMILIES, "granitemoe", "jetmoe")
+
+
+def model_of(name: str) -> Any:
+    """A pico model of a family, dense or not."""
+    from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
+
+    if name in FAMILIES:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config_of(name, attn_implementation="eager")).eval()
+    if name == "jetmoe":
+        shape = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 2}
+        return JetMoeForCausalLM(JetMoeConfig(**shape, kv_channels=8, intermediate_size=24, num_local_experts=4)).eval()
+    return moe_models.build(name, **({"logits_scaling": 0.3} if name == "granitemoe" else {})).eval()
+
+
+@pytest.mark.parametrize("logits", [31, 31 * 7, 2**24])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_those_of_the_logits_of_the_whole_model_in_every_family(
+    name: str, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "LOGITS", logits)
+    net = model_of(name)
+    documents = [(CHANCE.integers(0, 31, n), n) for n in (2, 5, 14, 9)]
+    found = nats(net, documents, length=100, batch_tokens=64)
+    with torch.no_grad():
+        whole = [net(input_ids=torch.from_numpy(ids[None, :-1])).logits[0].double() for ids, _ in documents]
+    wanted = [
+        float(functional.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="sum"))
+        for logits, (ids, _) in zip(whole, documents, strict=True)
+    ]
+    assert found == pytest.approx(wanted, rel=2e-5)
+    assert net.model is net.base_model
+    assert isinstance(net.get_submodule("model"), type(net.base_model))
+
+
+def test_the_logits_of_a_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "LOGITS", 300 * 4)
+    net = model_of("llama")
+    sizes: list[int] = []
+    net.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
+    nats(net, [(CHANCE.integers(0, 300, 41), 40)] * 3, length=100, batch_tokens=1000)
+    assert max(sizes) <= 300 * 4
+    assert sum(sizes) == 300 * (3 + 120)  # one position a row in the pass of the body
 
 
 def test_windows_predict_each_token_after_the_first_exactly_once() -> None:

@@ -201,6 +201,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "finetune.tokens": (96, "finetune"),
     "evaluate.tokens": (9, "evaluate"),
     "evaluate.split": ("select", "evaluate"),
+    "evaluate.precision": ("bf16", "evaluate"),
     "export.license": ("mit", "export"),
 }
 

@@ -1,0 +1,109 @@
+"""The evaluation: equal models are scored once, all in one precision, on the side that the recipe says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from btx.errors import RecipeError
+from btx.settings import DataSettings, EvaluateSettings, RunSettings
+from btx.split import Split
+from btx.steps.evaluate import Evaluate
+from btx.tokens import Encoder, Tokens, load_tokenizer, write_tokens
+from tests.conftest import tokenizer_into
+from tests.faults.world import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokens folder with documents on both sides."""
+    folder = tmp_path_factory.mktemp("texts")
+    tokenizer_into(folder)
+    write_jsonl(folder / "data.jsonl", [{"text": f"document {n}"} for n in range(200)])
+    settings = DataSettings()
+    split = Split([str(folder / "data.jsonl")], [], settings)
+    write_tokens(folder, split, settings=settings, encoder=Encoder(load_tokenizer(folder), "all"))
+    return folder
+
+
+def step(texts: Path, models: dict[str, Any], **settings: Any) -> Evaluate:
+    """An evaluation of models that are named alone."""
+
+    class Named(Evaluate):
+        @property
+        def models(self) -> Any:
+            return models
+
+        def _experts(self) -> list[str]:
+            return ["a"]
+
+    return Named.model_construct(
+        tokens={"d": SimpleNamespace(folder=texts)}, own={}, length=64, where=RunSettings(device="cpu"), name=None,
+        settings=EvaluateSettings(bootstrap=10, **settings),
+    )  # fmt: skip
+
+
+def model(digest: str, kind: str = "train") -> Any:
+    """A step that has published something."""
+    return SimpleNamespace(digest=digest, kind=kind, folder=Path(digest))
+
+
+@pytest.mark.parametrize("side", ["test", "select"])
+def test_models_of_the_same_content_are_scored_once_on_the_side_asked_for(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Any
+) -> None:
+    models = {"seed": model("x"), "expert:a": model("y"), "average": model("x"), "merged": model("z", "merge"),
+              "finetuned": model("z", "finetune")}  # fmt: skip
+    calls: list[tuple[str, bool]] = []
+    wanted = Tokens(texts).valid(10**9, side)
+
+    def measure(_self: Evaluate, folder: Path, documents: Any, *, routed: bool) -> Any:
+        calls.append((folder.name, routed))
+        assert [ids.tolist() for ids, _ in documents["d"]] == [ids.tolist() for ids, _ in wanted]
+        return {"d": np.full(len(documents["d"]), float(ord(folder.name)))}, {"d": {}} if routed else {}
+
+    monkeypatch.setattr(Evaluate, "_measure", measure)
+    step(texts, models, split=side).run(tmp_path, tmp_path, lambda _event: None)
+    assert calls == [("x", False), ("y", False), ("z", True)]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["split"] == side
+    assert results["bits_per_byte"]["average"] == results["bits_per_byte"]["seed"]
+    assert results["bits_per_byte"]["seed"] != results["bits_per_byte"]["merged"]
+    assert set(results["routing"]) == {"merged", "finetuned"}
+    assert results["held_out"]["d"]["sources"] == results["held_out"]["d"]["documents"] == len(wanted) >= 30
+
+
+def test_few_documents_are_warned_of_and_none_is_refused(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluate, "_measure", lambda _self, _folder, documents, *, routed: (
+        {"d": np.ones(len(documents["d"]))}, {}))  # fmt: skip
+    said: list[Any] = []
+    step(texts, {"seed": model("x")}, tokens=20).run(tmp_path, tmp_path, said.append)
+    assert any("held-out source documents" in event.get("warning", "") for event in said)
+    said.clear()
+    step(texts, {"seed": model("x")}).run(tmp_path, tmp_path, said.append)
+    assert not any("warning" in event for event in said)
+    (tmp_path / "tokens.json").write_text(json.dumps(
+        {**json.loads((texts / "tokens.json").read_text()), "select": []}))  # fmt: skip
+    for file in ("train.bin", "valid.bin"):
+        (tmp_path / file).write_bytes((texts / file).read_bytes())
+    with pytest.raises(RecipeError, match=r"domain d has no held-out document .*\(select\)"):
+        step(tmp_path, {"seed": model("x")}, split="select").run(tmp_path, tmp_path, said.append)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "dtype"),
+    [("auto", "cpu", torch.float32), ("auto", "cuda", torch.bfloat16), ("fp32", "cuda", torch.float32),
+     ("bf16", "cpu", torch.bfloat16)],
+)  # fmt: skip
+def test_all_models_of_a_report_are_computed_in_the_precision_of_its_settings(
+    texts: Path, precision: Any, device: str, dtype: torch.dtype
+) -> None:
+    assert step(texts, {}, precision=precision)._dtype(torch.device(device)) == dtype
