@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RecipeError, ResourceError, nearest
+from btx.native import native_config
 from btx.recipe import Recipe
 from btx.settings import RunSettings
 from btx.step import Step
 from btx.steps.adapted import Adapted
-from btx.steps.branch import Branch, Descent, native_config
+from btx.steps.branch import Branch, Descent
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune

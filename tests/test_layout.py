@@ -41,6 +41,8 @@ FLOORS = (
         "checkpoint",
         "safety",
         "families",
+        "target",
+        "native",
         "routing",
         "artifact",
         "settings",

@@ -34,6 +34,7 @@ from btx.safety import SINGLE, read_config
 from btx.settings import DataSettings, RunSettings
 from btx.step import versions
 from btx.steps.branch import LEAST_COSINE
+from btx.target import warnings_of
 from btx.tokens import Encoder, Split, load_tokenizer
 
 Say = Callable[[str], None]
@@ -138,6 +139,8 @@ class Work:
         who = f"the expert {name} ({folder})"
         if different := lifecycle.config_of_pair(dense, self.moe, who):
             raise ArtifactError(f"{who} does not go with {self.folder}: config.json differs in {'; '.join(different)}.")
+        for warning in warnings_of(dense.config, who):
+            self.say(f"warning: {warning}")
         if tokenizer_digest(folder) != tokenizer_digest(self.folder):
             raise ArtifactError(f"{who} has another tokenizer than {self.folder}: the same ids mean other tokens.")
         for tensor in sorted(self.moe.checkpoint.entries.keys() & dense.entries.keys()):

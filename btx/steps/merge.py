@@ -114,7 +114,7 @@ class Merge(Models):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "merge"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     top_k: int | None  # experts a token visits; None for all
     tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, where the router is made from data
     domains: dict[str, str] = Field(default_factory=dict)  # of models whose name is another than their domain's
