@@ -21,8 +21,8 @@ from btx.target import BALANCE
 TOKENIZER = "tokenizer_config.json"
 OWN_CLASS = "TokenizersBackend"  # what transformers 5 calls a tokenizer that is its tokenizer.json and nothing else
 UNBALANCED = (
-    "Its config states a coefficient of 0 for the balance loss of transformers, and no router logits, so that no trainer "
-    "adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
+    "Its config states a coefficient of 0 for the balance loss of transformers, and no router logits, so that no "
+    "trainer adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
     "`router_aux_loss_coef` to train with it."
 )
 OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 understands
@@ -33,8 +33,8 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
     `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
     `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
-    come to differ; no balance loss of transformers' own is asked for; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
-    stands for.
+    come to differ; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
+    stands for. No balance loss of transformers' own is asked for.
     """
     family = MOE.get(config["model_type"])
     if not family and config["model_type"] not in DENSE:

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from btx.artifact import write_json
-from btx.checkpoint import Checkpoint, carry_files, tokenizer_digest
+from btx.checkpoint import HEAD, Checkpoint, carry_files, tokenizer_digest
 from btx.errors import ArtifactError
 from btx.families import EMBEDDING
 from btx.merge.settings import AveragingSettings
 from btx.tokens import load_tokenizer
 
-HEAD = "lm_head.weight"
 FILE = "vocabulary.json"
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
 

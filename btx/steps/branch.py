@@ -91,6 +91,9 @@ def require_complete(checkpoint: Checkpoint) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from btx.checkpoint import HEAD
+    from btx.families import EMBEDDING
+
     if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
         raise ArtifactError(
             f"{checkpoint.folder}: config.json does not state {', '.join(unstated)}. Add what the model has."
@@ -112,6 +115,12 @@ def require_complete(checkpoint: Checkpoint) -> None:
         for n in sorted(wanted.keys() | found.keys())
         if wanted.get(n) != found.get(n)
     ]
+    missing = {HEAD, EMBEDDING} & wanted.keys() - found.keys()
+    if len(missing) == len(wrong) == 1:
+        raise ArtifactError(
+            f"{checkpoint.folder}: {missing.pop()} is missing, and config.json does not tie head and embedding. Set "
+            "tie_word_embeddings: true in config.json if the model was trained so, or fetch the checkpoint again."
+        )
     if wrong:
         raise ArtifactError(
             f"{checkpoint.folder}: weights and config.json do not fit in {len(wrong)} tensors: {'; '.join(wrong[:3])}. "
