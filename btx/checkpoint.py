@@ -8,7 +8,6 @@ never mapped: pages of a mapped file count as memory of the process, and a model
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -147,26 +146,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """SHA-256 of what the tokenizer maps to what: vocabulary, merges and added tokens, not their formatting."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            model, added = data["model"], data.get("added_tokens", [])
-            merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-            return fingerprint([model.get("vocab"), merges, [[t["id"], t["content"]] for t in added]])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{path} is damaged ({error!r}). Fetch the checkpoint again.") from error
-    for name in ("tokenizer.model", "vocab.json"):
-        if (folder / name).is_file():
-            return file_digest(folder / name)
-    raise ArtifactError(
-        f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json). "
-        "Copy the tokenizer files of its base model into it."
-    )
 
 
 def carry_files(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from btx.errors import ArtifactError
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100 * 2**20  # the limit of the safetensors library itself

@@ -27,6 +27,7 @@ FLOORS = (
         "metrics",
         "stream",
         "tokens",
+        "token_map",
         "corpus",
         "readers",
         "merge",

@@ -19,7 +19,7 @@ import torch
 from btx import model
 from btx.artifact import publish, unwritable, write_json
 from btx.card import changed_card, table
-from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite, tokenizer_digest
+from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite
 from btx.corpus import resolve
 from btx.errors import ArtifactError, RecipeError
 from btx.families import MOE
@@ -35,6 +35,7 @@ from btx.settings import DataSettings, RunSettings
 from btx.step import versions
 from btx.steps.branch import LEAST_COSINE
 from btx.target import warnings_of
+from btx.token_map import carry_tokenizer, tokenizer_digest
 from btx.tokens import Encoder, Split, load_tokenizer
 
 Say = Callable[[str], None]
@@ -166,7 +167,7 @@ class Work:
 
         def produce(out: Path) -> None:
             write(out)
-            carry_files(self.folder, out)
+            carry_tokenizer(self.folder, out, self.folder)
             config = portable_config(read_config(out))
             write_json(out / "config.json", config)
             self.say("proves and measures")

@@ -33,9 +33,10 @@ class Branch(Step):
 
     def examine(self) -> dict[str, Any]:
         """Read the seed whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
-        from btx.checkpoint import opened, require_finite, tokenizer_digest
+        from btx.checkpoint import opened, require_finite
         from btx.families import family_of
         from btx.target import warnings_of
+        from btx.token_map import require_carried, tokenizer_digest
 
         folder = self.seed.folder
         with opened(folder) as seed:
@@ -43,6 +44,7 @@ class Branch(Step):
             check_buildable(seed.config, str(folder))
             require_complete(seed)
             require_ids(seed)
+            require_carried(folder, family.moe)
             require_finite(seed, "the seed")
             return {
                 "digest": self.seed.digest,
@@ -147,12 +149,13 @@ def require_ids(checkpoint: Checkpoint) -> None:
 
 def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
-    from btx.checkpoint import opened, require_finite, tokenizer_digest
+    from btx.checkpoint import opened, require_finite
     from btx.families import family_of
     from btx.merge.lineage import distance, require_same
     from btx.merge.padded import same_width
     from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_ids_as_stated, require_rows
     from btx.target import warnings_of
+    from btx.token_map import tokenizer_digest
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."
