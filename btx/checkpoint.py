@@ -8,7 +8,6 @@ never mapped: pages of a mapped file count as memory of the process, and a model
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,8 +19,11 @@ import torch
 
 from btx.artifact import file_digest, fingerprint
 from btx.errors import ArtifactError
+from btx.families import EMBEDDING
 from btx.safety import BUFFERS, CARRIED, DTYPES, Entry, read_config, read_entries
 
+HEAD = "lm_head.weight"
+TIED = ("jetmoe",)  # model types whose head is tied unless their config says otherwise
 BLOCK = 2**20  # elements of a block: 2 or 4 MB, which stays in a cache from reading to writing
 LARGEST_READ = 2**30  # bytes; the system returns less than 2 GiB at once
 
@@ -77,14 +79,22 @@ class Tensors:
 
 
 class Checkpoint(Tensors):
-    """A checked Hugging Face folder: its config and its tensors."""
+    """A checked Hugging Face folder: its config and its tensors.
+
+    Where the head is tied to the embedding there is one tensor for both, under the embedding's name, whichever is
+    stored. ArtifactError when both are and differ: transformers would then not tie them, against the config.
+    """
+
+    head: Entry | None = None  # of a tied model that stores its head too
 
     def __init__(self, folder: Path) -> None:
         self.config = read_config(folder)
         entries = {n: e for n, e in read_entries(folder).items() if not BUFFERS.search(n)}
-        if self.config.get("tie_word_embeddings") and "model.embed_tokens.weight" in entries:
-            entries.pop("lm_head.weight", None)
-        super().__init__(folder, entries)
+        if self.config.get("tie_word_embeddings", self.config["model_type"] in TIED) and HEAD in entries:
+            self.head = entries.pop(HEAD)
+            entries = {**entries, EMBEDDING: entries.get(EMBEDDING, self.head)}
+            require_tied(folder, self.head, entries[EMBEDDING])
+        super().__init__(folder, dict(sorted(entries.items(), key=lambda item: (item[1].file, item[1].offset))))
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -96,9 +106,25 @@ class Checkpoint(Tensors):
 
     def digest(self, file_digest: Callable[[Path], str] = file_digest) -> str:
         """SHA-256 over what decides the model: config, tokenizer files and weights."""
-        names = {e.file for e in self.entries.values()} | {"config.json"}
+        names = {e.file for e in self.entries.values()} | {"config.json"} | ({self.head.file} if self.head else set())
         names |= {n for n in CARRIED if (self.folder / n).is_file()}
         return fingerprint([[n, file_digest(self.folder / n)] for n in sorted(names)])
+
+
+def require_tied(folder: Path, head: Entry, embedding: Entry) -> None:
+    """ArtifactError unless two tensors that a config ties have the same values."""
+    stored = Tensors(folder, {HEAD: head, EMBEDDING: embedding})
+    same = head.shape == embedding.shape and all(
+        torch.equal(a.double(), b.double()) or torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # the same NaN too
+        for a, b in zip(stored.blocks(HEAD), stored.blocks(EMBEDDING), strict=True)
+    )
+    stored.close()
+    if not same:
+        raise ArtifactError(
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings: true), but {HEAD} is stored "
+            f"beside {EMBEDDING} with other values. Set tie_word_embeddings: false in config.json if the stored head "
+            f"is the one that was trained, or remove {HEAD} from the weights if it is not."
+        )
 
 
 @contextlib.contextmanager
@@ -120,26 +146,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """SHA-256 of what the tokenizer maps to what: vocabulary, merges and added tokens, not their formatting."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            model, added = data["model"], data.get("added_tokens", [])
-            merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-            return fingerprint([model.get("vocab"), merges, [[t["id"], t["content"]] for t in added]])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{path} is damaged ({error!r}). Fetch the checkpoint again.") from error
-    for name in ("tokenizer.model", "vocab.json"):
-        if (folder / name).is_file():
-            return file_digest(folder / name)
-    raise ArtifactError(
-        f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json). "
-        "Copy the tokenizer files of its base model into it."
-    )
 
 
 def carry_files(source: Path, target: Path) -> None:

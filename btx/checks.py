@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import RecipeError, ResourceError, nearest
+from btx.native import native_config
 from btx.recipe import Recipe
 from btx.settings import RunSettings
 from btx.step import Step
 from btx.steps.adapted import Adapted
-from btx.steps.branch import Branch, Descent, native_config
+from btx.steps.branch import Branch, Descent
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune
@@ -85,14 +86,18 @@ def check_lengths(seed: Path, recipe: Recipe) -> None:
 
 def check_layout(merge: Merge, builtin: dict[str, Any]) -> None:
     """RecipeError when experts cannot be made of the seed's feed-forward blocks as the recipe says."""
+    from btx.families import WITH_ATTENTION
     from btx.merge.layout import layout
     from btx.safety import read_config
+    from btx.token_map import require_carried
 
     seed, config = merge.branch.seed, builtin
     if isinstance(seed, Given):
         config = {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
     width = config["intermediate_size"]
     layout(merge.settings, list(merge.models), config, str(seed.folder))
+    if merge.settings.attention and isinstance(seed, Given):
+        require_carried(seed.folder, WITH_ATTENTION.moe)
     for name, step in merge.models.items():
         if merge.settings.experts in ("split", "blend") and isinstance(step, Given) and width_of(step.folder) != width:
             raise RecipeError(

@@ -1,18 +1,17 @@
 """Which dense family becomes which Mixture-of-Experts family, as data.
 
-A family is here only when N copies of a dense model make an MoE with the same logits ("exact"). What is carried
-over in the config is decided field by field: a field that the MoE class knows is copied, one that it does not know
-must have a value under which it does nothing, and anything else is refused by name.
+A family is here only when N copies of a dense model make an MoE with the same logits ("exact"). `btx.target` makes the
+config of such an MoE by what is said here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from btx.errors import ArtifactError
+from btx.native import native_config
 
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{kind}_proj.weight" for kind in "qkvo")
@@ -68,7 +67,7 @@ class Family:
     block: str = "mlp"  # the MoE block in memory
     gate: str = "gate"  # its router in memory
     fixed: dict[str, Any] = field(default_factory=dict)  # MoE config fields that make it exact
-    carried: tuple[str, ...] = ()  # fields that the MoE model reads although its config class does not declare them
+    carried: tuple[str, ...] = ()  # fields that both models read although a config class does not declare them
     harmless: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # dense-only field: values that do
     # nothing in the dense model (for a list: of each of its items), or ANY
     shared: SharedExpert | None = None  # which it has in every layer, if it has one; zeros make it idle
@@ -223,7 +222,6 @@ REFUSED = {
     "olmo": "no MoE class of transformers has its norms without weights",
     "olmo3": "no MoE class of transformers has its mix of sliding and full layers",
 }
-RECORDED = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype", "torch_dtype"}
 
 
 def family_of(config: dict[str, Any], where: str, *, attention: bool = False) -> Family:
@@ -245,56 +243,12 @@ def family_of(config: dict[str, Any], where: str, *, attention: bool = False) ->
 
 
 def _with_attention(config: dict[str, Any], where: str) -> Family:
-    heads = config.get("num_attention_heads")
+    native = native_config(config, where)
     why = f"{WITH_ATTENTION.moe}, the one class that has them, is exact for {WITH_ATTENTION.dense} models"
-    if config["model_type"] == WITH_ATTENTION.dense and config.get("num_key_value_heads", heads) == heads:
+    same = native.num_key_value_heads == native.num_attention_heads  # null stands for as many
+    if config["model_type"] == WITH_ATTENTION.dense and same:
         return WITH_ATTENTION
     raise ArtifactError(
         f"{where} cannot have attention experts: {why} with as many key heads as query heads (no grouped-query "
         "attention). Use merge.experts: one."
     )
-
-
-def moe_config(
-    dense: dict[str, Any], *, experts: int, top_k: int, width: int, where: str, dense_layers: Sequence[int] = (),
-    shared_width: int = IDLE_WIDTH, attention: bool = False,
-) -> Any:  # fmt: skip
-    """The native MoE config that gives a dense model's logits when all experts are that model.
-
-    `dense` is the parsed config.json; `width` an expert's feed-forward width, `dense_layers` those without experts,
-    `shared_width` that of the shared expert where the family has one, `attention` as in `family_of`. ArtifactError
-    names the field when the dense model uses something that the MoE class does not have.
-    """
-    from transformers import AutoConfig
-
-    family = family_of(dense, where, attention=attention)
-    source = {family.renamed.get(k, k): v for k, v in AutoConfig.for_model(**dense).to_dict().items()}
-    known = AutoConfig.for_model(family.moe).to_dict().keys() | set(family.carried)
-    _refuse_unknown(family, source, known, where)
-    kept = {k: v for k, v in source.items() if k in known and k not in (*RECORDED, *family.derived)}
-    kept |= {**family.fixed, family.experts_field: experts, family.width_field: width, "num_experts_per_tok": top_k}
-    if dense_layers:
-        kept["mlp_only_layers"] = list(dense_layers)
-    if family.shared:
-        kept[family.shared.width_field] = shared_width
-    return AutoConfig.for_model(family.moe, **kept)
-
-
-def class_name(config: object) -> str:
-    """The stock class of a native config."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
-
-
-def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:
-    for key, value in source.items():
-        if key in known or key in RECORDED:
-            continue
-        allowed = family.harmless.get(key, ())
-        items = value if isinstance(value, list) else [value]
-        if allowed is not None and any(item not in allowed for item in items):
-            raise ArtifactError(
-                f"{where}: config.json has {key} = {value!r}, which {family.moe} has no place for, so "
-                "the merged model would compute something else."
-            )

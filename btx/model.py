@@ -54,6 +54,9 @@ def load(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32
     if any(wrong.values()):
         named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(v[:3])}" for kind, v in wrong.items() if v)
         raise ArtifactError(f"{folder} does not fit the class {type(model).__name__}: {named}.")
+    for output in ("output_attentions", "output_hidden_states"):  # of logits alone, whatever a config.json asks for
+        setattr(model.config, output, False)
+    model.config.return_dict = True
     if kernel := kernel_of(model.config.model_type, where.kernel, device_of(where)):
         use_kernel(model, kernel)
     return model

@@ -163,7 +163,8 @@ class Graph:
 
     def _expert(self, name: str, domain: str, checkpoint: str, seed: Step) -> Step:
         """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
-        from btx.merge.adapter import CONFIG, WEIGHTS, is_adapter
+        from btx.merge.adapter import WEIGHTS, is_adapter
+        from btx.merge.lora_config import CONFIG
 
         try:
             path = (self.base / Path(checkpoint).expanduser()).resolve()

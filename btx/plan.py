@@ -10,11 +10,12 @@ from btx import flops
 from btx.errors import RecipeError
 from btx.families import family_of
 from btx.merge.layout import layout
+from btx.native import native_config
 from btx.pipeline import mix
 from btx.recipe import Recipe
 from btx.safety import read_config, require_size
 from btx.settings import FinetuneSettings, TrainSettings
-from btx.steps.branch import native_config
+from btx.target import warnings_of
 
 Config = dict[str, Any]
 
@@ -137,8 +138,16 @@ def show_plan(recipe: Recipe, base: Path, *, tflops: float, devices: int) -> Non
         )  # fmt: skip
     Console(soft_wrap=True).print(table)
     console = Console()
-    for line in notes(recipe, found, tflops, devices):
+    for line in [*warnings(recipe, base), *notes(recipe, found, tflops, devices)]:
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def warnings(recipe: Recipe, base: Path) -> list[str]:
+    """What is to be said of the checkpoints that are at hand."""
+    given = [recipe.seed.checkpoint, *(c for domain in recipe.domains.values() for c in domain.checkpoints)]
+    folders = [base / Path(c).expanduser() for c in given if c]
+    configs = {folder: read_config(folder) for folder in folders if (folder / "config.json").is_file()}
+    return [f"Warning: {text}" for folder, config in configs.items() for text in warnings_of(config, str(folder))]
 
 
 def _hours(hours: float) -> str:

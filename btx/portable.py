@@ -16,9 +16,15 @@ from btx.checkpoint import Checkpoint
 from btx.families import DENSE, DOWN, GATE, MOE, UP, Family
 from btx.safety import DTYPES
 from btx.shards import Row, copies
+from btx.target import BALANCE
 
 TOKENIZER = "tokenizer_config.json"
 OWN_CLASS = "TokenizersBackend"  # what transformers 5 calls a tokenizer that is its tokenizer.json and nothing else
+UNBALANCED = (
+    "Its config states a coefficient of 0 for the balance loss of transformers, and no router logits, so that no "
+    "trainer adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
+    "`router_aux_loss_coef` to train with it."
+)
 OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 understands
 
 
@@ -28,7 +34,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
     `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
     come to differ; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
-    stands for.
+    stands for. No balance loss of transformers' own is asked for.
     """
     family = MOE.get(config["model_type"])
     if not family and config["model_type"] not in DENSE:
@@ -43,6 +49,8 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
         found["torch_dtype"] = found["dtype"]
     if family and "num_local_experts" in found:
         found[family.experts_field] = found.pop("num_local_experts")
+    if family:
+        found |= {field: 0.0 for field in BALANCE if field in found} | {"output_router_logits": False}
     if "head_dim" in found and found["head_dim"] is None:
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     return found
@@ -106,10 +114,12 @@ def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
         return [
             f"Its experts lie fused, as {made} holds them: it is known to load there only. transformers 4 would draw "
             "its experts at random, and other tools ask for the published names; export with `layout: published` for "
-            "them."
+            "them.",
+            UNBALANCED,
         ]
     found = [*_limits_of_transformers_4(config, folder), *_vllm(config), *_limits_of_llama_cpp(config, folder)]
-    return [f"It loads in {made} and, as far as nothing else is said below, in transformers 4.57.", *found]
+    said = [f"It loads in {made} and, as far as nothing else is said below, in transformers 4.57.", *found]
+    return [*said, UNBALANCED] if family else said
 
 
 def _own_head_dim(config: dict[str, Any]) -> bool:

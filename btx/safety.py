@@ -19,6 +19,7 @@ import torch
 
 from btx.errors import ArtifactError
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100 * 2**20  # the limit of the safetensors library itself
@@ -37,6 +38,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # older checkpoints store it; it is computed, not a weight
 MOST_LAYERS = 10_000
+NOTHING: tuple[Any, ...] = (None, False, {}, [], "")  # values by which a key asks for nothing
 NATIVE = ("eager", "sdpa")  # what a config may ask for by `*_implementation` without a package or a hub
 
 
@@ -126,7 +128,7 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     for name in ("tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             configs[name] = _json(folder / name)
-    keys = {(key, name) for name, found in configs.items() for key, _ in _walk(found)}
+    keys = {(key, name) for name, found in configs.items() for key, value in _walk(found) if value not in NOTHING}
     asked = [f"{key} in {name}" for key, name in sorted(keys) if key in ("auto_map", "trust_remote_code")]
     refuse_scripts(folder, asked)
     if config.get("quantization_config") or config.get("compression_config"):

@@ -1,39 +1,33 @@
 """LoRA adapters of a seed, as peft writes them: W + s B A, block by block, so that an adapter becomes a dense expert.
 
-s = alpha / r, or alpha / √r with `use_rslora` (Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732). What an
-adapter may be besides (DoRA, biases, another kind than LoRA, weights that the seed does not have) is refused by name.
+s = alpha / r, or alpha / √r with `use_rslora` (Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732). With
+`use_dora` each row of that sum is brought to the length that the adapter says (Liu et al., arXiv 2402.09353). What an
+adapter may be besides (biases, other kinds, weights that the seed does not have) is refused by name; `lora_config`
+knows the options.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from btx.checkpoint import BLOCK, Checkpoint, Tensors, count_non_finite, tokenizer_digest
+from btx.checkpoint import BLOCK, HEAD, Checkpoint, Tensors, count_non_finite
 from btx.errors import ArtifactError
+from btx.families import EMBEDDING
+from btx.merge.lora_config import CONFIG, LoraOptions
 from btx.safety import DTYPES, read_header, refuse_links, refuse_scripts
 from btx.shards import Row
+from btx.token_map import MODEL_FILES, tokenizer_digest
 
-CONFIG, WEIGHTS, TOKENIZER = "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"
+WEIGHTS, PICKLE, TOKENIZER = "adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"
 PREFIX = "base_model.model."
-PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-IDLE: dict[str, tuple[Any, ...]] = {  # fields that must have one of these values, under which they do nothing
-    "use_dora": (None, False),
-    "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False),
-    "layer_replication": (None,),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the seed's weights
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-}
+PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?")
+BASE = ".base_layer.weight"  # peft stores a head with factors so
+MAGNITUDE = "magnitude_vector"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -47,61 +41,110 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         refuse_links(folder)
         refuse_scripts(folder)
-        self.folder, self.config = folder, _config(folder)
+        self.folder, self.options = folder, LoraOptions(folder)
         if not (folder / WEIGHTS).is_file():
+            if (folder / PICKLE).is_file():
+                raise ArtifactError(
+                    f"{folder} holds its weights as pickle ({PICKLE}), which can run code. Save the adapter anew where "
+                    "you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
+                )
             raise ArtifactError(f"{folder} has no {WEIGHTS}. Save the adapter by save_pretrained(folder).")
         self.tensors = Tensors(folder, read_header(folder / WEIGHTS))
-        self.factors: dict[str, dict[str, str]] = {}  # weight of the seed -> A and B by their names in the file
+        self.factors: dict[
+            str, dict[str, str]
+        ] = {}  # weight of the seed -> A, B (and lengths) by their names in the file
         self.replaced: dict[str, str] = {}  # weight of the seed -> name in the file
+        self.bases: dict[str, str] = {}  # the same of weights that stand beside factors, which are added to them
         for name in self.tensors.entries:
             if part := PART.fullmatch(name):
                 self.factors.setdefault(f"{part[1]}.weight", {})[part[2]] = name
+            elif name.endswith(BASE):
+                self.bases[name.removeprefix(PREFIX).removesuffix(BASE) + ".weight"] = name
             else:
                 self.replaced[name.removeprefix(PREFIX)] = name
-
-    def scale(self, weight: str, rank: int) -> float:
-        """s of a weight: alpha over the rank or, with use_rslora, over its root."""
-        module = weight.removesuffix(".weight")
-        alpha = self.config["lora_alpha"]
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def require_fit(self, seed: Checkpoint) -> None:
         """ArtifactError unless every tensor belongs to a weight of the seed, with its shape, and is finite.
 
         A tokenizer that lies beside the adapter must be the seed's.
         """
-        if (self.folder / TOKENIZER).is_file() and tokenizer_digest(self.folder) != tokenizer_digest(seed.folder):
+        own = any((self.folder / name).is_file() for name in MODEL_FILES)
+        if own and tokenizer_digest(self.folder, seed.config) != tokenizer_digest(seed.folder):
             raise ArtifactError(
                 f"{self.folder}: its {TOKENIZER} has other tokens than that of the seed ({seed.folder}), which the "
                 "expert would lose. Merge the adapter yourself (peft's merge_and_unload, then save_pretrained, with "
                 f"this tokenizer) and name the dense folder; or remove {TOKENIZER}, if they were not used."
             )
-        for weight, parts in self.factors.items():
-            shapes = {k: self.tensors.entries[n].shape for k, n in parts.items()}
-            base = seed.entries[weight].shape if weight in seed.entries else None
-            a, b = shapes.get("A", ()), shapes.get("B", ())
-            if base is None or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != base or a[0] != b[1]:
-                raise ArtifactError(
-                    f"{self.folder}: lora_A {a or 'none'} and lora_B {b or 'none'} do not fit {weight}, which is "
-                    f"{base or 'missing'} in the seed ({seed.folder}). Use an adapter that was trained on this seed."
-                )
-        for weight in self.replaced:
-            if (
-                weight not in seed.entries
-                or seed.entries[weight].shape != self.tensors.entries[self.replaced[weight]].shape
-            ):
-                raise ArtifactError(
-                    f"{self.folder}: {self.replaced[weight]} is no LoRA factor, and no weight of the seed "
-                    f"({seed.folder}) by name and shape. Train it on linear layers, without resizing embeddings."
-                )
+        for weight in self.factors:
+            self._require_factors(seed, weight)
+        if any(".lora_embedding_" in name for name in self.replaced):
+            raise self.options.refused("target_modules", "which puts factors on the embedding")
+        for weight, name in self.replaced.items():
+            self._require_replaced(seed, weight, name)
+        for weight, name in self.bases.items():
+            self._require_replaced(seed, weight, name)
+            if weight not in self.factors:
+                raise ArtifactError(f"{self.folder} holds {name} without factors. Save the adapter anew.")
+        self._require_all(seed)
         for name in self.tensors.entries:
             if bad := sum(map(count_non_finite, self.tensors.blocks(name))):
                 raise ArtifactError(
                     f"{self.folder}: {name} holds {bad} NaN or infinite values. Use an earlier adapter."
                 )
+
+    def _require_factors(self, seed: Checkpoint, weight: str) -> None:
+        """ArtifactError unless the factors of a weight fit it, and are those that peft would put there."""
+        parts = self.factors[weight]
+        shapes = {k: self.tensors.entries[n].shape for k, n in parts.items()}
+        base = seed.entries[weight].shape if weight in seed.entries else None
+        a, b, module = shapes.get("A", ()), shapes.get("B", ()), weight.removesuffix(".weight")
+        if weight == HEAD and base is None and EMBEDDING in seed.entries:
+            raise ArtifactError(
+                f"{self.folder} changes {HEAD}, which is tied to the embedding in the seed ({seed.folder}): the two "
+                "would come apart. Train it on other modules (target_modules without lm_head)."
+            )
+        if base is None or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != base or a[0] != b[1]:
+            raise ArtifactError(
+                f"{self.folder}: lora_A {a or 'none'} and lora_B {b or 'none'} do not fit {weight}, which is "
+                f"{base or 'missing'} in the seed ({seed.folder}). Use an adapter that was trained on this seed."
+            )
+        if not self.options.selects(module, linear(seed)):
+            raise self.options.refused("target_modules", f"which does not select {module} although it has factors")
+        if a[0] != self.options.rank(module):
+            raise self.options.refused(
+                "r", f"by which {module} has rank {self.options.rank(module)}, in the file {a[0]}"
+            )
+        wanted = (base[0],) if self.options.dora else None
+        if shapes.get(MAGNITUDE) != wanted:
+            raise self.options.refused("use_dora", f"and the lengths of {module} are {shapes.get(MAGNITUDE) or 'none'}")
+        if weight in self.replaced:
+            raise ArtifactError(f"{self.folder} holds {weight} whole and as factors. Save the adapter anew.")
+
+    def _require_replaced(self, seed: Checkpoint, weight: str, name: str) -> None:
+        """ArtifactError unless a whole tensor is one of the seed's, and no other is tied to it."""
+        shape = self.tensors.entries[name].shape
+        if weight not in seed.entries or seed.entries[weight].shape != shape:
+            raise ArtifactError(
+                f"{self.folder}: {name} is no LoRA factor, and no weight of the seed ({seed.folder}) by name and "
+                "shape. Train it on linear layers, without resizing embeddings."
+            )
+        if weight == EMBEDDING and HEAD not in seed.entries and self._saves(weight):
+            raise self.options.refused("modules_to_save", "which takes the embedding off the head that is tied to it")
+
+    def _saves(self, weight: str) -> bool:
+        """Whether a weight is of a module that is trained whole."""
+        return any(weight.rpartition(".")[0].endswith(name) for name in self.options.saved)
+
+    def _require_all(self, seed: Checkpoint) -> None:
+        """ArtifactError for a module that the adapter should hold and does not, where that decides anything."""
+        missing = [n for n in seed.entries if self._saves(n) and n not in self.replaced]
+        if missing:
+            raise self.options.refused("modules_to_save", f"and {missing[0]} is not in {WEIGHTS}")
+        if self.options.config.get("init_lora_weights", True) is False:
+            known = linear(seed)
+            for module in known:
+                if self.options.selects(module, known) and f"{module}.weight" not in self.factors:
+                    raise self.options.refused("init_lora_weights", f"and there are no factors of {module}")
 
     def rows(self, seed: Checkpoint) -> list[Row]:
         """The tensors of the dense model: those of the seed, changed where the adapter says so."""
@@ -119,30 +162,27 @@ class Adapter:
         for block in self.tensors.blocks(self.replaced[name]):
             yield block.to(dtype)
 
+    def _base(self, seed: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements of the weight that factors are added to, in the seed's dtype."""
+        if name in self.bases:
+            return self.tensors.flat(self.bases[name], start, stop).to(DTYPES[seed.entries[name].dtype])
+        return seed.flat(name, start, stop)
+
     def _adapted(self, seed: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-        """W + s B A in fp32, some rows at a time, cast once."""
-        a, b = (self.tensors.read(self.factors[name][part]).float() for part in "AB")
+        """W + s B A in fp32, some rows at a time, cast once; with DoRA each row m / |W + s B A| times that."""
+        parts = {part: self.tensors.read(tensor).float() for part, tensor in self.factors[name].items()}
         rows, columns = seed.entries[name].shape
-        step, scale = max(1, BLOCK // columns), self.scale(name, len(a))
+        step, scale = max(1, BLOCK // columns), self.options.scale(name.removesuffix(".weight"))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            base = seed.flat(name, start * columns, stop * columns).view(-1, columns)
-            yield torch.addmm(base.float(), b[start:stop], a, alpha=scale).to(base.dtype)
+            base = self._base(seed, name, start * columns, stop * columns).view(-1, columns)
+            made = torch.addmm(base.float(), parts["B"][start:stop], parts["A"], alpha=scale)
+            if self.options.dora:
+                made *= (parts[MAGNITUDE][start:stop] / torch.linalg.norm(made, dim=1))[:, None]
+            yield made.to(base.dtype)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, alpha = config["peft_type"], float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged, or of another kind than LoRA ({error!r}).") from error
-    if kind != "LORA" or not math.isfinite(alpha):
-        raise ArtifactError(f"{path} says peft_type {kind!r}, lora_alpha {alpha}; only LoRA adapters become experts.")
-    for field, values in IDLE.items():
-        if config.get(field) not in values:
-            raise ArtifactError(
-                f"{path} has {field}: {config[field]!r}, which is more than W + s B A. Merge the adapter yourself "
-                "(peft's merge_and_unload, then save_pretrained), and name the dense folder."
-            )
-    return dict(config)
+def linear(seed: Checkpoint) -> list[str]:
+    """The modules of a seed that are linear layers, without the head, as peft counts them."""
+    names = (n for n, e in seed.entries.items() if len(e.shape) == 2 and n not in (EMBEDDING, HEAD))
+    return [name.removesuffix(".weight") for name in names]

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from btx.artifact import write_json
-from btx.checkpoint import Checkpoint, carry_files, tokenizer_digest
+from btx.checkpoint import HEAD, Checkpoint, carry_files
 from btx.errors import ArtifactError
 from btx.families import EMBEDDING
 from btx.merge.settings import AveragingSettings
+from btx.safety import read_config
+from btx.token_map import difference, token_map
 from btx.tokens import load_tokenizer
 
-HEAD = "lm_head.weight"
 FILE = "vocabulary.json"
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -52,15 +53,18 @@ def is_extended(seed: Path, other: Path) -> bool:
 
 def added_tokens(seed: Path, other: Path, who: str) -> list[dict[str, Any]]:
     """What a tokenizer has besides the seed's, as tokenizer.json states it; ArtifactError for any other change."""
-    if tokenizer_digest(seed) == tokenizer_digest(other):
+    ours, its = token_map(seed), token_map(other)
+    if ours == its:
         return []
     refusal = f"{who} has another tokenizer than the seed ({seed}): "
     remedy = "Only tokens added behind the seed's can be aligned. Train it with the seed's tokenizer."
     if not all((folder / JSON).is_file() for folder in (seed, other)):
         raise ArtifactError(f"{refusal}the same ids mean other tokens, as far as can be seen without {JSON}. {remedy}")
-    (base, mine), (theirs_base, theirs) = _parts(seed), _parts(other)
-    if base != theirs_base:
-        raise ArtifactError(f"{refusal}its vocabulary or merges differ, so the same ids mean other tokens. {remedy}")
+    if parts := difference(ours, its):
+        raise ArtifactError(
+            f"{refusal}its {parts} differ, so the same ids mean other tokens, or the same text has other ids. {remedy}"
+        )
+    mine, theirs = _parts(seed)[1], _parts(other)[1]
     common, known = common_ids(seed), {t["id"]: t["content"] for t in theirs}
     for token in mine:
         if known.get(token["id"]) != token["content"]:
@@ -73,6 +77,11 @@ def added_tokens(seed: Path, other: Path, who: str) -> list[dict[str, Any]]:
             raise ArtifactError(f"{refusal}{token['content']!r} is its id {token['id']}, one of the seed's. {remedy}")
     if len({t["content"] for t in theirs}) < len(theirs):
         raise ArtifactError(f"{refusal}a token is added twice. {remedy}")
+    loaded, own = ({t["content"]: {**t, "id": 0} for t in one["added_tokens"]} for one in (ours, its))
+    wrong = [text for text in (t["content"] for t in mine) if loaded.get(text) != own.get(text)]
+    if wrong or not added:
+        what = ", ".join(map(repr, wrong or sorted(loaded.keys() ^ own.keys())))
+        raise ArtifactError(f"{refusal}what it does with {what} differs (flags, or the class that loads it). {remedy}")
     return added
 
 
@@ -84,7 +93,7 @@ def common_ids(seed: Path) -> int:
 
 
 def _parts(folder: Path) -> tuple[tuple[Any, list[str]], list[dict[str, Any]]]:
-    """The tokenizer's model (vocabulary, merges), and its added tokens. `tokenizer_digest` has looked at the file."""
+    """The tokenizer's model (vocabulary, merges), and its added tokens. `token_map` has looked at the file."""
     if not (folder / JSON).is_file():
         raise ArtifactError(
             f"{folder} has no {JSON}, by which rows of the embedding are aligned. Write one: "
@@ -141,6 +150,9 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
     """
     found, entries = join(seed, experts)
     carry_files(seed, out)
+    write_json(
+        out / "config.json", {"model_type": read_config(seed)["model_type"]}
+    )  # which tells the class it loads by
     data = json.loads((out / JSON).read_text(encoding="utf-8"))
     data["added_tokens"] = [*data.get("added_tokens", []), *entries]
     (out / JSON).write_text(json.dumps(data, ensure_ascii=False, indent=2), encoding="utf-8")

@@ -28,7 +28,6 @@ from btx.families import (
     VALUE,
     AttentionExperts,
     Family,
-    class_name,
     family_of,
 )
 from btx.merge.averaging import Shared
@@ -36,6 +35,7 @@ from btx.merge.layout import Experts, layout
 from btx.merge.settings import MergeSettings
 from btx.merge.vocabulary import Joint
 from btx.shards import Progress, Resume, Row, write_weights
+from btx.target import class_name
 
 SEED = "seed"
 

@@ -18,10 +18,12 @@ import torch
 from btx.artifact import write_json
 from btx.checkpoint import Checkpoint
 from btx.errors import ArtifactError, RecipeError
-from btx.families import DOWN, LAYER, RECORDED, Family, class_name, moe_config
+from btx.families import DOWN, LAYER, Family
 from btx.merge.layout import BESIDE_SHARED
 from btx.moe.mixture import EXPERTS, Masked, Moe, Source, patterns
+from btx.native import RECORDED, config_difference
 from btx.shards import Row, write_weights
+from btx.target import class_name, moe_config
 
 
 def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
@@ -242,19 +244,6 @@ def _require_zero(moe: Moe, tensor: str) -> None:
 
 
 def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
-    """Config fields in which a dense model, made a mixture, would differ from this one, as `field: ours, its`."""
-    made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where,
-                      dense_layers=moe.dense).to_dict()  # fmt: skip
-    fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "vocab_size", "rms_norm_eps", "hidden_act", "rope_parameters", "tie_word_embeddings", "head_dim",
-              "use_sliding_window", "sliding_window", "layer_types", "attention_multiplier", "embedding_multiplier",
-              "residual_multiplier", "logits_scaling")  # fmt: skip
-    mine = native(moe.config)
-    return [f"{f}: {mine.get(f)!r}, {made.get(f)!r}" for f in fields if mine.get(f) != made.get(f)]
-
-
-def native(config: dict[str, Any]) -> dict[str, Any]:
-    """A parsed config.json with the defaults of its class filled in."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**config).to_dict()  # type: ignore[no-any-return]
+    """Config fields that decide and in which a dense model, made a mixture, would differ from this one."""
+    made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where, dense_layers=moe.dense)
+    return config_difference(moe.config, made.to_dict(), where, carried=moe.family.carried, names=("the mixture", "it"))

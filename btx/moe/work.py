@@ -19,7 +19,7 @@ import torch
 from btx import model
 from btx.artifact import publish, unwritable, write_json
 from btx.card import changed_card, table
-from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite, tokenizer_digest
+from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite
 from btx.corpus import cut, resolve
 from btx.errors import ArtifactError, RecipeError
 from btx.families import MOE
@@ -35,6 +35,8 @@ from btx.settings import DataSettings, RunSettings
 from btx.split import Split
 from btx.step import versions
 from btx.steps.branch import LEAST_COSINE
+from btx.target import warnings_of
+from btx.token_map import carry_tokenizer, tokenizer_digest
 from btx.tokens import Encoder, load_tokenizer
 
 Say = Callable[[str], None]
@@ -139,6 +141,8 @@ class Work:
         who = f"the expert {name} ({folder})"
         if different := lifecycle.config_of_pair(dense, self.moe, who):
             raise ArtifactError(f"{who} does not go with {self.folder}: config.json differs in {'; '.join(different)}.")
+        for warning in warnings_of(dense.config, who):
+            self.say(f"warning: {warning}")
         if tokenizer_digest(folder) != tokenizer_digest(self.folder):
             raise ArtifactError(f"{who} has another tokenizer than {self.folder}: the same ids mean other tokens.")
         for tensor in sorted(self.moe.checkpoint.entries.keys() & dense.entries.keys()):
@@ -164,7 +168,7 @@ class Work:
 
         def produce(out: Path) -> None:
             write(out)
-            carry_files(self.folder, out)
+            carry_tokenizer(self.folder, out, self.folder)
             config = portable_config(read_config(out))
             write_json(out / "config.json", config)
             self.say("proves and measures")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.artifact import write_json
 from btx.errors import ArtifactError
+from btx.native import config_difference, idle_difference, native_config
 from btx.step import Step, Tell
 
 if TYPE_CHECKING:
@@ -26,12 +27,16 @@ class Branch(Step):
         """Check the seed, write the lineage."""
         lineage = self.examine()
         write_json(out / "lineage.json", lineage)
+        for warning in lineage["warnings"]:
+            tell({"label": self.label, "warning": warning})
         return {"family": lineage["family"], "becomes": lineage["becomes"]}
 
     def examine(self) -> dict[str, Any]:
         """Read the seed whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
-        from btx.checkpoint import opened, require_finite, tokenizer_digest
+        from btx.checkpoint import opened, require_finite
         from btx.families import family_of
+        from btx.target import warnings_of
+        from btx.token_map import require_carried, tokenizer_digest
 
         folder = self.seed.folder
         with opened(folder) as seed:
@@ -39,6 +44,7 @@ class Branch(Step):
             check_buildable(seed.config, str(folder))
             require_complete(seed)
             require_ids(seed)
+            require_carried(folder, family.moe)
             require_finite(seed, "the seed")
             return {
                 "digest": self.seed.digest,
@@ -47,6 +53,7 @@ class Branch(Step):
                 "tokenizer": tokenizer_digest(folder),
                 "dtype": str(seed.dtype).removeprefix("torch."),
                 "tensors": {n: list(e.shape) for n, e in seed.entries.items()},
+                "warnings": warnings_of(seed.config, str(folder)),
             }
 
 
@@ -64,6 +71,8 @@ class Descent(Step):
         """Check the experts, write the lineage."""
         lineage = self.examine()
         write_json(out / "lineage.json", lineage)
+        for warning in (warning for about in lineage.values() for warning in about["warnings"]):
+            tell({"label": self.label, "warning": warning})
         return {"experts": list(lineage)}
 
     def examine(self) -> dict[str, Any]:
@@ -73,29 +82,19 @@ class Descent(Step):
 
 def check_buildable(config: dict[str, Any], where: str) -> None:
     """Raise now, not after days of training, when the MoE class cannot hold this model."""
-    from btx.families import moe_config
+    from btx.target import moe_config
 
     width = native_config(config, where).to_dict()["intermediate_size"]
     moe_config(deepcopy(config), experts=2, top_k=1, width=width, where=where)
-
-
-def native_config(config: dict[str, Any], where: str) -> Any:
-    """The transformers config of a parsed config.json; ArtifactError when the class does not take it."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.for_model(**deepcopy(config))
-    except Exception as error:  # validators of the config classes raise kinds of their own
-        why = " ".join(str(error).split())
-        raise ArtifactError(
-            f"{where}: config.json makes no {config['model_type']} model ({why}). Correct it."
-        ) from error
 
 
 def require_complete(checkpoint: Checkpoint) -> None:
     """ArtifactError unless the tensors are those of the model that the config describes, by name and shape."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    from btx.checkpoint import HEAD
+    from btx.families import EMBEDDING
 
     if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
         raise ArtifactError(
@@ -118,6 +117,12 @@ def require_complete(checkpoint: Checkpoint) -> None:
         for n in sorted(wanted.keys() | found.keys())
         if wanted.get(n) != found.get(n)
     ]
+    missing = {HEAD, EMBEDDING} & wanted.keys() - found.keys()
+    if len(missing) == len(wrong) == 1:
+        raise ArtifactError(
+            f"{checkpoint.folder}: {missing.pop()} is missing, and config.json does not tie head and embedding. Set "
+            "tie_word_embeddings: true in config.json if the model was trained so, or fetch the checkpoint again."
+        )
     if wrong:
         raise ArtifactError(
             f"{checkpoint.folder}: weights and config.json do not fit in {len(wrong)} tensors: {'; '.join(wrong[:3])}. "
@@ -142,47 +147,25 @@ def require_ids(checkpoint: Checkpoint) -> None:
         )
 
 
-DECIDING = (  # but for the feed-forward width and the vocabulary, which the merge evens out as far as it can
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "hidden_act",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "sliding_window",
-    "use_sliding_window",
-    "layer_types",
-    "attention_bias",
-    "mlp_bias",
-)
-
-
-def config_difference(seed: dict[str, Any], other: dict[str, Any], where: str) -> list[str]:
-    """The fields that decide what a model computes and differ, each as `field: seed's, other's`."""
-    if seed["model_type"] != other["model_type"]:
-        return [f"model_type: seed {seed['model_type']!r}, expert {other['model_type']!r}"]
-    a, b = native_config(seed, "the seed").to_dict(), native_config(other, where).to_dict()
-    return [f"{f}: seed {a.get(f)!r}, expert {b.get(f)!r}" for f in DECIDING if a.get(f) != b.get(f)]
-
-
 def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
-    from btx.checkpoint import opened, require_finite, tokenizer_digest
+    from btx.checkpoint import opened, require_finite
+    from btx.families import family_of
     from btx.merge.lineage import distance, require_same
     from btx.merge.padded import same_width
     from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_ids_as_stated, require_rows
+    from btx.target import warnings_of
+    from btx.token_map import tokenizer_digest
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."
     with opened(seed_folder) as seed, opened(folder) as other:
-        different = config_difference(seed.config, other.config, who)
+        carried = family_of(seed.config, str(seed_folder)).carried
+        different = config_difference(seed.config, other.config, who, carried=carried)
         if different:
             said = f"{who} is no descendant of the seed ({seed_folder}): config.json differs in {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
+        warnings = warnings_of(other.config, who) + idle_difference(seed.config, other.config, who)
         if any(seed.config.get(f) != other.config.get(f) for f in ("intermediate_size", "vocab_size")):
             require_complete(other)
         models: dict[str, Checkpoint] = {"seed": seed, "other": other}
@@ -201,5 +184,6 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
             f"{who} is no descendant of the seed ({seed_folder}): the cosine between their weights is "
             f"{far['cosine']:.3f}, descendants have more than {LEAST_COSINE}. {remedy}"
         )
-    about = {"tokenizer": tokenizer_digest(folder), **{k: round(v, 6) for k, v in far.items()}}
+    about: dict[str, Any] = {"tokenizer": tokenizer_digest(folder), **{k: round(v, 6) for k, v in far.items()}}
+    about["warnings"] = warnings
     return {**about, "added_tokens": [token["content"] for token in added]} if added else about

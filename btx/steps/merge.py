@@ -114,24 +114,24 @@ class Merge(Models):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "merge"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     top_k: int | None  # experts a token visits; None for all
     tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, where the router is made from data
     domains: dict[str, str] = Field(default_factory=dict)  # of models whose name is another than their domain's
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
-        from btx.checkpoint import carry_files
         from btx.merge.layout import layout
         from btx.merge.lineage import distance
         from btx.merge.write import write_moe
+        from btx.token_map import carry_tokenizer
 
         with ExitStack() as stack:
             models, seed, joint = self.opened(stack)
             experts = layout(self.settings, list(models), seed.config, str(seed.folder))
             top_k = self.top_k or experts.count
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell), joint)
-            carry_files(self.tokenizer, out)
+            carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
             far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
         names = list(experts.owners)
         if self.settings.router in FROM_DATA:

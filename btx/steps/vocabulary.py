@@ -13,6 +13,7 @@ class VocabularyStep(Step):
     """A folder with the seed's tokenizer and all added tokens, and vocabulary.json: which model has which."""
 
     kind: ClassVar[str] = "vocabulary"
+    version: ClassVar[int] = 2
     seed: Step
     experts: dict[str, Step]  # that have tokens, or rows of the embedding, otherwise than the seed
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from btx.artifact import write_json
 from btx.checkpoint import opened
 from btx.errors import ArtifactError
-from btx.merge.adapter import CONFIG, WEIGHTS, Adapter, is_adapter
+from btx.merge.adapter import WEIGHTS, Adapter, is_adapter
+from btx.merge.lora_config import CONFIG
 from btx.shards import write_weights
 from tests.conftest import config_of, save_model, write_project
 from tests.faults.world import edit_json
@@ -103,11 +104,25 @@ def config(**changes: Any) -> Any:
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WRONG = {
-    "dora": (config(use_dora=True), "use_dora: True.*merge_and_unload"),
+    "dora without lengths": (config(use_dora=True), "use_dora: True.*lengths of .* are none.*merge_and_unload"),
     "bias": (config(bias="all"), "bias: 'all'"),
     "pissa": (config(init_lora_weights="pissa"), "init_lora_weights: 'pissa'"),
-    "another kind": (config(peft_type="IA3"), "peft_type 'IA3'"),
-    "no alpha": (config(lora_alpha=None), "damaged"),
+    "another kind": (config(peft_type="IA3"), "peft_type: 'IA3'"),
+    "another kind without alpha": (config(peft_type="IA3", lora_alpha=None), "peft_type: 'IA3'"),
+    "no kind": (config(peft_type=None), "damaged"),
+    "alpha in words": (config(lora_alpha="much"), "lora_alpha: 'much'"),
+    "rank of nothing": (config(r=0), "has r: 0"),
+    "a broken pattern": (config(alpha_pattern={"(": 2}), "alpha_pattern.*a pattern that is none"),
+    "a set of numbers": (config(target_modules=[1]), "target_modules.*another kind"),
+    "another rank": (config(r=5), "has r: 5, by which .* has rank 5, in the file 4"),
+    "not selected": (config(target_modules=["q_proj"]), "target_modules: .*does not select model.layers.0.mlp"),
+    "selected and excluded": (config(exclude_modules=["q_proj"]), "target_modules: .*does not select .*q_proj"),
+    "another layer": (config(layers_to_transform=[1]), "does not select model.layers.0"),
+    "saved, not there": (config(modules_to_save=["norm"]), "modules_to_save: .*norm.weight is not in"),
+    "nothing targeted": (config(target_modules=None), "target_modules: None"),
+    "a classifier": (config(task_type="SEQ_CLS"), "task_type: 'SEQ_CLS'"),
+    "a start of its own": (config(init_lora_weights="mica"), "init_lora_weights: 'mica'"),
+    "a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "pickle.*save_pretrained"),
     "no config": (lambda folder: (folder / CONFIG).write_text("["), "damaged"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"no {WEIGHTS}"),
     "NaN": (weights(lambda t: t[A].fill_(torch.nan)), "lora_A.weight holds 128 NaN"),
@@ -154,5 +169,5 @@ def test_a_run_with_an_adapter_as_an_expert(tmp_path: Path) -> None:
     merged = load_file(next((tmp_path / "runs/pico/steps").glob("merge-*/model.safetensors")))
     down = merged["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
     torch.testing.assert_close(down, wanted["model.layers.1.mlp.down_proj.weight"], atol=1e-6, rtol=1e-5)
-    write_json(tmp_path / "lora" / CONFIG, {**json.loads((tmp_path / "lora" / CONFIG).read_text()), "use_dora": True})
-    assert "use_dora" in btx("run", "recipe.yaml", cwd=tmp_path, code=3).stderr
+    write_json(tmp_path / "lora" / CONFIG, {**json.loads((tmp_path / "lora" / CONFIG).read_text()), "use_qalora": True})
+    assert "use_qalora" in btx("run", "recipe.yaml", cwd=tmp_path, code=3).stderr

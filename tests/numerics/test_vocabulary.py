@@ -19,6 +19,7 @@ from btx.merge.settings import MergeSettings
 from btx.merge.vocabulary import HEAD, Joint, Vocabulary, added_tokens, is_extended, write_joint
 from btx.merge.write import write_average, write_moe
 from tests.conftest import config_of, save_model
+from tests.faults.world import edit_json
 from tests.numerics.test_merge_identities import load
 
 TOKENS = 289  # that the tokenizer of the tests has
@@ -193,7 +194,7 @@ def dropped(data: Any) -> None:
     ("change", "words"),
     [
         (renamed, r"its id 0, there '<\|end\|>', is '<\|other\|>' here"),
-        (merges, "vocabulary or merges differ"),
+        (merges, "its vocabulary, merges or options differ"),
         (overlaid, "'<x>' is its id 17, one of the seed's"),
         (twice, "added twice"),
         (dropped, r"its id 0, there '<\|end\|>', is missing"),
@@ -211,7 +212,14 @@ def test_any_other_change_of_a_tokenizer_is_refused(tmp_path: Path, change: Any,
 
 def test_tokenizers_that_cannot_be_looked_into_are_refused(tmp_path: Path) -> None:
     seed, other = (plain(tmp_path / name, "llama") for name in ("seed", "other"))
+    model = json.loads((other / "tokenizer.json").read_text())["model"]
     (other / "tokenizer.json").unlink()
     (other / "tokenizer.model").write_bytes(b"?")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        added_tokens(seed, other, "the expert")
+    (other / "tokenizer.model").unlink()
+    (other / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (other / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
+    edit_json(other / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # which has a normalizer of its own
     with pytest.raises(ArtifactError, match=r"without tokenizer\.json"):
         added_tokens(seed, other, "the expert")

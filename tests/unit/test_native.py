@@ -1,0 +1,258 @@
+"""What a config.json means: which keys a stock model reads, which are bookkeeping, and which fields decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from btx.errors import ArtifactError
+from btx.families import DENSE
+from btx.native import (
+    ACTING,
+    EVENED,
+    IDLE,
+    ROUTING,
+    bookkeeping,
+    config_difference,
+    declared,
+    idle_difference,
+    native_config,
+)
+from btx.safety import read_config
+from btx.target import moe_config, warnings_of
+from tests.conftest import FAMILIES, config_of, save_model
+from tests.faults.world import World, edit_json, refused
+from tests.numerics.test_merge_identities import load, logits, merge
+
+CACHES = {"sliding_window", "layer_types", "attention_chunk_size"}  # read for the cache of a generation, not for logits
+HARMLESS = {  # looked up by shared code: names of loading, of other kinds of model, or of outputs
+    "auto_map", "quantization_config", "name_or_path", "gradient_checkpointing", "output_attentions",
+    "is_heterogeneous", "sub_configs", "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan",
+    "base_model_tp_plan", "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy",
+}  # fmt: skip
+
+SMOLLM2 = {  # the keys of published checkpoints that no dense class declares
+    "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 5000.0,
+    "torch_dtype": "float32", "transformers_version": "4.42.3",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}, "dtype": "q4"},
+}  # fmt: skip
+LLAMA32 = {
+    "_name_or_path": "meta-llama/x", "unsloth_fixed": True, "unsloth_version": "2025.1", "mlp_bias": False,
+    "attention_bias": False, "pretraining_tp": 2, "rope_theta": 5000.0, "_attn_implementation_autoset": True,
+    "eos_token_id": [0, 1],
+}  # fmt: skip
+QWEN25 = {
+    "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 1, "use_mrope": False,
+    "attention_dropout": 0.0, "rope_theta": 5000.0, "model_max_length": 4096, "tokenizer_class": "Qwen2Tokenizer",
+}  # fmt: skip
+DUMPED = {
+    "temperature": 0.7, "max_length": 20, "pruned_heads": {"0": [1]}, "is_decoder": False, "tie_encoder_decoder": False,
+    "torchscript": False, "finetuning_task": "x", "gguf": {"file": "x"}, "quantization_config": None, "auto_map": {},
+    "num_labels": 2, "problem_type": None, "neftune_noise_alpha": 5, "_flash_attn_2_enabled": False,
+    "router_jitter_noise": 0.5, "output_router_logits": True, "num_experts_per_tok": 7, "router_aux_loss_coef": 9.0,
+    "mlp_only_layers": [0], "qkv_bias": False, "norm_topk_prob": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_model_reads_no_undeclared_key_that_is_not_known_here(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, seen = config_of(family), set()
+    read = PreTrainedConfig.__getattribute__
+
+    def note(self: Any, name: str) -> Any:
+        seen.add(name)
+        return read(self, name)
+
+    monkeypatch.setattr(PreTrainedConfig, "__getattribute__", note)
+    for attention in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        ids = torch.arange(8)[None]
+        model(input_ids=ids, labels=ids, use_cache=False)
+        model(input_ids=ids)
+    monkeypatch.undo()
+    fields = {f for f in seen if f.isidentifier() and not f.startswith("_")}
+    base = {f for f in fields if callable(getattr(PreTrainedConfig, f, None))} | set(PreTrainedConfig().to_dict())
+    found = fields - declared(config) - base - {*DENSE[family].carried}
+    assert "rope_parameters" in seen
+    assert found <= CACHES | HARMLESS | ACTING.keys() | {"is_encoder_decoder", "model_type"}
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", SMOLLM2), ("llama", LLAMA32), ("qwen2", QWEN25)])
+def test_the_configs_of_published_checkpoints_are_taken_and_their_bookkeeping_is_named(
+    tmp_path: Path, family: str, more: dict[str, Any]
+) -> None:
+    known = {"rope_scaling", "rope_theta", "torch_dtype", "transformers_version", "_name_or_path"}
+    told = " ".join(warnings_of({**config_of(family).to_dict(), **more}, "seed"))
+    unread = more.keys() - declared(config_of(family)) - known
+    assert all(key in told for key in unread)
+    assert not any(key in told.split("has", 1)[1] for key in more.keys() - unread if key != "torch_dtype")
+    assert unread or not told
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("more", [SMOLLM2, LLAMA32, DUMPED, {"sliding_window": 4}], ids=["smol", "llama", "all", "win"])
+def test_bookkeeping_changes_no_logit_of_the_mixture(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+    """Not even where the MoE class declares a field of that name."""
+    seed = save_model(tmp_path / "seed", config_of(family))
+    wanted = logits(load(seed))
+    fields = declared(config_of(family)) | {"rope_theta", "rope_scaling"}
+    edit_json(seed / "config.json", **{k: v for k, v in more.items() if k not in fields})
+    made = merge(tmp_path / "moe", [seed, seed], top_k=2)
+    torch.testing.assert_close(logits(load(made)), wanted, atol=1e-5, rtol=0)
+    config = read_config(made)
+    assert not config.get("router_jitter_noise")
+    assert not config.get("output_router_logits")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_asks_no_trainer_for_a_balance_loss(family: str) -> None:
+    found = moe_config(config_of(family).to_dict(), experts=2, top_k=1, width=48, where="seed").to_dict()
+    assert found["router_aux_loss_coef"] == 0.0
+    assert found["output_router_logits"] is False
+
+
+ACTS = {
+    "is_causal": [False, None, 0], "per_layer_config": [{"0": {"hidden_size": 3}}], "text_config": [{}, {"a": 1}],
+    "decoder": [{}], "generator": [{}], "kv_sharing_modes": [["x"]], "attribute_map": [{"hidden_size": "x"}],
+    "to_dict": [1], "text_encoder": [{}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in ACTS.items() for v in values], ids=str)
+def test_an_undeclared_key_that_acts_is_refused_by_name(key: str, value: Any) -> None:
+    config = {**config_of("llama").to_dict(), key: value}
+    with pytest.raises(ArtifactError, match=rf"seed.*{key}"):
+        bookkeeping(config, "seed")
+
+
+@pytest.mark.parametrize("more", [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}])
+def test_what_a_config_asks_of_outputs_is_not_passed_on(tmp_path: Path, more: dict[str, Any]) -> None:
+    from btx import model
+    from btx.settings import RunSettings
+
+    seed = save_model(tmp_path / "seed", config_of("llama"))
+    edit_json(seed / "config.json", **more)
+    where = RunSettings(device="cpu")
+    for folder in (seed, merge(tmp_path / "moe", [seed, seed], top_k=2)):
+        found = model.load(folder, where=where)(input_ids=torch.arange(9)[None])
+        assert found.attentions is None
+        assert found.hidden_states is None
+
+
+def test_is_causal_acts_indeed() -> None:
+    """The oracle of the row above: stock logits differ."""
+    torch.manual_seed(0)
+    a = AutoModelForCausalLM.from_config(config_of("llama")).eval()
+    b = AutoModelForCausalLM.from_config(config_of("llama", is_causal=False)).eval()
+    b.load_state_dict(a.state_dict())
+    assert (logits(a) - logits(b)).abs().max() > 1e-3
+    assert bookkeeping({**config_of("llama").to_dict(), "is_causal": True}, "seed") == ["is_causal"]
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [("llama", "mlp_bias"), ("llama", "attention_bias"), ("granite", "mlp_bias")]
+)
+def test_a_declared_field_that_the_mixture_cannot_hold_stays_refused(world: World, family: str, key: str) -> None:
+    for folder in (world.seed, world.law):
+        save_model(folder, config_of(family, **{key: True}))
+    refused(world.write(), world.runs, 3, (key, "True", "no place for"))
+
+
+def test_a_seed_and_an_expert_with_bookkeeping_are_taken_and_said(world: World) -> None:
+    for folder, key in ((world.seed, "is_llama_config"), (world.law, "unsloth_version")):
+        edit_json(folder / "config.json", **{key: "x"})
+    world.examine()
+    from btx.cli import graph_of
+
+    steps = graph_of(world.write(), ()).steps
+    told: list[dict[str, Any]] = []
+    for label in ("branch", "branch:given"):
+        steps[label].build(told.append)
+    said = [event["warning"] for event in told if "warning" in event]
+    assert len(said) == 2
+    assert "is_llama_config" in said[0]
+    assert "unsloth_version" in said[1]
+    assert "the expert of domain law" in said[1]
+
+
+# ---- fields that decide ----
+
+CHANGED: dict[str, Any] = {  # another value of every field that decides, for a family that has it
+    "hidden_act": "gelu", "rms_norm_eps": 0.5, "tie_word_embeddings": None, "attention_bias": None, "mlp_bias": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "sliding_window": 7, "use_sliding_window": True,
+    "head_dim": 20, "num_key_value_heads": 4, "num_attention_heads": 2, "hidden_size": 64, "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_that_is_not_idle_decides(family: str) -> None:
+    config, carried = config_of(family).to_dict(), DENSE[family].carried
+    for field in sorted((declared(config_of(family)) | {*carried}) - IDLE - EVENED - ROUTING):
+        value = CHANGED.get(field, 9.5)
+        other = {**config, field: not config[field] if value is None else value}
+        if field == "use_sliding_window":
+            other |= {"layer_types": None, "max_window_layers": 0, "sliding_window": 7}
+        if field == "num_hidden_layers":
+            other["layer_types"] = None
+        if field == "sliding_window" and "use_sliding_window" in config:
+            continue  # without layers that slide nobody reads it; use_sliding_window has them
+        found = config_difference(config, other, "it", carried=carried)
+        assert any(text.startswith(f"{field}: seed ") for text in found), (field, found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_idle_fields_do_not_decide(family: str) -> None:
+    config = config_of(family).to_dict()
+    idle = {
+        "attention_dropout": 0.3, "bos_token_id": 5, "eos_token_id": [1, 2], "pad_token_id": 7,
+        "initializer_range": 0.9, "max_position_embeddings": 999, "use_cache": False, "pretraining_tp": 3,
+        "torch_dtype": "bfloat16", "vocab_size": 999, "intermediate_size": 7, "made_by": "x",
+    }  # fmt: skip
+    other = {**config, **{k: v for k, v in idle.items() if k in config or k in ("torch_dtype", "made_by")}}
+    assert config_difference(config, other, "it", carried=DENSE[family].carried) == []
+    said = idle_difference(config, other, "it")
+    assert "eos_token_id [1, 2] (seed 0)" in said[0]
+    assert "keeps the seed's" in said[0]
+    assert idle_difference(config, config, "it") == []
+
+
+@pytest.mark.parametrize("rope", ["yarn", "dynamic", "longrope", "linear", "llama3"])
+def test_positions_decide_where_the_kind_of_rope_reads_them(rope: str) -> None:
+    how = {"rope_type": rope, "rope_theta": 5e3, "factor": 2.0, "original_max_position_embeddings": 64}
+    how |= {"longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+            "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}.get(rope, {})  # fmt: skip
+    config = config_of("llama", rope_parameters=how).to_dict()
+    found = config_difference(config, {**config, "max_position_embeddings": 256}, "it", carried=())
+    assert [f.split(":")[0] for f in found] == ([] if rope in ("linear", "llama3") else ["max_position_embeddings"])
+
+
+SAME = [
+    ({"rope_parameters": None, "rope_theta": 5000.0}, "an old spelling"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5000}}, "a whole number"),
+    ({"rope_parameters": {"type": "default", "rope_theta": 5000.0, "factor": None}}, "the oldest spelling"),
+    ({"head_dim": None}, "what null stands for"),
+    ({"hidden_act": "swish"}, "another name of silu"),
+]
+
+
+@pytest.mark.parametrize(("more", "why"), SAME, ids=[why for _, why in SAME])
+def test_another_spelling_is_no_difference(more: dict[str, Any], why: str) -> None:
+    config = config_of("llama").to_dict()
+    assert config_difference(config, {**config, **more}, "it", carried=()) == [], why
+
+
+def test_null_key_heads_are_as_many_as_query_heads() -> None:
+    from btx.families import family_of
+
+    config = {**config_of("llama", num_key_value_heads=4).to_dict(), "num_key_value_heads": None}
+    assert family_of(config, "seed", attention=True).moe == "jetmoe"
+    assert native_config(config, "seed").num_key_value_heads == 4
+    with pytest.raises(ArtifactError, match="grouped-query"):
+        family_of(config_of("llama").to_dict(), "seed", attention=True)
