@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from btx.errors import ArtifactError, ResourceError
+from btx.errors import ArtifactError, ResourceError, disk_error
 
 MANIFEST = "btx.json"
 LOGS = "logs"
@@ -109,6 +109,10 @@ def publish(
         sync(final.parent)
     except OSError as error:
         raise unwritable(final, error) from error
+    except Exception as error:
+        if why := disk_error(error):  # an exception of a library that wrote for us
+            raise unwritable(final, OSError(0, why)) from error
+        raise
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
     return read_manifest(final)
@@ -187,13 +191,19 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def verify_once(folder: Path) -> None:
-    """Like `verify`, but files that this process has verified are not read again while size and time are the same."""
+    """Like `verify`, but files that this process has verified are not read again while they seem to be the same."""
     files = (folder / name for name in read_manifest(folder)["files"])
-    _verified(folder, tuple((about.st_size, about.st_mtime_ns) for about in (file.stat() for file in files)))
+    _verified(folder, tuple(map(stamp, files)))
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file does: also the inode and the time of its change, which tools that keep times leave."""
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ino, about.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=256)
-def _verified(folder: Path, _stamps: tuple[tuple[int, int], ...]) -> None:
+def _verified(folder: Path, _stamps: tuple[tuple[int, ...], ...]) -> None:
     verify(folder)
 
 

@@ -6,7 +6,9 @@ of its convention.
 
 Axes: L layers, T tokens, E experts, K chosen experts of a token. A layer is a `Routing` recorded by
 `btx.routed.Routed`. Means are over the tokens of one forward pass, all of which count, so batches are packed,
-not padded; with `everywhere=over_processes` they are over that pass on all processes.
+not padded; with `everywhere=over_processes` they are over that pass on all processes, and with a `StepMeans` over all
+passes of an optimiser step. A step's loss is one number, however memory makes it be cut: means over less than the
+step would be another loss, which keeps experts from specialising (Qiu et al., 2501.11873).
 
 | form           | value per layer          | over layers | balanced | collapsed | gradient through      |
 |----------------|--------------------------|-------------|----------|-----------|-----------------------|
@@ -53,6 +55,44 @@ def over_processes(mean_LE: Tensor) -> Tensor:
     total_LE = mean_LE.detach().clone()
     dist.all_reduce(total_LE)
     return mean_LE + (total_LE / dist.get_world_size() - mean_LE.detach())
+
+
+class StepMeans:
+    """Means over all tokens of an optimiser step that is cut into several passes, on all processes.
+
+    The loss is a product of means, so the gradient of one pass's tokens needs the means of all of them. They are
+    taken in passes without gradients before (`observe`); then each pass computes with them, its own tokens alone
+    carrying gradient, and the passes' gradients, weighted with their shares, add up to that of the loss of the step.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._local = True
+
+    def observe(self, form: str, layers: Sequence[Routing], share: float) -> None:
+        """Take in the means of one pass, whose tokens are `share` of the step's on all processes."""
+        place = 0
+
+        def add(mean_LE: Tensor) -> Tensor:
+            nonlocal place
+            term_LE = share * mean_LE.detach().double()
+            if place == len(self._sums):
+                self._sums.append(term_LE)
+            else:
+                self._sums[place] = self._sums[place] + term_LE
+            place += 1
+            return mean_LE
+
+        balance_loss(form, layers, add)
+
+    def everywhere(self) -> Everywhere:
+        """What one pass's loss is computed with; to be asked for anew at each pass."""
+        if self._local and dist.is_initialized() and dist.get_world_size() > 1:
+            for sum_LE in self._sums:
+                dist.all_reduce(sum_LE)
+        self._local = False
+        sums = iter(self._sums)
+        return lambda mean_LE: mean_LE + (next(sums).to(mean_LE.dtype) - mean_LE.detach())
 
 
 def balance_loss(form: str, layers: Sequence[Routing], everywhere: Everywhere = here) -> Tensor:

@@ -16,6 +16,7 @@ from btx.settings import RunSettings
 from btx.step import Step
 from btx.steps.adapted import Adapted
 from btx.steps.branch import Branch, Descent
+from btx.steps.dense import Dense
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune
@@ -59,7 +60,7 @@ def seed_of(step: Step) -> Step | None:
     """The seed under a step that reads sequences, or that verifies the seed."""
     if isinstance(step, (Branch, Descent)):
         return step.seed
-    if isinstance(step, Train):
+    if isinstance(step, (Train, Dense)):
         return step.branch.seed
     if isinstance(step, Finetune):
         return step.merge.branch.seed
@@ -74,6 +75,7 @@ def check_lengths(seed: Path, recipe: Recipe) -> None:
     asked = {
         "train": recipe.train.sequence_length,
         "finetune": recipe.finetuning.sequence_length,
+        "dense": recipe.continuing.sequence_length if recipe.continuing else 0,
         "evaluate": recipe.evaluate.sequence_length or 0,
     }
     for name, length in asked.items():
@@ -190,8 +192,9 @@ def sequence_lengths(steps: list[Step]) -> list[tuple[TokensStep, int]]:
     for step in steps:
         if isinstance(step, (Train, Pretrain)):
             wanted = [(step.tokens, step.train.sequence_length * (step.part[1] if isinstance(step, Train) else 1))]
-        elif isinstance(step, Finetune):
-            wanted = [(t, step.settings.sequence_length) for n, t in step.tokens.items() if step.weights[n]]
+        elif isinstance(step, (Finetune, Dense)):
+            length = (step.settings if isinstance(step, Finetune) else step.train).sequence_length
+            wanted = [(t, length) for n, t in step.tokens.items() if step.weights[n]]
         else:
             continue
         for tokens, length in wanted:

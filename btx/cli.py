@@ -14,9 +14,10 @@ import click
 
 from btx import __version__
 from btx.bench.verbs import bench
-from btx.errors import BtxError
+from btx.errors import BtxError, ResourceError, full_disks_told
 from btx.moe.verbs import moe
 from btx.signals import interruptible
+from btx.terminal import plain_where_needed
 
 if TYPE_CHECKING:
     from btx.pipeline import Graph
@@ -30,11 +31,23 @@ STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report"
 class Command(click.Group):
     """Prints an error that is the user's to mend as one sentence and ends with its exit code."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command; what a full disk does to a verb's help ends in a sentence too."""
+        try:
+            with full_disks_told():
+                return super().main(*args, **kwargs)
+        except ResourceError as error:
+            click.echo(f"btx: {error}", err=True)
+            _drop_what_cannot_be_written()
+            sys.exit(error.exit_code)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
         try:
-            with interruptible():
-                return super().invoke(ctx)
+            with interruptible(), full_disks_told():
+                found = super().invoke(ctx)
+                sys.stdout.flush()  # here, where a full disk is still told in a sentence
+                return found
         except BtxError as error:
             click.echo(f"btx: {error}", err=True)
             ctx.exit(error.exit_code)
@@ -43,6 +56,16 @@ class Command(click.Group):
             ctx.exit(os.EX_TEMPFAIL)
         except BrokenPipeError:
             os._exit(1)
+        finally:
+            _drop_what_cannot_be_written()
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Leave nothing in the buffer that Python would fail to write once more as it ends, with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,6 +78,7 @@ def main() -> None:
     # Threads that spin while they wait make a busy machine twenty times slower (403 against 9,100 tokens/s of a small
     # model with two threads on two cores, one of them taken). OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    plain_where_needed()
 
 
 def graph_of(recipe: Path, overrides: tuple[str, ...]) -> Graph:
@@ -88,6 +112,10 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
 
 def finish(graph: Graph, stage: str, domain: str | None, count: int) -> None:
     """The last words of a verb."""
+    if not graph.labels(stage, domain):
+        which = f"The expert of domain {domain}" if domain else "Every expert"
+        click.echo(f"Nothing to train: {which.lower()} has a checkpoint, which is checked and merged as it is.")
+        return
     if not count:
         click.echo(f"Everything is done already: {graph.recipe.name}, {stage}{f' {domain}' if domain else ''}.")
     if stage in ("report", "export"):
@@ -190,6 +218,19 @@ def check(folder: Path) -> None:
         click.echo(f"ok  {line}")
 
 
+@main.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True,
+              help="Of the weights written; fp32 holds the file's values exactly.")  # fmt: skip
+@click.option("--sha256", metavar="HEX", help="Refuse a file that has another SHA-256.")
+def import_(file: Path, folder: Path, dtype: str, sha256: str | None) -> None:
+    """Write a GGUF file as a plain checkpoint folder, dequantised, to be a seed or an expert."""
+    from btx.gguf import import_gguf
+
+    import_gguf(file, folder, dtype=dtype, sha256=sha256, say=click.echo)
+
+
 @main.command()
 def doctor() -> None:
     """What this machine and environment can do, and what is missing."""
@@ -236,16 +277,19 @@ main.add_command(moe)
 @RECIPE
 @SET
 @click.option("--label", required=True)
-def one_step(recipe: Path, overrides: tuple[str, ...], label: str) -> None:
+@click.option("--launched", is_flag=True, help="As one of the processes that accelerate launch starts.")
+def one_step(recipe: Path, overrides: tuple[str, ...], label: str, launched: bool) -> None:
     """One step in this process, events as JSON lines: what an engine starts."""
-    from btx.launch import die_with_parent, end_process
+    from btx.launch import die_with_parent, end_process, own_rank
     from btx.progress import Events
 
     die_with_parent()
+    rank = own_rank(launched)
     events = Events()
     try:
         step: Step = graph_of(recipe, overrides).steps[label]
-        step.build(events.tell)
+        with full_disks_told():
+            step.build(events.tell, rank=rank)
     except BtxError as error:
         events.tell({"label": label, "error": str(error), "code": error.exit_code})
         end_process(error.exit_code)

@@ -11,7 +11,7 @@ from btx.errors import ResourceError
 
 
 class Digests:
-    """SHA-256 of input files, remembered by path, size and time of change, so that a second run need not read them."""
+    """SHA-256 of input files, remembered by path, size, inode and times, so that a second run need not read them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -23,8 +23,7 @@ class Digests:
 
     def __call__(self, file: Path) -> str:
         """The digest of a file."""
-        about = file.stat()
-        key = f"{file.resolve()}|{about.st_size}|{about.st_mtime_ns}"
+        key = "|".join(map(str, (file.resolve(), *artifact.stamp(file))))
         if key not in self.known:
             self.known[key] = artifact.file_digest(file)
             self.changed = True

@@ -6,7 +6,11 @@ traceback; anything else that is raised is a bug of ours and keeps its traceback
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 
@@ -44,6 +48,37 @@ class InterruptedRunError(BtxError):
     """A signal asked the run to stop; its state is saved and the same command goes on from there."""
 
     exit_code = 75
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # what a disk answers that takes no more
+_IN_WORDS = re.compile(r"os error (\d+)|code: (\d+)|Errno (\d+)")
+
+
+def disk_error(error: BaseException) -> str:
+    """What a disk answered, in the system's words, where an exception says that it took no more; else nothing.
+
+    Libraries that write for us (safetensors, tokenizers, pyarrow) raise exceptions of their own, with the number of the
+    system's error in their text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and not isinstance(error, BtxError):
+        found = _IN_WORDS.search(str(error))
+        number = int(next(filter(None, found.groups()))) if found else None
+    return os.strerror(number) if number in FULL else ""
+
+
+@contextlib.contextmanager
+def full_disks_told() -> Iterator[None]:
+    """Raise what a full disk makes any library raise as a ResourceError, a sentence with the remedy."""
+    try:
+        yield
+    except BtxError:
+        raise
+    except Exception as error:
+        if why := disk_error(error):
+            at = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            raise ResourceError(f"a write failed{at}: {why}. Free space, then run the same command again.") from error
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

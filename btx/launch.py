@@ -35,6 +35,25 @@ def accelerate_launch() -> None:
     main()
 
 
+ROLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    *(f"{kind}_COMM_WORLD_{what}" for kind in ("OMPI", "MV2") for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+)  # from which accelerate and torch guess that they are one of several processes
+
+
+def own_rank(launched: bool) -> int:
+    """This process's rank: what btx's own launcher set, else 0, and then nothing of the environment says otherwise.
+
+    A pod of Kubernetes or a step of Slurm may have RANK=3 set; believed, it would wait for others without end.
+    """
+    if launched:
+        return int(os.environ.get("RANK", "0"))
+    for name in ROLES:
+        os.environ.pop(name, None)
+    return 0
+
+
 def end_process(code: int = 0) -> None:
     """End a process of a distributed training, whose work is published or saved, without Python's own clearing up.
 
@@ -75,7 +94,8 @@ class Launcher:
         if config:
             start = [sys.executable, "-c", LAUNCHER, "--config_file", str(Path(config).absolute()), "-m"]
         sets = [part for text in self.overrides for part in ("--set", text)]
-        argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label]
+        told = ["--launched"] if config else []
+        argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label, *told]
         return Job(step.label, argv, step.log_file, launcher=bool(config))
 
 

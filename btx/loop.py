@@ -8,6 +8,7 @@ optional extra loss. Accelerate does devices, precision, sharding and trackers; 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from btx.cast_once import CastOnce, embed_in_bfloat16
 from btx.errors import DivergedError, InterruptedRunError, RecipeError
+from btx.families import MOE
+from btx.loss import IGNORED, linear_cross_entropy, output_head, without_head
 from btx.metrics import Metrics
+from btx.precision import automatic
+from btx.routed import find_routers
 from btx.settings import RunSettings, TrainSettings
 from btx.signals import Stop
 from btx.state import load_state, save_state
-from btx.stream import IGNORED, Batch, Stream
+from btx.stream import Batch, Stream
 
 
 class Watch(Protocol):
@@ -32,6 +38,15 @@ class Watch(Protocol):
 
     def begin(self, step: int) -> None:
         """Called before each step."""
+
+    def sequences(self, numbers: range, length: int) -> None:
+        """Called before each forward pass with the sequences of the run that it computes."""
+
+    def surveys(self, passes: int) -> bool:
+        """Whether a step of so many passes needs all of them without gradients before those with."""
+
+    def survey(self, share: float) -> None:
+        """Called after each of these, which computed `share` of the step's tokens."""
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         """Added to the cross-entropy after each forward pass, with what is to be logged."""
@@ -93,11 +108,6 @@ def share(numbers: range, rank: int, world: int) -> range:
     return range(numbers.start + rank * size, numbers.start + (rank + 1) * size)
 
 
-def steps_of(tokens: int, settings: TrainSettings) -> int:
-    """Optimiser steps that a budget of tokens buys, at least one."""
-    return max(1, round(tokens / settings.batch_tokens))
-
-
 class Loop:
     """One training, from a fresh or a saved state to its end."""
 
@@ -113,9 +123,10 @@ class Loop:
         self.batch = settings.batch_tokens // settings.sequence_length
         self.steps = stream.sequences // self.batch
         cpu = where.device == "cpu"
-        self.precision = self._precision(cpu)
+        self.precision = settings.precision if settings.precision != "auto" else automatic(where.device)
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         self.accelerator = Accelerator(
-            cpu=cpu, mixed_precision="bf16" if self.precision == "bf16" else "no",
+            cpu=cpu, mixed_precision="bf16" if self.precision == "bf16" and not alone else "no",
             log_with=where.report_to or None, project_dir=str(work),
         )  # fmt: skip
         if settings.gradient_checkpointing:
@@ -123,7 +134,7 @@ class Loop:
             enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             groups(model, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas,
-            eps=settings.epsilon, fused=(torch.cuda.is_available() and not cpu) or None,
+            eps=settings.epsilon, fused=True,
         )  # fmt: skip
         if self.batch % self.accelerator.num_processes:
             raise RecipeError(
@@ -132,13 +143,19 @@ class Loop:
             )
         model.train()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.head = output_head(model) if self.accelerator.num_processes == 1 else None
+        self.cast = self._cast_once(model) if alone else None
         self.step = self.bad = self.bad_in_a_row = 0
         self.loss = float("nan")
 
-    def _precision(self, cpu: bool) -> str:
-        if self.settings.precision != "auto":
-            return self.settings.precision
-        return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    def _cast_once(self, model: Any) -> CastOnce | None:
+        """What a process that computes alone has instead of autocast, under bf16."""
+        if self.precision != "bf16":
+            return None
+        embedding = model.get_input_embeddings()
+        embed_in_bfloat16(embedding)
+        routers = find_routers(model).values() if model.config.model_type in MOE else ()
+        return CastOnce(model, kept={id(m) for m in (embedding, *([self.head] if self.head else []), *routers)})
 
     def run(self) -> Outcome:
         """Train to the end; InterruptedRunError (state saved) on a signal, DivergedError on non-finite steps."""
@@ -197,7 +214,10 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self._batches()
-        total, extra = self._backward(batches, self._learned(batches))
+        with self.cast.step() if self.cast else nullcontext():
+            if self.watch and self.watch.surveys(len(batches)):
+                self._survey(self.watch, batches)
+            total, extra = self._backward(batches, self._learned(batches))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         figures = {"step": self.step + 1, "loss": total, "grad_norm": float(norm), "learning_rate": rate, **extra}
         if math.isfinite(total) and math.isfinite(figures["grad_norm"]):
@@ -225,8 +245,16 @@ class Loop:
         return max(1.0, float(self.accelerator.reduce(mine.to(self.accelerator.device), "sum")))
 
     def _fitting(self) -> int:
-        """Sequences a pass: about 16k tokens, which keeps the logits of a usual vocabulary within a few GB."""
+        """Sequences a pass: about 16k tokens, whose hidden states are a few GB in a model of usual width."""
         return max(1, 16_384 // self.settings.sequence_length)
+
+    def _survey(self, watch: Watch, batches: list[Batch]) -> None:
+        """All passes of the step without gradients, for what a loss must know of the whole step before its first."""
+        on = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(on), torch.no_grad():  # dropout then draws again what it drew here
+            for batch in batches:
+                self._hidden(batch)
+                watch.survey(len(batch.inputs) / self.batch)
 
     def _backward(self, batches: list[Batch], learned: float) -> tuple[float, dict[str, float]]:
         """Sum over micro-batches, so that any cut of the batch gives the same gradient; mean over what is learned."""
@@ -241,14 +269,27 @@ class Loop:
                     loss = loss + added * (len(batch.inputs) / self.batch)
                     extra = {k: extra.get(k, 0.0) + v / len(batches) for k, v in seen.items()}
                 self.accelerator.backward(loss * self.accelerator.num_processes)
+            if self.cast:
+                self.cast.collect()
         return float(self.accelerator.reduce(total, "sum")), extra
 
     def _unsynced(self, wait: bool) -> AbstractContextManager[Any]:
         return self.accelerator.no_sync(self.model) if wait else nullcontext()
 
+    def _hidden(self, batch: Batch) -> Tensor:
+        """What the output head is given, scaled as logits are; the logits themselves where the head is sharded."""
+        if self.watch:
+            self.watch.sequences(batch.numbers, batch.inputs.shape[1])
+        with without_head(self.head) if self.head else nullcontext():
+            found: Tensor = self.model(input_ids=batch.inputs.to(self.accelerator.device), use_cache=False).logits
+        return found
+
     def _cross_entropy(self, batch: Batch) -> Tensor:
-        logits = self.model(input_ids=batch.inputs.to(self.accelerator.device), use_cache=False).logits
+        """Summed over the targets that are learned."""
         targets = batch.targets.to(self.accelerator.device)
+        logits = self._hidden(batch)
+        if self.head:
+            return linear_cross_entropy(logits.flatten(0, 1), self.head.weight, targets.flatten())
         return functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )

@@ -34,8 +34,13 @@ def set_threads(where: RunSettings) -> None:
     torch.set_num_threads(where.threads if where.threads != "auto" else len(os.sched_getaffinity(0)))
 
 
-def load(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model from a Hugging Face folder, in `dtype`, on the CPU, on the kernel asked for."""
+def load(
+    folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32, experts_per_token: int | None = None
+) -> Any:
+    """A causal language model from a Hugging Face folder, in `dtype`, on the CPU, on the kernel asked for.
+
+    `experts_per_token` is how many experts a token visits instead of what the folder says.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -45,6 +50,7 @@ def load(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True,
+            **({"num_experts_per_tok": experts_per_token} if experts_per_token else {}),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ArtifactError(

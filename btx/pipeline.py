@@ -17,9 +17,11 @@ from btx.digests import Digests
 from btx.errors import ArtifactError, RecipeError, nearest
 from btx.merge.settings import FROM_DATA
 from btx.recipe import Recipe
+from btx.settings import DenseSettings, TrainSettings
 from btx.step import Step
 from btx.steps.adapted import Adapted
 from btx.steps.branch import Branch, Descent
+from btx.steps.dense import Dense
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune
@@ -41,7 +43,7 @@ class Graph:
     """All steps of a recipe by label, parents before children."""
 
     def __init__(self, recipe: Recipe, base: Path) -> None:
-        self.recipe, self.base = recipe, base
+        self.recipe, self.base = resolved(recipe), base
         self.data_base = base / Path(recipe.data.directory or ".").expanduser()
         self.root = Path(recipe.run.directory).absolute() / recipe.name
         self.digests = Digests(self.root / "work" / "digests.json")
@@ -78,7 +80,7 @@ class Graph:
         vocabulary = self._vocabulary(seed, given)
         models = {"branch": branch, "descent": descent, "experts": experts, "settings": recipe.merge,
                   "vocabulary": vocabulary, **self._place()}  # fmt: skip
-        average = self._add(Average(**models))
+        average = self._add(Average(**{**models, "settings": recipe.merge.averaging}))
         if not tokens:
             raise RecipeError("no domain has `data`, so there is nothing to finetune or evaluate on.")
         texts = {name: (d.data, d.valid) for name, d in recipe.domains.items() if d.data}
@@ -88,17 +90,20 @@ class Graph:
         mixed = {name: self._tokens(name, *text, joint, suffix) for name, text in texts.items()}
         known = router_data(recipe, mixed)
         others = {expert: name for expert, name in recipe.domain_of.items() if known and expert != name}
-        merge = self._add(Merge(top_k=recipe.finetune.experts_per_token, tokens=known, domains=others, **models))
+        merge = self._add(Merge(tokens=known, domains=others, **models))
         check_method(recipe.merge, list(merge.models))
         own = {f"expert:{e}": {n: self._tokens(n, *texts[n], given[e], f"@{e}", seed) for n in tokens}
                for e in (vocabulary.experts if vocabulary else ())}  # fmt: skip
         if vocabulary:
             own |= {model: {n: mixed[n] for n in tokens} for model in ("average", "merged", "finetuned")}
-        self._after(average, merge, tokens, mixed, own)
+        dense = self._dense(
+            branch, {n: self._tokens(n, *t, tokenizer) for n, t in texts.items()} if recipe.dense else {}
+        )
+        self._after(average, merge, tokens, mixed, own, dense)
 
     def _after(
         self, average: Average, merge: Merge, tokens: dict[str, TokensStep], mixed: dict[str, TokensStep],
-        own: dict[str, dict[str, TokensStep]],
+        own: dict[str, dict[str, TokensStep]], dense: Dense | None,
     ) -> None:  # fmt: skip
         recipe = self.recipe
         finetune = self._add(
@@ -111,6 +116,7 @@ class Graph:
             Evaluate(
                 average=average,
                 finetune=finetune,
+                dense=dense,
                 tokens=tokens,
                 own=own,
                 length=length,
@@ -130,6 +136,18 @@ class Graph:
         )
         self._add(Report(evaluate=evaluate, export=export, **self._place()))
 
+    def _dense(self, branch: Branch, tokens: dict[str, TokensStep]) -> Dense | None:
+        """The control on the same data as both stages of BTX, where the recipe asks for it."""
+        settings = self.recipe.continuing
+        if settings is None:
+            return None
+        said = settings.model_dump(exclude=set(DenseSettings.model_fields) - set(TrainSettings.model_fields))
+        shares = mix(self.recipe, list(tokens), "dense") if settings.mix else both_stages(self.recipe, list(tokens))
+        return self._add(Dense(
+            branch=branch, tokens=tokens, weights=shares, budget=settings.tokens or self.recipe.tokens_in_all,
+            train=TrainSettings(**said), **self._place(),
+        ))  # fmt: skip
+
     def _seed(self) -> tuple[Step, Step]:
         """The seed's step, and the step whose folder has its tokenizer."""
         seed = self.recipe.seed
@@ -139,8 +157,10 @@ class Graph:
         reads = self._reads("seed", seed.sources, seed.valid)
         tokenizer = self._add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self._place()))
         tokens = self._tokens("seed", seed.sources, seed.valid, tokenizer)
+        own = {"learning_rate": seed.builtin.learning_rate, "batch_tokens": seed.builtin.batch_tokens}
+        train = self.recipe.train.model_copy(update=own)
         return self._add(
-            Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=self.recipe.train, **self._place())
+            Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=train, **self._place())
         ), tokenizer
 
     def _given(self, name: str, checkpoint: str, domain: str | None = None) -> Given:
@@ -243,8 +263,8 @@ class Graph:
         several = self.recipe.domains[domain].names(domain) if domain in self.recipe.domains else [domain]
         mine = {f"{stage}:{name}" for name in several}
         found = [label for label in self.steps if label in mine or (not domain and label.split(":")[0] == stage)]
-        if not found and domain and stage == "train":
-            raise RecipeError(f"domain {domain} has a `checkpoint`, so it is not trained, only checked and merged.")
+        if not found and stage == "train":
+            return []  # every expert was trained elsewhere: checked and merged, not trained
         if not found:
             raise RecipeError(f"there is no step {wanted!r}; {nearest(wanted, self.steps)}")
         return found
@@ -269,6 +289,20 @@ class Graph:
         check_inputs(steps, merge, self.recipe, self.root)
 
 
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with `precision: auto` as what it stands for on the device that `run` names, since it is hashed."""
+    from btx.precision import automatic
+
+    found = {}
+    for name in ("train", "finetune", "dense", "evaluate"):
+        section = getattr(recipe, name)
+        if section is None or ("precision" not in section.model_fields_set and name in ("finetune", "dense")):
+            continue  # which take it from `train`
+        if section.precision == "auto":
+            found[name] = section.model_copy(update={"precision": automatic(recipe.run.device)})
+    return recipe.model_copy(update=found)
+
+
 def router_data(recipe: Recipe, tokens: dict[str, TokensStep]) -> dict[str, TokensStep]:
     """The tokens that a router is made from, by model; none for one that needs no data."""
     if recipe.merge.router not in FROM_DATA:
@@ -283,15 +317,25 @@ def router_data(recipe: Recipe, tokens: dict[str, TokensStep]) -> dict[str, Toke
     return known
 
 
-def mix(recipe: Recipe, names: list[str]) -> dict[str, float]:
-    """Weights of the domains in the finetuning: as the recipe says, else by their training tokens."""
-    if recipe.finetune.mix:
-        for name in recipe.finetune.mix:
+def both_stages(recipe: Recipe, names: list[str]) -> dict[str, float]:
+    """Tokens of each domain that the experts trained here and the finetuning take together."""
+    finetuned = mix(recipe, names)
+    shares = {n: recipe.finetune.tokens * w / sum(finetuned.values()) for n, w in finetuned.items()}
+    for name, domain in recipe.domains.items():
+        if name in shares and domain.checkpoint is None:
+            shares[name] += float((domain.tokens or 0) * domain.experts)
+    return shares
+
+
+def mix(recipe: Recipe, names: list[str], section: str = "finetune") -> dict[str, float]:
+    """Weights of the domains in the finetuning (or the control): as the recipe says, else by their training tokens."""
+    if said := getattr(recipe, section).mix:
+        for name in said:
             if name not in names:
-                raise RecipeError(f"finetune.mix names {name}, which has no `data`. Give it some, or leave it out.")
-        weights = {n: recipe.finetune.mix.get(n, 0.0) for n in names}
+                raise RecipeError(f"{section}.mix names {name}, which has no `data`. Give it some, or leave it out.")
+        weights = {n: float(said.get(n, 0.0)) for n in names}
         if not sum(weights.values()):
-            raise RecipeError("finetune.mix: all weights are zero. Give at least one domain a positive weight.")
+            raise RecipeError(f"{section}.mix: all weights are zero. Give at least one domain a positive weight.")
         return weights
     budgets = {n: d.tokens and d.tokens * d.experts for n, d in recipe.domains.items()}
     budgets["seed"] = recipe.seed.tokens

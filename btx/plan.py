@@ -14,7 +14,7 @@ from btx.native import native_config
 from btx.pipeline import mix
 from btx.recipe import Recipe
 from btx.safety import read_config, require_size
-from btx.settings import FinetuneSettings, TrainSettings
+from btx.settings import FinetuneSettings, TrainSettings, steps_of
 from btx.target import warnings_of
 
 Config = dict[str, Any]
@@ -72,8 +72,6 @@ def merged_config(recipe: Recipe, dense: Config) -> Config:
 
 
 def _row(label: str, config: Config, tokens: int, settings: TrainSettings, dtype: str) -> Row:
-    from btx.loop import steps_of
-
     count = flops.parameters(config)
     steps = steps_of(tokens, settings)
     seen = steps * settings.batch_tokens
@@ -118,6 +116,8 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     settings = recipe.finetuning
     found.append(_row("finetune", moe, settings.tokens, settings, dtype))
+    if control := recipe.continuing:
+        found.append(_row("dense", dense, control.tokens or recipe.tokens_in_all, control, dtype))
     return found
 
 

@@ -19,6 +19,7 @@ from btx.settings import (
     BuiltinSeed,
     Count,
     DataSettings,
+    DenseSettings,
     EvaluateSettings,
     ExportSettings,
     FinetuneSettings,
@@ -27,12 +28,13 @@ from btx.settings import (
     Several,
     Text,
     TrainSettings,
+    steps_of,
 )
 from btx.strict_yaml import parse_yaml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 SIGNS = "use letters a-z, digits, '-', '_' and '.', a letter or digit first, 64 at most"
-RESERVED = ("seed", "average", "merged", "finetuned")
+RESERVED = ("seed", "average", "merged", "finetuned", "dense")
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 
 
@@ -110,6 +112,9 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     merge: MergeSettings = MergeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    dense: DenseSettings | None = Field(
+        None, description="the control: the dense seed continued on as many tokens as BTX takes; {} takes all of train"
+    )
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     run: RunSettings = RunSettings()
@@ -127,9 +132,23 @@ class Recipe(Settings):
     @property
     def finetuning(self) -> FinetuneSettings:
         """The finetuning's settings; what they do not say of the optimiser is as in `train`."""
-        unset = set(TrainSettings.model_fields) - self.finetune.model_fields_set
-        inherited = {name: getattr(self.train, name) for name in unset}
-        return FinetuneSettings.model_validate({**dict(self.finetune), **inherited})
+        return FinetuneSettings.model_validate({**dict(self.finetune), **self._inherited(self.finetune)})
+
+    @property
+    def continuing(self) -> DenseSettings | None:
+        """The settings of the dense control, where there is one; the rest is as in `train`."""
+        return self.dense and DenseSettings.model_validate({**dict(self.dense), **self._inherited(self.dense)})
+
+    @property
+    def tokens_in_all(self) -> int:
+        """What the experts that are trained here and the finetuning take together, in whole steps."""
+        trained = [d for d in self.domains.values() if d.tokens and d.checkpoint is None]
+        apart = sum(steps_of(d.tokens or 0, self.train) * d.experts for d in trained) * self.train.batch_tokens
+        return apart + steps_of(self.finetune.tokens, self.finetuning) * self.finetuning.batch_tokens
+
+    def _inherited(self, section: TrainSettings) -> dict[str, Any]:
+        unset = set(TrainSettings.model_fields) - section.model_fields_set
+        return {name: getattr(self.train, name) for name in unset}
 
     @field_validator("domains")
     @classmethod
@@ -148,7 +167,11 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         """What spans sections: names, numbers of experts, batches."""
-        _refuse_unknown("finetune.mix", "domain", self.finetune.mix, [*self.domains, "seed"])
+        for where, mix in {
+            "finetune.mix": self.finetune.mix,
+            "dense.mix": self.dense.mix if self.dense else {},
+        }.items():
+            _refuse_unknown(where, "domain", mix, [*self.domains, "seed"])
         if isinstance(self.merge.copies, dict):
             _refuse_unknown("merge.copies", "model", self.merge.copies, self.models)
         for where, how in self.merge.shared.everything.items():
@@ -185,6 +208,8 @@ class Recipe(Settings):
 
     def _whole_batches(self) -> None:
         rows: dict[str, TrainSettings] = {"finetune, with what it takes from train": self.finetuning}
+        if control := self.continuing:
+            rows["dense, with what it takes from train"] = control
         if self.seed.is_builtin:
             rows["seed.builtin, with train.sequence_length"] = self.train.model_copy(
                 update={"batch_tokens": self.seed.builtin.batch_tokens}

@@ -8,6 +8,7 @@ Axes: T tokens, E experts, K chosen experts of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,9 +51,9 @@ class Routed:
 
     `layers` is for balance losses and statistics: one `Routing` a layer, attached to the autograd graph in
     training. Recording is open only while `model` itself runs forward, so the recompute of gradient
-    checkpointing, which runs in the backward pass, routes the same way but records nothing. Noise is drawn
-    from torch's global random state, which that recompute restores; to resume training exactly, restore it,
-    or seed it from the step number.
+    checkpointing, which runs in the backward pass, routes the same way but records nothing. Noise is what
+    `noise(layer)` gives, draws from Exp(1) of shape (T, E), where it is set (see `sequence_noise`); else it is drawn
+    from torch's global random state, which that recompute restores.
 
     FlexOlmo normalises what a block gives, so there the weight of a lone expert (`switch`, `sample_top1`) has
     no effect and next to no gradient: its router learns from the balance loss alone.
@@ -70,6 +71,7 @@ class Routed:
         self.k = k
         self.soft_first_layer = soft_first_layer
         self.step = 0
+        self.noise: Callable[[int], Tensor] | None = None
         self.names = list(routers)
         self._record: dict[int, Routing] = {}
         self._open = False
@@ -122,7 +124,10 @@ class Routed:
         if layer == 0 and self.soft_first_layer:
             index_TK, weight_TK = route(logits_TE, "soft", logits_TE.shape[-1])
         elif router.training:
-            index_TK, weight_TK = route(logits_TE, self.rule, self.k, step=self.step, training=True)
+            noise_TE = self.noise(layer).to(logits_TE.device) if self.noise else None
+            index_TK, weight_TK = route(
+                logits_TE, self.rule, self.k, step=self.step, exponential_TE=noise_TE, training=True
+            )
         if self._open:
             self._check_graph(router)
             self._record[layer] = Routing(logits_TE, index_TK, weight_TK)
@@ -135,6 +140,36 @@ class Routed:
                 "a layer runs without gradients in a forward pass with them, as in reentrant checkpointing, "
                 "and a balance loss would get none: enable checkpointing with {'use_reentrant': False}"
             )
+
+
+def sequence_noise(keys: Sequence[int], *, layers: int, length: int, experts: int) -> Tensor:
+    """Draws from Exp(1), (layers, sequences · length, experts), a sequence's from its key alone.
+
+    So a sequence meets the same noise in whatever pass, and on whatever process, it is computed.
+    """
+    drawn = []
+    for key in keys:
+        generator = torch.Generator().manual_seed(key % 2**63)
+        drawn.append(torch.empty(layers, length, experts).exponential_(generator=generator))
+    return torch.cat(drawn, dim=1)
+
+
+def route_in_float32(model: nn.Module) -> None:
+    """Let every router of a model compute in float32, also under autocast and between bfloat16 layers.
+
+    Which experts are chosen hangs on small differences of logits, which bfloat16 keeps to three digits.
+    """
+    for router in find_routers(model).values():
+        router.forward = partial(_in_float32, router.forward)
+
+
+def _in_float32(forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    with torch.autocast(hidden.device.type, enabled=False):
+        output = forward(hidden.float())
+    if len(output) == 3:
+        return output
+    order, tokens, gates, sizes, logits_TE = output  # JetMoE multiplies by the gates in the dtype of its layers
+    return order, tokens, gates.to(hidden.dtype), sizes, logits_TE
 
 
 def _unsorted(output: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,6 +66,7 @@ def route(
     *,
     step: int = 0,
     generator: torch.Generator | None = None,
+    exponential_TE: Tensor | None = None,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts by `rule`: (index_TK, weight_TK), differentiable in the logits through the weights.
@@ -81,9 +82,9 @@ def route(
       the largest entry is kept, its soft value being the weight; otherwise the arg max with weight 1, which
       is stock top-1.
 
-    Weights are float32 (float64 for float64 logits). Noise comes from `generator`, by default from torch's
-    global state. Under activation checkpointing it must be the global one: the recompute restores that, and
-    no other generator.
+    Weights are float32 (float64 for float64 logits). Noise is `exponential_TE`, draws from Exp(1), or else comes
+    from `generator`, by default from torch's global state. Under activation checkpointing it must be given, or be
+    the global one: the recompute restores that, and no other generator.
     """
     experts_per_token(rule, k=k, experts=logits_TE.shape[-1])
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
@@ -92,7 +93,9 @@ def route(
     if rule == "switch":
         return _switch(logits_TE)
     if rule == "sample_top1" and training:
-        return _gumbel_top1(logits_TE, temperature(step), generator)
+        if exponential_TE is None:
+            exponential_TE = torch.empty_like(logits_TE, requires_grad=False).exponential_(generator=generator)
+        return _gumbel_top1(logits_TE, temperature(step), exponential_TE)
     return _top_k(logits_TE, k)
 
 
@@ -111,10 +114,9 @@ def _soft(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     return index_TE.contiguous(), logits_TE.softmax(-1)
 
 
-def _gumbel_top1(logits_TE: Tensor, tau: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    exponential_TE = torch.empty_like(logits_TE, requires_grad=False).exponential_(generator=generator)
+def _gumbel_top1(logits_TE: Tensor, tau: float, exponential_TE: Tensor) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(logits_TE.dtype).tiny  # a draw may round to 0, whose Gumbel value would be infinite
-    gumbel_TE = -exponential_TE.clamp_min_(tiny).log()
+    gumbel_TE = -exponential_TE.to(logits_TE.dtype).clamp_min(tiny).log()
     weight_T1, index_T1 = ((logits_TE + gumbel_TE) / tau).softmax(-1).topk(1, -1)
     return index_T1, weight_T1
 
@@ -194,31 +196,68 @@ def statistics(layers: Sequence[Routing], *, dead_below: float | None = None) ->
     An expert is dead when its load is below `dead_below`, a share of all token-choices; by default a tenth
     of 1/E.
     """
-    return [_layer_statistics(layer, dead_below) for layer in layers]
+    totals = RoutingTotals()
+    totals.add(layers)
+    return totals.statistics(dead_below=dead_below)
 
 
-def _layer_statistics(layer: Routing, dead_below: float | None) -> LayerStatistics:
+class RoutingTotals:
+    """Sums over the tokens of several forward passes from which the statistics of all of them are made."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Tensor, Tensor, Tensor, int]] = []
+
+    def add(self, layers: Sequence[Routing]) -> None:
+        """Count the tokens of one more forward pass; every pass has the same layers."""
+        found = [_totals(layer) for layer in layers]
+        if self._layers:
+            assert len(found) == len(self._layers)
+            found = [
+                (c + choices_E, g + gates_E, e + entropy, n + tokens)
+                for (c, g, e, n), (choices_E, gates_E, entropy, tokens) in zip(self._layers, found, strict=True)
+            ]
+        self._layers = found
+
+    def statistics(self, *, dead_below: float | None = None) -> list[LayerStatistics]:
+        """As the function of that name, over all that was counted."""
+        return [_layer_statistics(*totals, dead_below) for totals in self._layers]
+
+
+def _totals(layer: Routing) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A layer's choices and gate weight of each expert (E,), its summed entropy, and how many tokens it saw."""
     experts = layer.logits_TE.shape[-1]
-    load = _shares(layer.index_TK, torch.ones_like(layer.weight_TK), experts)
+    choices_E = _sums(layer.index_TK, torch.ones_like(layer.weight_TK), experts)
+    gates_E = _sums(layer.index_TK, layer.weight_TK, experts)
+    return choices_E, gates_E, _entropy_T(layer.logits_TE).double().sum(), len(layer.logits_TE)
+
+
+def _layer_statistics(
+    choices_E: Tensor, gates_E: Tensor, entropy: Tensor, tokens: int, dead_below: float | None
+) -> LayerStatistics:
+    experts = len(choices_E)
+    load: list[float] = (choices_E / choices_E.sum()).tolist()
     threshold = 0.1 / experts if dead_below is None else dead_below
-    entropy = mean_entropy(layer.logits_TE)
+    mean = float(entropy) / tokens
     return LayerStatistics(
         load=load,
-        gate_share=_shares(layer.index_TK, layer.weight_TK, experts),
-        entropy=entropy,
-        entropy_share=entropy / math.log(experts) if experts > 1 else 1.0,
+        gate_share=(gates_E / gates_E.sum()).tolist(),
+        entropy=mean,
+        entropy_share=mean / math.log(experts) if experts > 1 else 1.0,
         dead=[expert for expert, share in enumerate(load) if share < threshold],
     )
 
 
-def _shares(index_TK: Tensor, amount_TK: Tensor, experts: int) -> list[float]:
+def _sums(index_TK: Tensor, amount_TK: Tensor, experts: int) -> Tensor:
     amount = amount_TK.detach().double().flatten()
     total_E = torch.zeros(experts, dtype=torch.float64, device=amount.device)
-    total_E.index_add_(0, index_TK.flatten(), amount)
-    shares: list[float] = (total_E / total_E.sum()).tolist()
-    return shares
+    return total_E.index_add_(0, index_TK.flatten(), amount)
 
 
 def mean_entropy(logits_TE: Tensor) -> float:
     """Mean over tokens of the softmax's entropy, in nats."""
-    return float(torch.special.entr(logits_TE.detach().float().softmax(-1)).sum(-1).mean())
+    return float(_entropy_T(logits_TE).mean())
+
+
+def _entropy_T(logits_TE: Tensor) -> Tensor:
+    entropy_T: Tensor = torch.special.entr(logits_TE.detach().float().softmax(-1)).sum(-1)
+    return entropy_T

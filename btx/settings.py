@@ -155,7 +155,9 @@ class TrainSettings(Settings):
     epsilon: Positive = 1e-8
     clip: Positive = Field(1.0, description="largest gradient norm")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast with fp32 weights on a GPU that has it, fp32 on a CPU"
+        "auto",
+        description="auto: bf16 on a GPU that has it and on a CPU where it is faster, else fp32; weights, "
+        "optimiser and sums are float32 in both",
     )
     gradient_checkpointing: bool = False
     dtype: Literal["seed", "fp32", "bf16", "fp16"] = Field("seed", description="of the checkpoint that is written")
@@ -169,6 +171,11 @@ class TrainSettings(Settings):
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length ({self.sequence_length})"
             )
         return self
+
+
+def steps_of(tokens: int, settings: TrainSettings) -> int:
+    """Optimiser steps that a budget of tokens buys, at least one."""
+    return max(1, round(tokens / settings.batch_tokens))
 
 
 def torch_dtype(name: str, seed: torch.dtype) -> torch.dtype:
@@ -224,6 +231,21 @@ class FinetuneSettings(TrainSettings):
         return self
 
 
+class DenseSettings(TrainSettings):
+    """The control: the dense seed, continued on all domains."""
+
+    tokens: Count | None = Field(
+        None, description="default: what the experts trained here and the finetuning take together"
+    )
+    mix: dict[str, Weight] = Field(
+        default_factory=dict, description="as finetune.mix; default: the shares of both stages together"
+    )
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> DenseSettings:
+        return self  # what is not said here comes from `train`, so the recipe checks the two together
+
+
 class EvaluateSettings(Settings):
     """Bits per byte on held-out documents."""
 
@@ -261,7 +283,7 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
     kernel: Text = execution("auto", description="expert kernel; see `btx doctor` for those at hand")
     micro_batch: Count | Literal["auto"] = execution(
-        "auto", description="sequences per device and backward pass; the balance loss is over one pass of all devices"
+        "auto", description="sequences per device and backward pass; any number gives the same result but for rounding"
     )
     threads: Count | Literal["auto"] = execution("auto", description="CPU threads of a job")
     max_memory: Bytes = execution(2**30, description="of a merge, above the interpreter's own: 1GiB, 4GB, ...")

@@ -1,6 +1,7 @@
 """A first signal asks a training to stop after its step; a second one ends the process at once.
 
-Everything else is interrupted where it stands, by SIGTERM as by Ctrl-C, so that unfinished folders are removed.
+Everything else is interrupted where it stands, by SIGTERM or a hang-up as by Ctrl-C, so that unfinished folders are
+removed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ENDED_AT_ONCE = 130
+
+
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Of some signals those to answer: not a SIGHUP that is ignored, which is what `nohup` asks for."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,11 +35,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted; trainings watch for them on their own (Stop)."""
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted; trainings watch for them on their own (Stop)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _interrupt) for number in heeded(INTERRUPTING)}
     try:
         yield
     finally:
@@ -53,7 +60,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+            self._before = {number: signal.signal(number, self._note) for number in heeded(WATCHED)}
         return self
 
     def __exit__(self, *_: object) -> None:

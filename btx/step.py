@@ -6,7 +6,6 @@ A value that cannot be encoded exactly raises.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import tempfile
@@ -111,10 +110,13 @@ class Step(BaseModel):
         """SHA-256 of what it published."""
         return str(read_manifest(self.folder)["digest"])
 
-    def build(self, tell: Tell) -> None:
-        """Run and publish, unless it is done; one process at a time does it, others wait and find it done."""
+    def build(self, tell: Tell, *, rank: int = 0) -> None:
+        """Run and publish, unless it is done; one process at a time does it, others wait and find it done.
 
-        if int(os.environ.get("RANK", "0")):
+        `rank` is this process's in a distributed training. Whoever starts it says so; the environment does not, since
+        jobs of Kubernetes and others set RANK for reasons of their own.
+        """
+        if rank:
             self._help()
             return
 
@@ -136,9 +138,12 @@ class Step(BaseModel):
 
         The first one may have to wait for the lock, and find the step done by others: then there is nothing to help.
         """
-        while not held_by_launch(self.lock_file):
-            if self.done:
+        while True:
+            held = held_by_launch(self.lock_file)
+            if self.done:  # asked after the lock: who holds it finds the same, and needs no help
                 return
+            if held:
+                break
             time.sleep(0.5)
         with tempfile.TemporaryDirectory() as scratch:
             self.run(Path(scratch), self.work, lambda _event: None)

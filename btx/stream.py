@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from btx.errors import RecipeError
+from btx.loss import IGNORED
 from btx.tokens import Tokens
 
-IGNORED = -100  # the target that cross-entropy passes over
 _ROUNDS = 6
 
 
@@ -71,6 +71,7 @@ class Batch:
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    numbers: range = range(0)  # which sequences of the run they are
 
 
 class Stream:
@@ -107,7 +108,7 @@ class Stream:
         rows = [self._row(int(place)) for place in places]
         inputs = torch.from_numpy(np.stack([ids[:-1] for ids, _ in rows]))
         targets = torch.from_numpy(np.stack([t for _, t in rows]))
-        return Batch(inputs, targets)
+        return Batch(inputs, targets, numbers)
 
     def _row(self, place: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         for name, count in self.counts.items():

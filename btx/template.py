@@ -53,6 +53,8 @@ finetune:                         # what is not said here of the optimiser is as
   balance: {{form: btx, weight: 0.01}}   # a weight means nothing without its form: btx, switch, transformers, none
   trainable: all                  # all, router, no_experts
 
+# dense: {{}}                      # the control: the dense seed continued on as many tokens as all of the above
+
 # data:
 #   holdout: 0.05                 # share of each domain's documents that reports are made on (test), by hash
 #   select: 0.05                  # and of those that settings are chosen on

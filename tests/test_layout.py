@@ -23,6 +23,9 @@ FLOORS = (
     {"probes", "model"},
     {
         "loop",
+        "loss",
+        "gguf",
+        "cast_once",
         "state",
         "metrics",
         "stream",
@@ -48,6 +51,7 @@ FLOORS = (
         "target",
         "native",
         "routing",
+        "precision",
         "artifact",
         "settings",
         "digests",
@@ -57,7 +61,7 @@ FLOORS = (
         "progress",
         "engines",
     },
-    {"errors", "__init__", ""},
+    {"errors", "terminal", "__init__", ""},
 )
 
 

@@ -23,6 +23,19 @@ Tell = Callable[[dict[str, Any]], None]
 LAUNCHER_FAILED = 1  # what torchrun and its like end with, whatever their processes ended with
 
 
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # NVIDIA's; AMD's, if they are set
+
+
+def allowed(visible: str | None, devices: int) -> list[str]:
+    """The devices that a user may use, as CUDA_VISIBLE_DEVICES names them (numbers or UUIDs); all where it is not set.
+
+    `devices` is how many of them there are; what stands behind an entry that is none does not count.
+    """
+    if not visible:
+        return [str(number) for number in range(devices)]
+    return [name.strip() for name in visible.split(",")][:devices]
+
+
 @dataclass(frozen=True)
 class Job:
     """A process to be started."""
@@ -83,7 +96,10 @@ class Local:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if self.devices > 1 and self.slots > 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(slot % self.devices)
+            limits = [name for name in VISIBLE if env.get(name)] or VISIBLE[:1]
+            for name in limits:
+                names = allowed(env.get(name), self.devices)
+                env[name] = names[slot % len(names)]
         with job.log.open("ab") as log:
             process = subprocess.Popen(
                 job.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True

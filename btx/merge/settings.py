@@ -169,6 +169,11 @@ class MergeSettings(Settings):
         return self
 
     @property
+    def averaging(self) -> MergeSettings:
+        """What of these settings decides the dense average; the rest as if nothing was said."""
+        return MergeSettings(include_seed=self.include_seed, shared=self.shared, dtype=self.dtype)
+
+    @property
     def attention(self) -> bool:
         """Whether attention is made of experts too."""
         return self.experts == ATTENTION

@@ -13,13 +13,12 @@ from btx.errors import RecipeError
 from btx.heldout import LEAST
 from btx.settings import EvaluateSettings
 from btx.step import Step, Tell
+from btx.steps.dense import Dense
 from btx.steps.finetune import Finetune
 from btx.steps.merge import SEED, Average
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
-    import torch
-
     from btx.tokens import Tokens
 
 FEW = 10  # documents: fewer, drawn again and again, say little of how far other documents might lie
@@ -32,6 +31,7 @@ class Evaluate(Step):
     version: ClassVar[int] = 3
     average: Average
     finetune: Finetune
+    dense: Dense | None = None
     tokens: dict[str, TokensStep]
     own: dict[str, dict[str, TokensStep]] = Field(default_factory=dict)  # by model, where its tokenizer is another
     length: int
@@ -48,6 +48,7 @@ class Evaluate(Step):
             "average": self.average,
             "merged": merge,
             "finetuned": self.finetune,
+            **({"dense": self.dense} if self.dense else {}),
         }
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
@@ -114,6 +115,8 @@ class Evaluate(Step):
         self, folder: Path, documents: dict[str, Any], *, routed: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Nats of each document by domain, and for a Mixture of Experts its routing by domain, found on the way."""
+        import torch
+
         from btx import model
         from btx.probes.bits_per_byte import nats
         from btx.probes.routing_shares import RoutingShares
@@ -121,24 +124,19 @@ class Evaluate(Step):
 
         model.set_threads(self.where)
         device = model.device_of(self.where)
-        net = model.load(folder, where=self.where, dtype=self._dtype(device)).to(device).eval()
+        rule = self.finetune.settings
+        per_token = (rule.experts_per_token or len(self._experts())) if routed else None
+        dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+        net = model.load(folder, where=self.where, dtype=dtype, experts_per_token=per_token).to(device).eval()
         score = partial(nats, net, length=self.length, batch_tokens=self.settings.batch_tokens)
         if not routed:
             return {d: score(rows) for d, rows in documents.items()}, {}
-        rule = self.finetune.settings
         with Routed(
             net, rule.routing, net.config.num_experts_per_tok, soft_first_layer=rule.soft_first_layer
         ) as watched:
             shares = {d: RoutingShares(net, watched) for d in documents}
             scored = {d: score(rows, watch=shares[d]) for d, rows in documents.items()}
         return scored, {d: found.table() for d, found in shares.items()}
-
-    def _dtype(self, device: torch.device) -> torch.dtype:
-        """What all models of a report are computed in; on a GPU `auto` is bf16, on a CPU fp32."""
-        import torch
-
-        automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(self.settings.precision, automatic)
 
 
 def summarise(

@@ -14,6 +14,8 @@ from btx.steps.tokens import TokensStep
 if TYPE_CHECKING:
     import torch
 
+    from btx.balance import StepMeans
+
 
 class Finetune(Step):
     """A Mixture-of-Experts checkpoint."""
@@ -34,6 +36,7 @@ class Finetune(Step):
             self, folder=self.merge.folder, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
             budget=self.settings.tokens, settings=self.settings, out=out, work=work, tell=tell,
             prepare=lambda model: Balanced(model, self.settings, self.label, tell, names),
+            experts_per_token=self.settings.experts_per_token or len(names),
         )  # fmt: skip
         (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
         return facts
@@ -57,12 +60,13 @@ class Balanced:
     """The watch of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, tell: Tell, names: list[str]) -> None:
-        from btx.routed import Routed, find_routers, router_labels
+        from btx.routed import Routed, find_routers, route_in_float32, router_labels
 
         freeze(model, settings.trainable)
         experts: Any = next(iter(find_routers(model).values())).num_experts
         self.settings, self.label, self.tell, self.experts = settings, label, tell, int(experts)
         self.names, self.labels = names, router_labels(model)
+        route_in_float32(model)
         self.routed = Routed(
             model,
             settings.routing,
@@ -70,26 +74,51 @@ class Balanced:
             soft_first_layer=settings.soft_first_layer,
         )
         self.warned: set[tuple[int, int]] = set()
-        self.seen: list[Any] = []
+        self.begin(0)
 
     def begin(self, step: int) -> None:
-        """The temperature of Sample Top-1 depends on the step."""
+        """The temperature of Sample Top-1 depends on the step; means and figures are those of one step."""
+        from btx.routing import RoutingTotals
+
         self.routed.step = step
+        self.means: StepMeans | None = None
+        self.totals = RoutingTotals()
+
+    def sequences(self, numbers: range, length: int) -> None:
+        """The noise of Sample Top-1 is a sequence's own, whatever pass it is in."""
+        from btx.routed import sequence_noise
+        from btx.stream import key_of
+
+        if self.settings.routing != "sample_top1":
+            return
+        keys = [key_of(self.settings.seed, "noise", number) for number in numbers]
+        noise = sequence_noise(keys, layers=len(self.labels), length=length, experts=self.experts)
+        self.routed.noise = lambda layer: noise[layer]
+
+    def surveys(self, passes: int) -> bool:
+        """A balance loss is of the whole step, so one that is cut is looked at whole before."""
+        return passes > 1 and self.settings.balance.form != "none"
+
+    def survey(self, share: float) -> None:
+        """Take in the last pass's means."""
+        from btx.balance import StepMeans
+
+        if self.means is None:
+            self.means = StepMeans()
+        self.means.observe(self.settings.balance.form, self.routed.layers, share)
 
     def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The weighted balance loss of the last forward pass, and its value."""
+        """The weighted balance loss of the step, with the gradient of the last pass's tokens, and its value."""
         from btx.balance import balance_loss, over_processes
 
-        raw = balance_loss(self.settings.balance.form, self.routed.layers, over_processes)
-        self.seen = self.routed.layers
+        everywhere = self.means.everywhere() if self.means else over_processes
+        raw = balance_loss(self.settings.balance.form, self.routed.layers, everywhere)
+        self.totals.add(self.routed.layers)
         return self.settings.balance.weight * raw, {"balance": float(raw.detach())}
 
     def figures(self) -> dict[str, Any]:
-        """Load, entropy and dead experts of each layer in the last micro-batch; a new dead one is told as a warning."""
-        from btx.routing import statistics
-
-        layers = statistics(self.seen, dead_below=self.settings.dead_below / self.experts)
-        self.seen = []
+        """Load, entropy and dead experts of each layer in the step; a new dead one is told as a warning."""
+        layers = self.totals.statistics(dead_below=self.settings.dead_below / self.experts)
         self.routed.clear()
         for n, layer in enumerate(layers):
             for expert in layer.dead:

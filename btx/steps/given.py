@@ -36,7 +36,7 @@ class Given(Step):
         """Its content's."""
         return self.content
 
-    def build(self, tell: Tell) -> None:
+    def build(self, tell: Tell, *, rank: int = 0) -> None:
         """Nothing is to be done."""
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:

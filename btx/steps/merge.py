@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SEED = "seed"
 TELL_EVERY = 1.0  # seconds
+TOP_K = 2  # experts a token visits, as in the paper, as long as the finetuning has not said otherwise
 SEQUENCE, ROWS = 256, 16  # tokens of a sequence and sequences of a batch that a router is made from
 
 
@@ -115,7 +116,6 @@ class Merge(Models):
 
     kind: ClassVar[str] = "merge"
     version: ClassVar[int] = 6
-    top_k: int | None  # experts a token visits; None for all
     tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, where the router is made from data
     domains: dict[str, str] = Field(default_factory=dict)  # of models whose name is another than their domain's
 
@@ -129,7 +129,7 @@ class Merge(Models):
         with ExitStack() as stack:
             models, seed, joint = self.opened(stack)
             experts = layout(self.settings, list(models), seed.config, str(seed.folder))
-            top_k = self.top_k or experts.count
+            top_k = min(TOP_K, experts.count)
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell), joint)
             carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
             far = {n: distance(seed, m) for n, m in models.items() if n != SEED}

@@ -27,12 +27,9 @@ class Pretrain(Step):
         from btx.tokens import load_tokenizer
 
         config = llama_config(self.shape, load_tokenizer(self.tokenizer.folder), self.train.sequence_length)
-        settings = self.train.model_copy(
-            update={"learning_rate": self.shape.learning_rate, "batch_tokens": self.shape.batch_tokens}
-        )
         return fit(
             self, config=config, like=self.tokenizer.folder, tokens={"seed": self.tokens}, weights={"seed": 1.0},
-            budget=self.shape.tokens, settings=settings, out=out, work=work, tell=tell,
+            budget=self.shape.tokens, settings=self.train, out=out, work=work, tell=tell,
         )  # fmt: skip
 
 

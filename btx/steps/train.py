@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.artifact import LOGS
 from btx.errors import ResourceError
-from btx.settings import TrainSettings, torch_dtype
+from btx.settings import TrainSettings, steps_of, torch_dtype
 from btx.step import Step, Tell
 from btx.steps.branch import Branch
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
     from btx.loop import Watch
+
+OWN = "own"  # what the sampler calls an expert's data: its order hangs on this, and on no label
 
 
 class Train(Step):
@@ -32,10 +34,9 @@ class Train(Step):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Train and save."""
-        name = self.name or ""
         return fit(
-            self, folder=self.branch.seed.folder, like=self.branch.seed.folder, tokens={name: self.tokens},
-            weights={name: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, tell=tell,
+            self, folder=self.branch.seed.folder, like=self.branch.seed.folder, tokens={OWN: self.tokens},
+            weights={OWN: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, tell=tell,
             part=self.part,
         )  # fmt: skip
 
@@ -43,7 +44,7 @@ class Train(Step):
 def fit(
     step: Step, *, like: Path, tokens: dict[str, TokensStep], weights: dict[str, float], budget: int,
     settings: TrainSettings, out: Path, work: Path, tell: Tell, folder: Path | None = None, config: Any = None,
-    prepare: Any = None, part: tuple[int, int] = (0, 1),
+    prepare: Any = None, part: tuple[int, int] = (0, 1), experts_per_token: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
@@ -55,14 +56,14 @@ def fit(
     from btx import flops, model
     from btx.checkpoint import Checkpoint
     from btx.experts import kernel_of
-    from btx.loop import Loop, steps_of
+    from btx.loop import Loop
     from btx.stream import Stream
     from btx.tokens import Tokens
 
     model.set_threads(step.where)
     device = model.device_of(step.where)
     torch.manual_seed(settings.seed)
-    net = model.load(folder, where=step.where) if folder else model.fresh(config)
+    net = model.load(folder, where=step.where, experts_per_token=experts_per_token) if folder else model.fresh(config)
     dtype = torch_dtype(settings.dtype, Checkpoint(folder).dtype if folder else torch.float32)
     watch: Watch | None = prepare(net) if prepare else None
     count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)
@@ -83,8 +84,8 @@ def fit(
             outcome = loop.run()
         except torch.OutOfMemoryError as error:
             raise ResourceError(
-                f"{step.label} ran out of memory on {device}. Set run.micro_batch to a smaller number, or "
-                "gradient_checkpointing: true."
+                f"{step.label} ran out of memory on {device}. Set run.micro_batch to a smaller number (the result "
+                "stays the same but for rounding), or gradient_checkpointing: true."
             ) from error
         state = loop.state_dict()
         if loop.accelerator.is_main_process:

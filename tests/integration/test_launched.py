@@ -64,9 +64,24 @@ def test_a_further_process_helps_only_the_first_one_of_its_own_launch(
     monkeypatch.setattr("btx.step.time.sleep", sleep)
     monkeypatch.setattr(type(step), "run", lambda *_: calls.append("helps"))
     with artifact.lock(step.lock_file, waiting=calls.append):
-        monkeypatch.setenv("RANK", "1")
-        step.build(lambda _event: None)
+        step.build(lambda _event: None, rank=1)
         assert calls == ["helps"]
         monkeypatch.setenv("MASTER_PORT", "2")
-        step.build(lambda _event: None)
+        step.build(lambda _event: None, rank=1)
     assert calls == ["helps", "waits"]
+
+
+def test_a_further_process_whose_first_one_finds_the_step_done_does_not_start_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at the step and its look at the lock others may have finished."""
+    step = Graph(load_recipe(write_project(tmp_path), [f"run.directory={tmp_path / 'runs'}"]), tmp_path).steps["branch"]
+    monkeypatch.setattr(type(step), "done", False)
+
+    def held(_path: Path) -> bool:
+        monkeypatch.setattr(type(step), "done", True)  # others have published, and the first one has the lock now
+        return True
+
+    monkeypatch.setattr("btx.step.held_by_launch", held)
+    monkeypatch.setattr(type(step), "run", lambda *_: pytest.fail("it runs alone"))
+    step.build(lambda _event: None, rank=1)

@@ -43,11 +43,34 @@ def test_no_more_jobs_run_at_once_than_there_are_slots(tmp_path: Path) -> None:
     assert len(times) == 6
 
 
-def test_gpus_are_shared_out_among_the_slots(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("visible", "wanted"),
+    [
+        ({}, ["0", "1"]),
+        ({"CUDA_VISIBLE_DEVICES": "4,6"}, ["4", "6"]),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5ba3, GPU-91c0,-1,7"}, ["GPU-5ba3", "GPU-91c0"]),
+    ],
+)
+def test_gpus_that_one_may_use_are_shared_out_among_the_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: dict[str, str], wanted: list[str]
+) -> None:
+    """Not the first ones of the machine, which may be somebody else's."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in visible.items():
+        monkeypatch.setenv(name, value)
     code = "import os; print(json.dumps({'label': '', 'gpu': os.environ.get('CUDA_VISIBLE_DEVICES')})); time.sleep(0.5)"
     events: list[dict[str, Any]] = []
     Local(2, devices=2).run([job(tmp_path, n, code) for n in "ab"], events.append)
-    assert sorted(e["gpu"] for e in events if "gpu" in e) == ["0", "1"]
+    assert sorted(e["gpu"] for e in events if "gpu" in e) == wanted
+
+
+def test_of_amd_devices_those_that_one_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2,3")
+    code = "import os; print(json.dumps({'label': '', 'gpu': os.environ.get('HIP_VISIBLE_DEVICES')})); time.sleep(0.5)"
+    events: list[dict[str, Any]] = []
+    Local(2, devices=2).run([job(tmp_path, n, code) for n in "ab"], events.append)
+    assert sorted(e["gpu"] for e in events if "gpu" in e) == ["2", "3"]
 
 
 def test_a_signal_is_passed_on_once_and_what_waits_is_not_started(tmp_path: Path) -> None:

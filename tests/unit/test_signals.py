@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from btx.signals import WATCHED, heeded
+
 STOPPED = """
 import os, click
 from btx.cli import Command
@@ -23,10 +25,20 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_that_meets_an_exec_of_source_ends_with_75_too(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "stopped.py").write_text(STOPPED)
     command = [sys.executable, "-m", "stopped", "inside-an-exec", str(int(number))]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 75, ended.stderr
     assert "interrupted" in ended.stderr
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert heeded(WATCHED) == [n for n in WATCHED if n != signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert heeded(WATCHED) == list(WATCHED)
+    finally:
+        signal.signal(signal.SIGHUP, before)

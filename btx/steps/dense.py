@@ -1,0 +1,33 @@
+"""The mandatory control: the dense seed, continued on all domains for as many tokens as the conversion took in all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from btx.settings import TrainSettings
+from btx.step import Step, Tell
+from btx.steps.branch import Branch
+from btx.steps.tokens import TokensStep
+
+
+class Dense(Step):
+    """A dense checkpoint of the seed's shape."""
+
+    kind: ClassVar[str] = "dense"
+    trains: ClassVar[bool] = True
+    branch: Branch
+    tokens: dict[str, TokensStep]
+    weights: dict[str, float]
+    budget: int
+    train: TrainSettings
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Train and save."""
+        from btx.steps.train import fit
+
+        seed = self.branch.seed.folder
+        return fit(
+            self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,
+            settings=self.train, out=out, work=work, tell=tell,
+        )  # fmt: skip
