@@ -7,54 +7,21 @@ is refused with file and line. Nothing here tokenises; no torch.
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from btx import builtin
+from btx.documents import Document, parse
 from btx.errors import RecipeError, nearest
-from btx.readers import NUL, READ, SHAPES, SUFFIXES, kind_of, records
+from btx.readers import READ, SUFFIXES, kind_of, records
 
 BUILTIN = "builtin:"
-WANTED = "; ".join(" and ".join(shape) for shape in SHAPES)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: its pieces in order, each with whether it is an answer that is to be learned."""
-
-    pieces: tuple[tuple[str, bool], ...]
-    messages: tuple[dict[str, Any], ...] = ()  # kept for tokenizers with a chat template
-    source: str = ""  # name of the source document that this is a piece of; none: it is one itself
-
-    @cached_property
-    def text(self) -> str:
-        """All pieces as one text."""
-        return "".join(text for text, _ in self.pieces)
-
-    @cached_property
-    def rank(self) -> int:
-        """Where its text stands in the order of hashes."""
-        return rank_of(self.text)
-
-    def shortened(self, limit: int) -> Document:
-        """Its first `limit` bytes, less a character that the limit would split; a conversation stays whole, since how
-        much text its template makes of it is not known here."""
-        if self.messages or len(self.text) <= limit // 4:
-            return self
-        return Document(((cut(self.text, limit), True),), source=self.source)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nobody says anything in it."""
-        said = [m["content"] for m in self.messages] or [text for text, _ in self.pieces]
-        return not any(text.strip() for text in said)
 
 
 @dataclass
@@ -143,15 +110,17 @@ def digest(source: str, file_digest: Callable[[Path], str]) -> str:
         raise RecipeError(f"{source} cannot be read: {error.strerror or error}. Mend its permissions.") from error
 
 
-def read(sources: list[str], *, skip_bad: bool, counts: Counts) -> Iterator[Document]:
-    """All non-empty documents of the sources in order; `counts` is filled on the way.
+def read(
+    sources: list[str], *, skip_bad: bool, counts: Counts, ignore: Sequence[str] = ()
+) -> Iterator[Document]:  # fmt: skip
+    """All non-empty documents of the sources in order; `counts` is filled on the way, keys of `ignore` are left out.
 
     RecipeError with file and line for what cannot be read, unless `skip_bad`.
     """
     for source in sources:
         for where, record, origin in _records(source):
             try:
-                document = parse(record) if not isinstance(record, Exception) else _raise(record)
+                document = parse(record, ignore) if not isinstance(record, Exception) else _raise(record)
             except (ValueError, RecursionError) as error:
                 counts.bad += 1
                 counts.first_bad = counts.first_bad or f"{where}: {error}"
@@ -164,7 +133,7 @@ def read(sources: list[str], *, skip_bad: bool, counts: Counts) -> Iterator[Docu
                 continue
             counts.documents += 1
             counts.bytes += len(document.text.encode())
-            yield replace(document, source=origin) if origin else document
+            yield replace(document, source=origin, where=where)
 
 
 def _raise(error: Exception) -> Document:
@@ -191,52 +160,3 @@ def _records(source: str) -> Iterator[tuple[str, Any, str]]:
     origin = source if in_pieces(source) else ""
     for where, record in records(source):
         yield where, record, origin
-
-
-def parse(record: Any) -> Document:
-    """A document from a record, its shape told by the columns; ValueError naming the columns found."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object with {WANTED}, found {type(record).__name__}")
-    if "text" in record:
-        return Document(((_string(record, "text"), True),))
-    if "messages" in record:
-        return _conversation(record["messages"])
-    if "prompt" in record and "completion" in record:
-        return Document(((_string(record, "prompt"), False), (_string(record, "completion"), True)))
-    raise ValueError(f"no usable columns: found {', '.join(sorted(map(str, record))) or 'none'}; wanted {WANTED}")
-
-
-def _string(record: dict[str, Any], key: str) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{key} must be text, found {type(value).__name__}")
-    return _usable(value)
-
-
-def _usable(text: str) -> str:
-    if "\0" in text:
-        raise ValueError(NUL)
-    text.encode()  # half of a surrogate pair is no character
-    return text
-
-
-def _conversation(messages: Any) -> Document:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("messages must be a list of objects with role and content")
-    for message in messages:
-        for key in ("role", "content"):
-            if key not in message:
-                raise ValueError(f"a message needs {key}, found {', '.join(sorted(map(str, message))) or 'nothing'}")
-            _string(message, key)
-    pieces = tuple((f"{m['role'].capitalize()}: {m['content']}\n\n", m["role"] == "assistant") for m in messages)
-    return Document(pieces, tuple({"role": m["role"], "content": m["content"]} for m in messages))
-
-
-def rank_of(text: str) -> int:
-    """Where a text stands in the order of hashes: the first 128 bits of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16])
-
-
-def cut(text: str, limit: int) -> str:
-    """The first `limit` bytes of a text, less a character that the limit would split."""
-    return text[:limit].encode()[:limit].decode(errors="ignore")

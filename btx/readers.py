@@ -105,7 +105,7 @@ def _parquet(path: str) -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
         names = set(file.schema_arrow.names)
-        columns = next((list(shape) for shape in SHAPES if names.issuperset(shape)), None)
+        columns = ["text"] if "text" in names else None  # beside messages, other columns may be part of the text
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in _rows(batch):
                 number += 1

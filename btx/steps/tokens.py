@@ -40,7 +40,7 @@ class TokensStep(Reads):
     """A tokens folder."""
 
     kind: ClassVar[str] = "tokens"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     tokenizer: Step  # a folder that holds the tokenizer
     template: Step | None = None  # a folder whose chat template writes the conversations instead of the tokenizer's own
 
@@ -51,15 +51,15 @@ class TokensStep(Reads):
         tokenizer = load_tokenizer(self.tokenizer.folder)
         if self.template:
             tokenizer.chat_template = load_tokenizer(self.template.folder).chat_template
-        return Encoder(tokenizer, self.data.loss_on)
+        return Encoder(tokenizer, self.data.loss_on, date=self.data.date)
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Tokenise all documents."""
         from btx.tokens import write_tokens
 
-        split = self.split()
-        facts = write_tokens(out, split, settings=self.data, encoder=self.encoder())
-        for warning in split.warnings:
+        split, encoder = self.split(), self.encoder()
+        facts = write_tokens(out, split, settings=self.data, encoder=encoder)
+        for warning in (*split.warnings, *encoder.warnings):
             tell({"label": self.label, "warning": warning})
         for number, what in (
             (facts["left_out"], "documents are held out, here or for another domain, and not trained on"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from btx.corpus import parse
+from btx.documents import parse
 from btx.tokens import Encoder, load_tokenizer
 from tests.faults.world import Break, World, refused, write_jsonl
 

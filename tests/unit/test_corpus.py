@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from btx.corpus import Counts, Document, digest, parse, read, resolve
+from btx.corpus import Counts, digest, read, resolve
+from btx.documents import Document, parse
 from btx.errors import RecipeError
 from btx.readers import SUFFIXES, TEXT_PIECE, kind_of
 
@@ -64,8 +65,8 @@ def test_the_shape_is_told_by_the_columns() -> None:
     assert parse({"text": "a", "prompt": "b"}) == Document((("a", True),))
     assert parse({"prompt": "a", "completion": "b"}).pieces == (("a", False), ("b", True))
     talk = parse({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "x": 1}]})
-    assert [learned for _, learned in talk.pieces] == [False, True]
-    assert talk.messages[1] == {"role": "assistant", "content": "b"}
+    assert [text for text, learned in talk.pieces if learned] == [" b\n\n"]
+    assert talk.messages[1] == {"role": "assistant", "content": "b", "x": 1}  # for the template to read
     with pytest.raises(ValueError, match="found body, id; wanted text; messages; prompt and completion"):
         parse({"id": 1, "body": "x"})
     with pytest.raises(ValueError, match="found prompt; wanted"):
