@@ -6,7 +6,6 @@ is refused with file and line. Nothing here tokenises; no torch.
 
 from __future__ import annotations
 
-import glob
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,8 @@ from typing import Any
 from btx import builtin
 from btx.documents import Document, parse
 from btx.errors import RecipeError, nearest
-from btx.readers import READ, SUFFIXES, kind_of, records
+from btx.paths import expanded, files_of
+from btx.readers import KINDS, READ, kind_of, records
 
 BUILTIN = "builtin:"
 
@@ -35,17 +35,18 @@ class Counts:
     first_bad: str = field(default="")
 
 
-def resolve(patterns: list[str], base: Path, where: str) -> list[str]:
+def resolve(patterns: list[str], base: Path, where: str, notes: list[str] | None = None) -> list[str]:
     """Files (absolute) and `builtin:` names that the patterns of a recipe mean; relative ones lie below `base`.
 
-    A pattern is a file, a folder (all files below it that btx reads) or a glob. RecipeError for one without a match,
-    and for a file that two patterns mean: it would be read twice, which nobody asks for in that way.
+    A pattern is a file, a folder (all files below it) or a glob. RecipeError for one without a file that btx reads, and
+    for a file that two patterns mean: it would be read twice, which nobody asks for in that way. What else a reader
+    must know, such as files that are passed over, is added to `notes`.
     """
     sources: list[str] = []
     found: dict[str, str] = {}
     for pattern in patterns:
-        for source in _meant(pattern, base, where):
-            same = source if source.startswith(BUILTIN) else os.path.realpath(source)
+        for source in _meant(pattern, base, where, notes if notes is not None else []):
+            same = source if source.startswith(BUILTIN) else os.path.normpath(source)
             if same in found:
                 raise RecipeError(
                     f"{where} names {source} twice (by {found[same]!r} and {pattern!r}). "
@@ -56,34 +57,37 @@ def resolve(patterns: list[str], base: Path, where: str) -> list[str]:
     return sources
 
 
-def _meant(pattern: str, base: Path, where: str) -> list[str]:
+def _meant(pattern: str, base: Path, where: str, notes: list[str]) -> list[str]:
     if pattern.startswith(BUILTIN):
         name = pattern.removeprefix(BUILTIN)
         if name not in builtin.NAMES:
             raise RecipeError(f"{where}: there is no {pattern}; {nearest(name, builtin.NAMES)}")
         return [pattern]
+    path = base / expanded(pattern, where)
     try:
-        return _files(base / Path(pattern).expanduser(), base, where)
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder closed to us, an unknown ~user
+        found = files_of(path)
+    except OSError as error:  # a name that is too long, a folder closed to us
         raise RecipeError(f"{where}: {pattern:.200} cannot be looked up: {error}. Correct the path.") from error
-
-
-def _files(path: Path, base: Path, where: str) -> list[str]:
-    if path.is_dir():
-        below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        files = sorted(str(p) for p in below if p.is_file() and p.name.endswith(SUFFIXES))
-        if not files:
-            raise RecipeError(f"{where}: the folder {path} holds no file that btx reads ({READ}).")
-        return files
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise RecipeError(f"{where}: {path} is of no kind that btx reads ({READ}).")
-        return [str(path)]
-    matching = glob.glob(str(path), recursive=True)
-    files = sorted(f for f in matching if f.endswith(SUFFIXES) and Path(f).is_file())
-    if not files:
+    read = [file for file in found if kind_of(file) in KINDS and Path(file).is_file()]
+    others = [file for file in found if file not in {*read}]
+    if not read and path.is_dir():
+        there = f"; there are {_some(others, path)}" if others else ""
+        raise RecipeError(f"{where}: the folder {path} holds no file that btx reads ({READ}){there}.")
+    if not read and others:
+        raise RecipeError(f"{where}: {path} is of no kind that btx reads ({READ}): {_some(others, path)}.")
+    if not read:
         raise RecipeError(f"{where}: {path} does not exist{hint(path)}. Relative paths start at {base}.")
-    return files
+    if others:
+        notes.append(f"{where}: {pattern} means {len(others)} files that btx does not read: {_some(others, path)}")
+    return read
+
+
+def _some(files: list[str], path: Path) -> str:
+    """A few of some files, those whose ending is new first."""
+    below = [os.path.relpath(file, path) if path.is_dir() else file for file in files]
+    first = {os.path.splitext(name)[1]: name for name in reversed(below)}
+    named = [*dict.fromkeys([*sorted(first.values()), *below])][:5]
+    return ", ".join(named) + (f" and {len(below) - len(named)} more" if len(below) > len(named) else "")
 
 
 def hint(path: Path) -> str:
@@ -108,6 +112,16 @@ def digest(source: str, file_digest: Callable[[Path], str]) -> str:
         return f"{kind_of(source)}/{file_digest(Path(source))}"
     except OSError as error:
         raise RecipeError(f"{source} cannot be read: {error.strerror or error}. Mend its permissions.") from error
+
+
+def equal_files(sources: list[str], content: list[str], where: str) -> list[str]:
+    """A sentence for each file that holds what another one of a domain holds, by their digests in order."""
+    first: dict[str, str] = {}
+    said = []
+    for source, digest_ in zip(sources, content, strict=False):
+        if (other := first.setdefault(digest_, source)) != source:
+            said.append(f"{where}: {source} holds the same as {other}; its documents count twice")
+    return said
 
 
 def read(

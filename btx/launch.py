@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from btx.engines.local import Ended, Job, Local
 from btx.errors import ArtifactError, BtxError, DivergedError, InterruptedRunError, RecipeError, ResourceError
+from btx.paths import expanded
 from btx.step import Step, Tell
 
 if TYPE_CHECKING:
@@ -73,7 +74,14 @@ class Launcher:
         config = self.graph.recipe.run.launch
         start = [sys.executable, "-m"]
         if config:
-            start = [sys.executable, "-c", LAUNCHER, "--config_file", str(Path(config).absolute()), "-m"]
+            start = [
+                sys.executable,
+                "-c",
+                LAUNCHER,
+                "--config_file",
+                str(expanded(config, "run.launch").absolute()),
+                "-m",
+            ]
         sets = [part for text in self.overrides for part in ("--set", text)]
         argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label]
         return Job(step.label, argv, step.log_file, launcher=bool(config))

@@ -17,7 +17,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FLOORS = (
     {"cli", "__main__"},
     {"launch", "show", "doctor", "template", "bench", "plan", "moe"},
-    {"pipeline", "walk", "checks", "recipe"},
+    {"pipeline", "texts", "walk", "checks", "recipe"},
     {"steps", "card"},
     {"step", "pictures", "proof"},
     {"probes", "model"},
@@ -29,6 +29,7 @@ FLOORS = (
         "tokens",
         "split",
         "chat",
+        "paths",
         "documents",
         "encoder",
         "heldout",
