@@ -11,6 +11,7 @@ from typing import Any
 
 from btx.errors import RecipeError, ResourceError, nearest
 from btx.native import native_config
+from btx.paths import expanded
 from btx.recipe import Recipe
 from btx.settings import RunSettings
 from btx.step import Step
@@ -142,7 +143,7 @@ def check_place(run: RunSettings, root: Path) -> None:
 
     choose(run.kernel, device_of(run))
     if run.launch:
-        check_launch(Path(run.launch).absolute())
+        check_launch(expanded(run.launch, "run.launch").absolute())
     check_trackers(run.report_to)
     above = next(p for p in (root, *root.parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

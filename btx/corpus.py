@@ -6,55 +6,22 @@ is refused with file and line. Nothing here tokenises; no torch.
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from btx import builtin
+from btx.documents import Document, parse
 from btx.errors import RecipeError, nearest
-from btx.readers import NUL, READ, SHAPES, SUFFIXES, kind_of, records
+from btx.paths import expanded, files_of
+from btx.readers import KINDS, READ, kind_of, records
 
 BUILTIN = "builtin:"
-WANTED = "; ".join(" and ".join(shape) for shape in SHAPES)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: its pieces in order, each with whether it is an answer that is to be learned."""
-
-    pieces: tuple[tuple[str, bool], ...]
-    messages: tuple[dict[str, Any], ...] = ()  # kept for tokenizers with a chat template
-    source: str = ""  # name of the source document that this is a piece of; none: it is one itself
-
-    @cached_property
-    def text(self) -> str:
-        """All pieces as one text."""
-        return "".join(text for text, _ in self.pieces)
-
-    @cached_property
-    def rank(self) -> int:
-        """Where its text stands in the order of hashes."""
-        return rank_of(self.text)
-
-    def shortened(self, limit: int) -> Document:
-        """Its first `limit` bytes, less a character that the limit would split; a conversation stays whole, since how
-        much text its template makes of it is not known here."""
-        if self.messages or len(self.text) <= limit // 4:
-            return self
-        return Document(((cut(self.text, limit), True),), source=self.source)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nobody says anything in it."""
-        said = [m["content"] for m in self.messages] or [text for text, _ in self.pieces]
-        return not any(text.strip() for text in said)
 
 
 @dataclass
@@ -68,17 +35,18 @@ class Counts:
     first_bad: str = field(default="")
 
 
-def resolve(patterns: list[str], base: Path, where: str) -> list[str]:
+def resolve(patterns: list[str], base: Path, where: str, notes: list[str] | None = None) -> list[str]:
     """Files (absolute) and `builtin:` names that the patterns of a recipe mean; relative ones lie below `base`.
 
-    A pattern is a file, a folder (all files below it that btx reads) or a glob. RecipeError for one without a match,
-    and for a file that two patterns mean: it would be read twice, which nobody asks for in that way.
+    A pattern is a file, a folder (all files below it) or a glob. RecipeError for one without a file that btx reads, and
+    for a file that two patterns mean: it would be read twice, which nobody asks for in that way. What else a reader
+    must know, such as files that are passed over, is added to `notes`.
     """
     sources: list[str] = []
     found: dict[str, str] = {}
     for pattern in patterns:
-        for source in _meant(pattern, base, where):
-            same = source if source.startswith(BUILTIN) else os.path.realpath(source)
+        for source in _meant(pattern, base, where, notes if notes is not None else []):
+            same = source if source.startswith(BUILTIN) else os.path.normpath(source)
             if same in found:
                 raise RecipeError(
                     f"{where} names {source} twice (by {found[same]!r} and {pattern!r}). "
@@ -89,34 +57,37 @@ def resolve(patterns: list[str], base: Path, where: str) -> list[str]:
     return sources
 
 
-def _meant(pattern: str, base: Path, where: str) -> list[str]:
+def _meant(pattern: str, base: Path, where: str, notes: list[str]) -> list[str]:
     if pattern.startswith(BUILTIN):
         name = pattern.removeprefix(BUILTIN)
         if name not in builtin.NAMES:
             raise RecipeError(f"{where}: there is no {pattern}; {nearest(name, builtin.NAMES)}")
         return [pattern]
+    path = base / expanded(pattern, where)
     try:
-        return _files(base / Path(pattern).expanduser(), base, where)
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder closed to us, an unknown ~user
+        found = files_of(path)
+    except OSError as error:  # a name that is too long, a folder closed to us
         raise RecipeError(f"{where}: {pattern:.200} cannot be looked up: {error}. Correct the path.") from error
-
-
-def _files(path: Path, base: Path, where: str) -> list[str]:
-    if path.is_dir():
-        below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        files = sorted(str(p) for p in below if p.is_file() and p.name.endswith(SUFFIXES))
-        if not files:
-            raise RecipeError(f"{where}: the folder {path} holds no file that btx reads ({READ}).")
-        return files
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise RecipeError(f"{where}: {path} is of no kind that btx reads ({READ}).")
-        return [str(path)]
-    matching = glob.glob(str(path), recursive=True)
-    files = sorted(f for f in matching if f.endswith(SUFFIXES) and Path(f).is_file())
-    if not files:
+    read = [file for file in found if kind_of(file) in KINDS and Path(file).is_file()]
+    others = [file for file in found if file not in {*read}]
+    if not read and path.is_dir():
+        there = f"; there are {_some(others, path)}" if others else ""
+        raise RecipeError(f"{where}: the folder {path} holds no file that btx reads ({READ}){there}.")
+    if not read and others:
+        raise RecipeError(f"{where}: {path} is of no kind that btx reads ({READ}): {_some(others, path)}.")
+    if not read:
         raise RecipeError(f"{where}: {path} does not exist{hint(path)}. Relative paths start at {base}.")
-    return files
+    if others:
+        notes.append(f"{where}: {pattern} means {len(others)} files that btx does not read: {_some(others, path)}")
+    return read
+
+
+def _some(files: list[str], path: Path) -> str:
+    """A few of some files, those whose ending is new first."""
+    below = [os.path.relpath(file, path) if path.is_dir() else file for file in files]
+    first = {os.path.splitext(name)[1]: name for name in reversed(below)}
+    named = [*dict.fromkeys([*sorted(first.values()), *below])][:5]
+    return ", ".join(named) + (f" and {len(below) - len(named)} more" if len(below) > len(named) else "")
 
 
 def hint(path: Path) -> str:
@@ -143,15 +114,27 @@ def digest(source: str, file_digest: Callable[[Path], str]) -> str:
         raise RecipeError(f"{source} cannot be read: {error.strerror or error}. Mend its permissions.") from error
 
 
-def read(sources: list[str], *, skip_bad: bool, counts: Counts) -> Iterator[Document]:
-    """All non-empty documents of the sources in order; `counts` is filled on the way.
+def equal_files(sources: list[str], content: list[str], where: str) -> list[str]:
+    """A sentence for each file that holds what another one of a domain holds, by their digests in order."""
+    first: dict[str, str] = {}
+    said = []
+    for source, digest_ in zip(sources, content, strict=False):
+        if (other := first.setdefault(digest_, source)) != source:
+            said.append(f"{where}: {source} holds the same as {other}; its documents count twice")
+    return said
+
+
+def read(
+    sources: list[str], *, skip_bad: bool, counts: Counts, ignore: Sequence[str] = ()
+) -> Iterator[Document]:  # fmt: skip
+    """All non-empty documents of the sources in order; `counts` is filled on the way, keys of `ignore` are left out.
 
     RecipeError with file and line for what cannot be read, unless `skip_bad`.
     """
     for source in sources:
         for where, record, origin in _records(source):
             try:
-                document = parse(record) if not isinstance(record, Exception) else _raise(record)
+                document = parse(record, ignore) if not isinstance(record, Exception) else _raise(record)
             except (ValueError, RecursionError) as error:
                 counts.bad += 1
                 counts.first_bad = counts.first_bad or f"{where}: {error}"
@@ -164,7 +147,7 @@ def read(sources: list[str], *, skip_bad: bool, counts: Counts) -> Iterator[Docu
                 continue
             counts.documents += 1
             counts.bytes += len(document.text.encode())
-            yield replace(document, source=origin) if origin else document
+            yield replace(document, source=origin, where=where)
 
 
 def _raise(error: Exception) -> Document:
@@ -191,52 +174,3 @@ def _records(source: str) -> Iterator[tuple[str, Any, str]]:
     origin = source if in_pieces(source) else ""
     for where, record in records(source):
         yield where, record, origin
-
-
-def parse(record: Any) -> Document:
-    """A document from a record, its shape told by the columns; ValueError naming the columns found."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object with {WANTED}, found {type(record).__name__}")
-    if "text" in record:
-        return Document(((_string(record, "text"), True),))
-    if "messages" in record:
-        return _conversation(record["messages"])
-    if "prompt" in record and "completion" in record:
-        return Document(((_string(record, "prompt"), False), (_string(record, "completion"), True)))
-    raise ValueError(f"no usable columns: found {', '.join(sorted(map(str, record))) or 'none'}; wanted {WANTED}")
-
-
-def _string(record: dict[str, Any], key: str) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{key} must be text, found {type(value).__name__}")
-    return _usable(value)
-
-
-def _usable(text: str) -> str:
-    if "\0" in text:
-        raise ValueError(NUL)
-    text.encode()  # half of a surrogate pair is no character
-    return text
-
-
-def _conversation(messages: Any) -> Document:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("messages must be a list of objects with role and content")
-    for message in messages:
-        for key in ("role", "content"):
-            if key not in message:
-                raise ValueError(f"a message needs {key}, found {', '.join(sorted(map(str, message))) or 'nothing'}")
-            _string(message, key)
-    pieces = tuple((f"{m['role'].capitalize()}: {m['content']}\n\n", m["role"] == "assistant") for m in messages)
-    return Document(pieces, tuple({"role": m["role"], "content": m["content"]} for m in messages))
-
-
-def rank_of(text: str) -> int:
-    """Where a text stands in the order of hashes: the first 128 bits of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16])
-
-
-def cut(text: str, limit: int) -> str:
-    """The first `limit` bytes of a text, less a character that the limit would split."""
-    return text[:limit].encode()[:limit].decode(errors="ignore")

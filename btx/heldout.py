@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from btx.corpus import Document
+from btx.documents import Document
 from btx.settings import DataSettings
 
 Side = Literal["test", "select"]

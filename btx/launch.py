@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from btx.engines.local import Ended, Job, Local
 from btx.errors import ArtifactError, BtxError, DivergedError, InterruptedRunError, RecipeError, ResourceError
+from btx.paths import expanded
 from btx.step import Step, Tell
 
 if TYPE_CHECKING:
@@ -92,7 +93,14 @@ class Launcher:
         config = self.graph.recipe.run.launch
         start = [sys.executable, "-m"]
         if config:
-            start = [sys.executable, "-c", LAUNCHER, "--config_file", str(Path(config).absolute()), "-m"]
+            start = [
+                sys.executable,
+                "-c",
+                LAUNCHER,
+                "--config_file",
+                str(expanded(config, "run.launch").absolute()),
+                "-m",
+            ]
         sets = [part for text in self.overrides for part in ("--set", text)]
         told = ["--launched"] if config else []
         argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label, *told]

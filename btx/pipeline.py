@@ -5,10 +5,9 @@ Every input is looked at first (`Graph.check`), so that a bad one is refused bef
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from btx import corpus
 from btx.artifact import fingerprint
@@ -16,6 +15,7 @@ from btx.checks import check_inputs
 from btx.digests import Digests
 from btx.errors import ArtifactError, RecipeError, nearest
 from btx.merge.settings import FROM_DATA
+from btx.paths import expanded
 from btx.recipe import Recipe
 from btx.settings import DenseSettings, TrainSettings
 from btx.step import Step
@@ -33,6 +33,7 @@ from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
 from btx.steps.train import Train
 from btx.steps.vocabulary import VocabularyStep
+from btx.texts import Texts
 
 S = TypeVar("S", bound=Step)
 MERGED = "@merged"  # behind the name of tokens that are in the merged model's tokenizer
@@ -44,11 +45,10 @@ class Graph:
 
     def __init__(self, recipe: Recipe, base: Path) -> None:
         self.recipe, self.base = resolved(recipe), base
-        self.data_base = base / Path(recipe.data.directory or ".").expanduser()
-        self.root = Path(recipe.run.directory).absolute() / recipe.name
+        self.root = expanded(recipe.run.directory, "run.directory").absolute() / recipe.name
         self.digests = Digests(self.root / "work" / "digests.json")
         self.steps: dict[str, Step] = {}
-        self.files: dict[str, tuple[list[str], list[str]]] = {}
+        self.texts = Texts(recipe, base, self.digests)
         self._build()
 
     def _add(self, step: S) -> S:
@@ -154,7 +154,7 @@ class Graph:
         if not seed.is_builtin:
             given = self._given("seed", seed.checkpoint)
             return given, given
-        reads = self._reads("seed", seed.sources, seed.valid)
+        reads = self.texts.reads("seed", seed.sources, seed.valid)
         tokenizer = self._add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self._place()))
         tokens = self._tokens("seed", seed.sources, seed.valid, tokenizer)
         own = {"learning_rate": seed.builtin.learning_rate, "batch_tokens": seed.builtin.batch_tokens}
@@ -215,43 +215,8 @@ class Graph:
             found = self.steps[label]
             assert isinstance(found, TokensStep)
             return found
-        reads = self._reads("seed" if name == "seed" else f"domains.{name}", data, valid)
+        reads = self.texts.reads("seed" if name == "seed" else f"domains.{name}", data, valid)
         return self._add(TokensStep(tokenizer=tokenizer, template=template, **reads, **self._place(name + suffix)))
-
-    def _reads(self, where: str, data: list[str], valid: list[str]) -> dict[str, Any]:
-        """What a step says of the text that it reads, and of other domains' that it must leave out.
-
-        What the seed's data holds out by chance is scored nowhere, so the domains need not leave it out.
-        """
-        sources, kept = self._resolved(where, data, valid)
-        for source in sorted({*sources} & {*kept}):
-            raise RecipeError(f"{where}: {source} is in `data` and in `valid`. Leave it out of one of them.")
-        others = [(o[0], *self._resolved(*o)) for o in self._data() if o[0] != where]
-        apart = sorted({file for _, _, files in others for file in files} - {*kept})
-        mine = {*map(self._digest, sources)}
-        beside = [
-            theirs for other, theirs, files in others
-            if other != "seed" and not files and mine & {*map(self._digest, theirs)}
-        ]  # fmt: skip
-        read = (*sources, *kept, *apart, *itertools.chain(*beside))
-        return {"sources": sources, "valid": kept, "apart": apart, "beside": beside,
-                "content": [self._digest(s) for s in read], "data": self.recipe.data}  # fmt: skip
-
-    def _resolved(self, where: str, data: list[str], valid: list[str]) -> tuple[list[str], list[str]]:
-        """The files of a domain's data and of its held-out data."""
-        if where not in self.files:
-            found = (corpus.resolve(data, self.data_base, f"{where}.data"),
-                     corpus.resolve(valid, self.data_base, f"{where}.valid"))  # fmt: skip
-            self.files[where] = found
-        return self.files[where]
-
-    def _data(self) -> list[tuple[str, list[str], list[str]]]:
-        """Where the recipe names data, with it and its held-out files."""
-        domains = [(f"domains.{n}", d.data, d.valid) for n, d in self.recipe.domains.items() if d.data]
-        return [*domains, ("seed", self.recipe.seed.sources, self.recipe.seed.valid)]
-
-    def _digest(self, source: str) -> str:
-        return corpus.digest(source, self.digests)
 
     # ---- what is to be done ----
 

@@ -10,15 +10,14 @@ import io
 import json
 import lzma
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 from btx.errors import RecipeError
 
-KINDS = (".jsonl", ".txt", ".parquet")
-PACKINGS = (".gz", ".bz2", ".zst", ".lz4", ".xz")
-SUFFIXES = (".parquet", *(kind + packing for kind in (".jsonl", ".txt") for packing in ("", *PACKINGS)))
-READ = f"{', '.join(KINDS)}; .jsonl and .txt also as {', '.join(PACKINGS)}"  # for messages
+KINDS = (".jsonl", ".json", ".txt", ".parquet")
+PACKINGS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4", ".xz": "xz"}
+SUFFIXES = (".parquet", *(kind + packing for kind in KINDS[:-1] for packing in ("", *PACKINGS)))
+READ = f"{', '.join(KINDS)}; all but Parquet also as {', '.join(PACKINGS)}"  # for messages
 SHAPES = (("text",), ("messages",), ("prompt", "completion"))
 TEXT_PIECE = 16_384  # characters: a longer .txt file is cut into records of about this length
 NUL = "it holds a NUL character, as binary or UTF-16 files do"
@@ -27,28 +26,35 @@ Record = tuple[str, Any]
 
 
 def kind_of(source: str) -> str:
-    """How a file is read: its suffix without that of the packing."""
-    bare = next((source.removesuffix(p) for p in PACKINGS if source.endswith(p)), source)
-    return Path(bare).suffix
+    """How a file is read: its suffix, in whatever case, without that of the packing; "" for one that is not."""
+    name = source.lower()
+    return next(("." + suffix.split(".")[1] for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def packing_of(source: str) -> str | None:
+    """How a file is packed."""
+    return next((how for suffix, how in PACKINGS.items() if source.lower().endswith(suffix)), None)
 
 
 def records(source: str) -> Iterator[Record]:
     """(where, record) pairs of a file; RecipeError when it is damaged."""
     try:
-        yield from {".jsonl": _json_lines, ".txt": _text, ".parquet": _parquet}[kind_of(source)](source)
+        how = {".jsonl": _json_lines, ".json": _json, ".txt": _text, ".parquet": _parquet}
+        yield from how[kind_of(source)](source)
     except (OSError, EOFError, lzma.LZMAError) as error:
         said = f"{source} cannot be read to its end: {error}."
         raise RecipeError(f"{said} Fetch it again, or leave it out.") from error
 
 
 def _stream(path: str) -> IO[bytes]:
-    if path.endswith(".xz"):
+    how = packing_of(path)
+    if how == "xz":
         return lzma.open(path, "rb")
-    if not path.endswith(PACKINGS):
+    if how is None:
         return open(path, "rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(path, compression="detect"))
+    return io.BufferedReader(pyarrow.input_stream(path, compression=how))
 
 
 def _lines(path: str) -> Iterator[tuple[str, str | ValueError]]:
@@ -70,6 +76,43 @@ def _json_lines(path: str) -> Iterator[Record]:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 yield where, error
+
+
+def _json(path: str) -> Iterator[Record]:
+    """The records of an array, or those of lines; a file that is one object over several lines is one record."""
+    with _stream(path) as file:
+        while ((first := file.read(1)) and first.isspace()) or first in (b"\xef", b"\xbb", b"\xbf"):
+            pass
+    if first != b"[":
+        yield from _json_lines(path) if _is_lines(path) else _whole(path)
+        return
+    for where, rows in _whole(path):
+        if isinstance(rows, list):
+            yield from ((f"{path}: record {number}", row) for number, row in enumerate(rows, 1))
+        else:
+            yield where, rows
+
+
+def _is_lines(path: str) -> bool:
+    """Whether the first line that is not blank is a JSON value by itself."""
+    for _, line in _lines(path):
+        if isinstance(line, ValueError):
+            return True
+        if line.strip():
+            try:
+                json.loads(line)
+            except (ValueError, RecursionError):
+                return False
+            return True
+    return True
+
+
+def _whole(path: str) -> Iterator[Record]:
+    try:
+        with _stream(path) as file:
+            yield path, json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        yield path, error
 
 
 def _text(path: str) -> Iterator[Record]:
@@ -105,7 +148,7 @@ def _parquet(path: str) -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
         names = set(file.schema_arrow.names)
-        columns = next((list(shape) for shape in SHAPES if names.issuperset(shape)), None)
+        columns = ["text"] if "text" in names else None  # beside messages, other columns may be part of the text
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in _rows(batch):
                 number += 1

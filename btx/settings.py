@@ -6,11 +6,12 @@ so it is no part of a step's identity. Everything else is. No torch here: a reci
 
 from __future__ import annotations
 
+import datetime
 import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,20 @@ class DataSettings(Settings):
     loss_on: Literal["all", "completion"] = Field(
         "all", description="all: plain next-token loss, as in the paper; completion: only answers count"
     )
+    ignore: list[Text] = Field(
+        default_factory=list, description="columns, and keys of messages, that are left out: [source_url, name]"
+    )
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        None, description="what a chat template that asks for today's date is told, such as 2026-01-31"
+    )
     on_bad_line: Literal["error", "skip"] = Field("error", description="skip: leave bad lines out and count them")
+
+    @field_validator("date")
+    @classmethod
+    def _day(cls, date: str | None) -> str | None:
+        if date is not None:
+            datetime.date.fromisoformat(date)
+        return date
 
     @model_validator(mode="after")
     def _something_left(self) -> DataSettings:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
-from btx.corpus import Counts, Document, in_pieces, rank_of, read
+from btx.corpus import Counts, in_pieces, read
+from btx.documents import Document, rank_of
 from btx.heldout import SIDES, Plan, halves, plan
 from btx.settings import DataSettings
 
@@ -74,7 +75,8 @@ class Split:
 
     def _read(self, sources: Sequence[str], counts: Counts | None = None) -> Iterator[Document]:
         skip = self.settings.on_bad_line == "skip"
-        return read(list(sources), skip_bad=skip, counts=Counts() if counts is None else counts)
+        counts = Counts() if counts is None else counts
+        return read(list(sources), skip_bad=skip, counts=counts, ignore=self.settings.ignore)
 
     def _plan(self, sources: Sequence[str], known: Set[int] = frozenset()) -> Plan:
         documents = (d for d in self._read(sources) if d.rank not in known)

@@ -20,7 +20,7 @@ seed:
   checkpoint: seeds/my-model      # a Hugging Face folder, see the README for families. `builtin` makes one
   data: []                        # text like the seed's own, mixed into the finetuning: ["corpora/web/*.jsonl.gz"]
 
-domains:                          # one expert each; .jsonl .txt .parquet, also .gz .bz2 .zst .lz4 .xz
+domains:                          # one expert each; .jsonl .json .txt .parquet, also .gz .bz2 .zst .lz4 .xz
   math:
     data: ["corpora/math"]        # a file, a folder or a glob; records with text, messages, or prompt + completion
     tokens: 20M                   # training tokens of this expert

@@ -20,7 +20,7 @@ from btx import model
 from btx.artifact import publish, unwritable, write_json
 from btx.card import changed_card, table
 from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_finite
-from btx.corpus import cut, resolve
+from btx.corpus import resolve
 from btx.errors import ArtifactError, RecipeError
 from btx.families import MOE
 from btx.merge.lineage import distance
@@ -70,19 +70,18 @@ def read_texts(sources: Mapping[str, str], folder: Path, *, tokens: int) -> dict
         count = min(len(ids), tokens)
         length = min(LENGTH, max(count // 4, 1))
         rows = torch.tensor(ids[: count // length * length]).view(-1, length)
-        documents = [(np.array(i, np.int64), len(t.encode())) for t, i in _held_out(split, encoder, tokens)]
+        documents = [(np.array(i, np.int64), size) for i, size in _held_out(split, encoder, tokens)]
         if not len(rows) or not documents:
             raise RecipeError(f"--data {name}: {pattern} holds {split.counts.documents} documents, too little text.")
         found[name] = Texts(rows, documents)
     return found
 
 
-def _held_out(split: Split, encoder: Encoder, tokens: int) -> Iterator[tuple[str, list[int]]]:
+def _held_out(split: Split, encoder: Encoder, tokens: int) -> Iterator[tuple[list[int], int]]:
     for held in split.test:
-        text = cut(encoder.text(held.document), DataSettings().valid_bytes)
-        ids = encoder.scored([text])[0]
+        ids, size = encoder.scored([held.document], DataSettings().valid_bytes)[0]
         if len(ids) > 1:
-            yield text, ids
+            yield ids, size
         tokens -= len(ids)
         if tokens <= 0:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.settings import DataSettings
+from btx.settings import DataSettings, execution
 from btx.step import Step, Tell
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Reads(Step):
     beside: list[list[str]]  # the sources of other domains that have files of these, and hold out a share of them
     content: list[str]  # digests of sources, valid, apart and beside, in order
     data: DataSettings
+    notes: list[str] = execution([])  # what was met on looking for the files, told when the step runs
 
     def identity(self) -> dict[str, Any]:
         """What the files hold decides, not where they lie."""
@@ -40,7 +41,7 @@ class TokensStep(Reads):
     """A tokens folder."""
 
     kind: ClassVar[str] = "tokens"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     tokenizer: Step  # a folder that holds the tokenizer
     template: Step | None = None  # a folder whose chat template writes the conversations instead of the tokenizer's own
 
@@ -51,15 +52,15 @@ class TokensStep(Reads):
         tokenizer = load_tokenizer(self.tokenizer.folder)
         if self.template:
             tokenizer.chat_template = load_tokenizer(self.template.folder).chat_template
-        return Encoder(tokenizer, self.data.loss_on)
+        return Encoder(tokenizer, self.data.loss_on, date=self.data.date)
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Tokenise all documents."""
         from btx.tokens import write_tokens
 
-        split = self.split()
-        facts = write_tokens(out, split, settings=self.data, encoder=self.encoder())
-        for warning in split.warnings:
+        split, encoder = self.split(), self.encoder()
+        facts = write_tokens(out, split, settings=self.data, encoder=encoder)
+        for warning in (*self.notes, *split.warnings, *encoder.warnings):
             tell({"label": self.label, "warning": warning})
         for number, what in (
             (facts["left_out"], "documents are held out, here or for another domain, and not trained on"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from btx.corpus import parse
+from btx.documents import parse
 from btx.tokens import Encoder, load_tokenizer
 from tests.faults.world import Break, World, refused, write_jsonl
 
@@ -156,8 +156,16 @@ DATA: dict[str, tuple[Break, tuple[str, ...]]] = {
     "missing file": (setting("domains.math.data", ["data/maht.jsonl"]), ("domains.math.data", "'math.jsonl'")),
     "missing folder": (setting("domains.math.data", ["dat/x.jsonl"]), ("domains.math.data", "nor does", "dat")),
     "glob of nothing": (setting("domains.math.data", ["data/*.parquet"]), ("domains.math.data", "no file matches")),
-    "folder of nothing": (setting("domains.math.data", ["seed"]), ("domains.math.data", "seed", ".jsonl")),
-    "unknown kind": (setting("domains.math.data", ["seed/config.json"]), ("config.json", "no kind", ".jsonl")),
+    "folder of nothing": (
+        lambda world: ((world.root / "e").mkdir(), (world.root / "e/x.md").touch(),
+                       world.set("domains.math.data", ["e"])),
+        ("domains.math.data", "/e ", ".jsonl", "x.md"),
+    ),
+    "unknown kind": (setting("domains.math.data", ["seed/model.safetensors"]), ("model.safe", "no kind", ".jsonl")),
+    "glob of unknown kinds": (setting("domains.math.data", ["seed/*.safe*"]), ("no kind", "model.safetensors")),
+    "a config as data": (setting("domains.math.data", ["seed/config.json"]), ("config.json", "no usable columns")),
+    "an array with a broken record": (raw(b'[{"text": "a"}, {"txt": 1}]', "m.json"), ("m.json: record 2", "txt")),
+    "half an array": (raw(b'[{"text": "a"}, ', "m.json"), ("m.json:", "data.on_bad_line: skip")),
     "unknown builtin": (setting("domains.math.data", ["builtin:maths"]), ("builtin:maths", "'math'")),
     "data of a builtin seed": (setting("seed", {"checkpoint": "builtin", "data": ["no.txt"]}), ("seed.data", "no.txt")),
     "unknown user": (setting("domains.math.data", ["~nobody-here/x.jsonl"]), ("domains.math.data", "~nobody-here")),

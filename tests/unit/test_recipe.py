@@ -180,6 +180,8 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "domains.math.tokens": (128, "train:math"),
     "data.holdout": (0.1, "tokens:math"),
     "data.select": (0.1, "tokens:math"),
+    "data.ignore": (["x"], "tokens:math"),
+    "data.date": ("2026-01-31", "tokens:math"),
     "data.valid_bytes": (99, "tokens:math"),
     "data.loss_on": ("completion", "tokens:math"),
     "merge.include_seed": (False, "average"),

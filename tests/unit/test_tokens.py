@@ -151,24 +151,22 @@ def test_conversations_follow_the_template_in_training_and_held_out_alike(
         assert tokens.mask is None
     else:
         learned = documents(tokens.train[tokens.mask == 1], using)[0]
-        assert learned == (
-            "[assistant]Ada 🜁\n[assistant]jumps\n" if template else "Assistant: Ada 🜁\n\nAssistant: jumps\n\n"
-        )
+        assert learned == ("Ada 🜁\njumps\n" if template else " Ada 🜁\n\n jumps\n\n")
 
 
 def test_a_template_that_refuses_or_rewrites_is_told_in_a_sentence(tmp_path: Path, folder: Path) -> None:
     refusing = encoder(folder, "all", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RecipeError, match=r"\(user, assistant, .*roles must alternate"):
         written(tmp_path, [{"messages": CHAT}], refusing)
-    rewriting = encoder(folder, "completion", "{{ messages | length }}" + TEMPLATE)
-    with pytest.raises(RecipeError, match=r"rewrites earlier messages.*loss_on: all"):
+    rewriting = encoder(folder, "completion", "{{ messages | length }}" + TEMPLATE.replace("content", "content[:2]"))
+    with pytest.raises(RecipeError, match=r"data.jsonl:1: .*rewrites .* message 2.*loss_on: all"):
         written(tmp_path, [{"messages": CHAT}], rewriting)
 
 
 def test_a_template_that_brings_the_start_of_a_text_does_not_double_it(folder: Path) -> None:
     using = encoder(folder, "all", "<|end|>" + TEMPLATE)
     using.start = using.end
-    from btx.corpus import parse
+    from btx.documents import parse
 
     ids = next(using.encode([parse({"messages": CHAT})]))[0]
     plain = next(using.encode([parse({"text": "a"})]))[0]
