@@ -41,6 +41,7 @@ FLOORS = (
         "builtin",
         "checkpoint",
         "safety",
+        "layouts",
         "families",
         "target",
         "native",

@@ -18,6 +18,7 @@ import torch
 from btx.checkpoint import BLOCK, HEAD, Checkpoint, Tensors, count_non_finite
 from btx.errors import ArtifactError
 from btx.families import EMBEDDING
+from btx.layouts import holds_weights
 from btx.merge.lora_config import CONFIG, LoraOptions
 from btx.safety import DTYPES, read_header, refuse_links, refuse_scripts
 from btx.shards import Row
@@ -31,8 +32,8 @@ MAGNITUDE = "magnitude_vector"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a peft adapter instead of a model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds a peft adapter instead of a model; a config.json may lie beside it."""
+    return (folder / CONFIG).is_file() and not holds_weights(folder)
 
 
 class Adapter:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import ArtifactError
+from btx.layouts import ADAPTER, refuse_pointer
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER
 RECORDS = {  # what has been, or what acts on training alone
     "peft_version",
     "auto_mapping",
@@ -178,6 +179,7 @@ class LoraOptions:
 
 def _read(path: Path) -> dict[str, Any]:
     """The parsed file; ArtifactError for one that is damaged, or of another kind of adapter."""
+    refuse_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]

@@ -144,7 +144,7 @@ def test_what_would_take_a_tied_head_off_its_embedding_is_refused(tmp_path: Path
 def test_factors_on_the_embedding_are_refused(tmp_path: Path) -> None:
     seed = seed_in(tmp_path)
     train_adapter(seed, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
-    with opened(seed) as base, pytest.raises(ArtifactError, match="target_modules: .*factors on the embedding"):
+    with opened(seed) as base, pytest.raises(ArtifactError, match=r"target_modules: .*factors on the embedding"):
         Adapter(tmp_path / "adapter").require_fit(base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from btx.native import (
     idle_difference,
     native_config,
 )
+from btx.portable import UNBALANCED, notes, portable_config
 from btx.safety import read_config
 from btx.target import moe_config, warnings_of
 from tests.conftest import FAMILIES, config_of, save_model
@@ -115,6 +117,17 @@ def test_a_mixture_asks_no_trainer_for_a_balance_loss(family: str) -> None:
     found = moe_config(config_of(family).to_dict(), experts=2, top_k=1, width=48, where="seed").to_dict()
     assert found["router_aux_loss_coef"] == 0.0
     assert found["output_router_logits"] is False
+    assert UNBALANCED in notes(found, "published", Path("nowhere"))
+    assert UNBALANCED in notes(found, "fused", Path("nowhere"))
+    assert UNBALANCED not in notes(config_of(family).to_dict(), "published", Path("nowhere"))
+
+
+def test_nor_does_one_with_attention_experts_nor_one_that_said_otherwise() -> None:
+    dense = config_of("llama", num_key_value_heads=4).to_dict()
+    found = moe_config(dense, experts=2, top_k=1, width=48, where="seed", attention=True).to_dict()
+    assert found["aux_loss_coef"] == 0.0
+    said = portable_config({**found, "aux_loss_coef": 0.5, "output_router_logits": True})
+    assert (said["aux_loss_coef"], said["output_router_logits"]) == (0.0, False)
 
 
 ACTS = {
@@ -246,6 +259,18 @@ SAME = [
 def test_another_spelling_is_no_difference(more: dict[str, Any], why: str) -> None:
     config = config_of("llama").to_dict()
     assert config_difference(config, {**config, **more}, "it", carried=()) == [], why
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mistral"])  # whose class takes no null
+def test_a_seed_with_null_key_heads_becomes_the_same_model(tmp_path: Path, family: str) -> None:
+    seed = save_model(tmp_path / "seed", config_of(family, num_key_value_heads=4))
+    wanted = logits(load(seed))
+    config = json.loads((seed / "config.json").read_text())
+    (seed / "config.json").write_text(json.dumps({**config, "num_key_value_heads": None}))
+    stock = type(config_of(family))(num_attention_heads=4, num_key_value_heads=None).num_key_value_heads
+    assert stock == 4
+    made = merge(tmp_path / "moe", [seed, seed], top_k=1)
+    torch.testing.assert_close(logits(load(made)), wanted, atol=1e-5, rtol=0)
 
 
 def test_null_key_heads_are_as_many_as_query_heads() -> None:
