@@ -169,9 +169,7 @@ def refuse_wrapped(folder: Path, names: Iterable[str]) -> None:
 
 def refuse_integers(path: Path, name: str, dtype: str) -> None:
     """ArtifactError for whole numbers that are a buffer, not a quantised weight."""
-    if dtype in ("I64", "I32", "I16", "BOOL", "U64", "U32", "U16") and not re.search(
-        r"(weight|qzeros|g_idx|scales)$", name
-    ):
+    if re.fullmatch(r"[IU]\d+|BOOL", dtype) and not re.search(r"weight|zeros|g_idx|scales|packed|SCB", name):
         raise ArtifactError(
             f"{path}: {name} holds whole numbers ({dtype}), a buffer that some tools store and no weight. {ANEW}"
         )

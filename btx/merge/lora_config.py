@@ -116,6 +116,8 @@ class LoraOptions:
             raise self.refused(
                 "lora_alpha", f"or alpha_pattern {config.get('alpha_pattern')!r:.100}, where numbers belong"
             )
+        if config.get("layers_pattern") and self._layers() is None:
+            raise self.refused("layers_pattern", "which peft does not take without layers_to_transform")
         if isinstance(config["target_modules"], str) and (self._layers() is not None or config.get("layers_pattern")):
             raise self.refused("layers_to_transform", "which peft does not take beside target_modules as one pattern")
 

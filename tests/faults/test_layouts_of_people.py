@@ -131,8 +131,16 @@ LAYOUTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "the body alone": (names(lambda n: n.removeprefix("model.")), ("without the class that has the head",)),
     "an integer buffer": (more(**{"model.position_ids": BUFFER}), ("position_ids holds whole numbers (I64)", "buffer")),
     "a mask": (more(**{"model.mask": BUFFER.bool()}), ("model.mask holds whole numbers (BOOL)", "save it anew")),
+    "a mask in bytes": (more(**{"model.mask": BUFFER.byte()}), ("model.mask holds whole numbers (U8)",)),
+    "a buffer of real numbers": (
+        more(**{"model.layers.0.self_attn.masked_bias": torch.zeros(1)}),
+        ("masked_bias", "its class does not have", "save it anew"),
+    ),
     "a quantised weight": (
         more(**{"model.layers.0.mlp.up_proj.qweight": BUFFER.int()}), ("dtype I32", "unquantised")
+    ),
+    "a weight of bitsandbytes": (
+        more(**{"model.layers.0.mlp.up_proj.weight.absmax": BUFFER.byte()}), ("dtype U8", "unquantised")
     ),
     "a dangling link": (
         lambda f: (f / "generation_config.json").unlink() or (f / "generation_config.json").symlink_to("gone"),

@@ -117,6 +117,11 @@ WRONG = {
     "another rank": (config(r=5), "has r: 5, by which .* has rank 5, in the file 4"),
     "not selected": (config(target_modules=["q_proj"]), "target_modules: .*does not select model.layers.0.mlp"),
     "selected and excluded": (config(exclude_modules=["q_proj"]), "target_modules: .*does not select .*q_proj"),
+    "layers of none": (config(layers_pattern="layers"), "layers_pattern: 'layers', which peft does not take without"),
+    "layers of a pattern": (
+        config(target_modules=".*q_proj", layers_to_transform=[1]),
+        "layers_to_transform.*beside target_modules",
+    ),
     "another layer": (config(layers_to_transform=[1]), "does not select model.layers.0"),
     "saved, not there": (config(modules_to_save=["norm"]), "modules_to_save: .*norm.weight is not in"),
     "nothing targeted": (config(target_modules=None), "target_modules: None"),
