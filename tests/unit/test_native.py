@@ -27,6 +27,7 @@ from btx.portable import UNBALANCED, notes, portable_config
 from btx.safety import read_config
 from btx.target import moe_config, warnings_of
 from tests.conftest import FAMILIES, config_of, save_model
+from tests.faults.test_bad_mixture import moe
 from tests.faults.world import World, edit_json, refused
 from tests.numerics.test_merge_identities import load, logits, merge
 
@@ -192,6 +193,31 @@ def test_a_seed_and_an_expert_with_bookkeeping_are_taken_and_said(world: World) 
     assert "is_llama_config" in said[0]
     assert "unsloth_version" in said[1]
     assert "the expert of domain law" in said[1]
+
+
+def test_btx_plan_says_so_too(world: World) -> None:
+    from click.testing import CliRunner
+
+    from btx.cli import main
+
+    edit_json(world.seed / "config.json", is_llama_config=True)
+    edit_json(world.law / "config.json", unsloth_version="x")
+    result = CliRunner().invoke(main, ["plan", str(world.write())])
+    assert result.exit_code == 0, result.output
+    assert "Warning: " in result.output
+    assert "is_llama_config" in result.output
+    assert "unsloth_version" in result.output
+    edit_json(world.law / "config.json", model_type="gpt2")
+    assert "Traceback" not in CliRunner().invoke(main, ["plan", str(world.write())]).output
+
+
+def test_btx_moe_says_so_too(tmp_path: Path) -> None:
+    seed = save_model(tmp_path / "seed", config_of("llama"))
+    made = merge(tmp_path / "moe", [seed, seed], top_k=1)
+    edit_json(seed / "config.json", is_llama_config=True)
+    said = moe("replace", made, seed, "--name", "1", out=tmp_path / "out")
+    assert "warning: the expert 1" in said
+    assert "is_llama_config" in said
 
 
 # ---- fields that decide ----
