@@ -134,6 +134,24 @@ WRONG = {
     "no B": (weights(lambda t: t.pop(A.replace("lora_A", "lora_B"))), "lora_B none do not fit"),
     "another width": (weights(lambda t: t.update({A: torch.zeros(4, 31)})), r"lora_A \(4, 31\)"),
     "a stranger": (weights(lambda t: t.update({"base_model.model.x": torch.zeros(2)})), "no weight of the seed"),
+    "no prefix": (
+        weights(lambda t: t.update({"model.norm.weight": torch.zeros(32)})),
+        "model.norm.weight is no LoRA factor",
+    ),
+    "an adapter's name inside": (
+        weights(lambda t: t.update({A.replace("A.weight", "A.default.weight"): t.pop(A)})),
+        "lora_A none do not fit",
+    ),
+    "whole in the place of factors": (
+        weights(
+            lambda t: [
+                t.pop(A),
+                t.pop(A.replace("lora_A", "lora_B")),
+                t.update({A.replace("lora_A.", ""): torch.zeros(32, 32)}),
+            ]
+        ),
+        "target_modules: .*selects model.layers.0.self_attn.q_proj",
+    ),
     "code": (lambda folder: (folder / "x.py").write_text(""), "runs no code"),
 }
 
