@@ -140,7 +140,7 @@ WRONG = {
     ),
     "an adapter's name inside": (
         weights(lambda t: t.update({A.replace("A.weight", "A.default.weight"): t.pop(A)})),
-        "lora_A none do not fit",
+        "lora_A none and lora_B",
     ),
     "whole in the place of factors": (
         weights(
