@@ -51,10 +51,11 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
 
 def evened(recipe: Recipe, base: Path, dense: Config) -> Config:
     """The seed's config as the merge evens it out with experts at hand: the widest blocks, all added tokens."""
+    from btx.merge.adapter import is_adapter
     from btx.merge.vocabulary import is_extended, join
 
     paths = [base / Path(c).expanduser() for domain in recipe.domains.values() for c in domain.checkpoints]
-    experts = {str(path): path for path in paths if (path / "config.json").is_file()}
+    experts = {str(path): path for path in paths if (path / "config.json").is_file() and not is_adapter(path)}
     seed = base / Path(recipe.seed.checkpoint).expanduser()
     widths = [native_config(read_config(path), str(path)).intermediate_size for path in experts.values()]
     made = {**dense, "intermediate_size": max(dense["intermediate_size"], *widths, 0)}
@@ -144,9 +145,12 @@ def show_plan(recipe: Recipe, base: Path, *, tflops: float, devices: int) -> Non
 
 def warnings(recipe: Recipe, base: Path) -> list[str]:
     """What is to be said of the checkpoints that are at hand."""
+    from btx.merge.adapter import is_adapter
+
     given = [recipe.seed.checkpoint, *(c for domain in recipe.domains.values() for c in domain.checkpoints)]
     folders = [base / Path(c).expanduser() for c in given if c]
-    configs = {folder: read_config(folder) for folder in folders if (folder / "config.json").is_file()}
+    models = [folder for folder in folders if (folder / "config.json").is_file() and not is_adapter(folder)]
+    configs = {folder: read_config(folder) for folder in models}
     return [f"Warning: {text}" for folder, config in configs.items() for text in warnings_of(config, str(folder))]
 
 

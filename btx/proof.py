@@ -8,6 +8,7 @@ every *.safetensors file of a folder for weights.)
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ import torch
 from btx import artifact, model
 from btx.errors import ArtifactError
 from btx.families import MOE
+from btx.layouts import CONFIG, refuse_no_config, refuse_pointer
+from btx.safety import places, refuse_link
 from btx.settings import RunSettings
 from btx.tokens import load_tokenizer
 
 PROOF, SUMS = "proof.json", "SHA256SUMS"
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: 12 + 30 = ? Answer:")
+CARD = "README.md"  # which people edit; it decides nothing of what the folder computes
+READ = re.compile(  # files that transformers or another loader takes up, so that one more of them changes the model
+    r"(^|/)[^/.][^/]*(\.safetensors|\.bin|\.pth?|\.py|\.jinja|\.gguf|\.model|\.index\.json)$"
+    r"|(^|/)(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
+    r"|chat_template|vocab|tekken|preprocessor_config|processor_config|experts)\.json$|(^|/)(merges|vocab)\.txt$"
+)
 TOP = 50
 TOLERANCE = 1e-3  # of a logit; other CPUs and libraries sum in another order
 STOCK = RunSettings(device="cpu", kernel="eager")
@@ -66,20 +75,28 @@ def write_sums(folder: Path) -> None:
 
 
 def check_sums(folder: Path) -> int:
-    """Compare every file with SHA256SUMS; returns how many there are, ArtifactError names those that differ."""
+    """Compare every file but the card with SHA256SUMS; returns how many; ArtifactError names those that differ.
+
+    Files that nobody loads, such as those of git, of a hub or of a desktop, may have been added.
+    """
     path = folder / SUMS
     if not path.is_file():
+        if folder.is_dir() and not (folder / CONFIG).is_file():
+            refuse_no_config(folder)
         missing = f"{folder} has no {SUMS}" if folder.is_dir() else f"there is no folder {folder}"
         raise ArtifactError(f"{missing}; name an export of btx, such as runs/NAME/export, or what btx moe wrote.")
     rows = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row[-1] != CARD]
     wrong = [row[-1] for row in rows if len(row) != 2 or not _same(folder, row[1], row[0])]
+    for name in wrong:
+        refuse_pointer(folder / name)
     if wrong:
         raise ArtifactError(
             f"{folder}: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or not what "
             f"{SUMS} says. Export again, or fetch the folder again."
         )
     listed = {row[1] for row in rows}
-    extra = [n for n in artifact.list_files(folder) if n not in (*listed, SUMS) and not n.startswith(".")]
+    extra = [n for n in artifact.list_files(folder) if n not in (*listed, SUMS) and READ.search(n) and n[0] != "."]
     if extra:
         raise ArtifactError(
             f"{folder}: {', '.join(extra[:5])} {'is' if len(extra) == 1 else 'are'} not listed in {SUMS}, so nobody "
@@ -90,7 +107,8 @@ def check_sums(folder: Path) -> int:
 
 def _same(folder: Path, name: str, digest: str) -> bool:
     path = folder / name
-    inside = path.resolve().is_relative_to(folder.resolve())
+    refuse_link(path, folder)
+    inside = any(path.resolve().is_relative_to(place) for place in places(folder))
     return inside and path.is_file() and artifact.file_digest(path) == digest
 
 

@@ -18,10 +18,18 @@ from typing import Any
 import torch
 
 from btx.errors import ArtifactError
+from btx.layouts import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    refuse_adapter,
+    refuse_integers,
+    refuse_no_config,
+    refuse_no_weights,
+    refuse_pointer,
+    refuse_wrapped,
+)
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 HEADER_LIMIT = 100 * 2**20  # the limit of the safetensors library itself
 CARRIED = (
     "tokenizer.json",
@@ -70,11 +78,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             "*.safetensors and the tokenizer. Download it first, or correct the path."
         )
     refuse_links(folder)
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
-        raise ArtifactError(
-            f"{folder} has no config.json, so it is no Hugging Face checkpoint. Correct the path, or fetch it again."
-        )
+        refuse_no_config(folder)
+    refuse_adapter(folder)
+    for name in CARRIED:
+        refuse_pointer(folder / name)
     config = _json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ArtifactError(
@@ -95,22 +104,44 @@ def require_size(config: dict[str, Any], where: str) -> None:
 
 
 def _json(path: Path) -> Any:
+    refuse_pointer(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is no valid JSON ({error}). Fetch the checkpoint again.") from error
 
 
+def places(folder: Path) -> list[Path]:
+    """Where the links of a folder may lead: into itself and, in a snapshot of a Hugging Face cache, its own blobs."""
+    home = folder.resolve()
+    snapshots = [p.parent for p in (home, *home.parents) if p.parent.name == "snapshots"]
+    return [home, *(p.parent / "blobs" for p in snapshots[:1])]
+
+
+def refuse_link(path: Path, folder: Path) -> None:
+    """ArtifactError for a link that leads nowhere, or out of the folder: one rule for seeds, experts and exports."""
+    if not path.is_symlink():
+        return
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ArtifactError(f"{path} is a link that leads nowhere ({error}). Put the file in its place.") from error
+    if not any(target.is_relative_to(place) for place in places(folder)):
+        raise ArtifactError(
+            f"{path} is a link that leaves the checkpoint folder, to {target}. "
+            "Put the file itself in its place, if you trust it."
+        )
+    if not target.exists():
+        raise ArtifactError(
+            f"{path} is a link to {target}, which is not there. Fetch the file again, or remove the link if it is not "
+            "needed."
+        )
+
+
 def refuse_links(folder: Path) -> None:
     """Links may not leave the folder; those of a Hugging Face cache may lead to its own blobs."""
-    home = folder.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in folder.iterdir():
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise ArtifactError(
-                f"{path} is a link that leaves the checkpoint folder, to {path.resolve()}. "
-                "Put the file itself in its place, if you trust it."
-            )
+        refuse_link(path, folder)
 
 
 def refuse_scripts(folder: Path, asked: Sequence[str] = ()) -> None:
@@ -163,10 +194,11 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             "Remove the one that does not."
         )
     if not single.is_file() and not index.is_file():
-        _refuse_no_weights(folder)
+        refuse_no_weights(folder)
     entries = read_header(single) if single.is_file() else _read_shards(folder, index)
     if not entries:
         raise ArtifactError(f"{folder} holds no tensors. Fetch the checkpoint again.")
+    refuse_wrapped(folder, entries)
     return dict(sorted(entries.items(), key=lambda item: (item[1].file, item[1].offset)))
 
 
@@ -202,19 +234,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _refuse_no_weights(folder: Path) -> None:
-    pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
-    if pickles:
-        raise ArtifactError(
-            f"{folder} holds its weights as pickle ({', '.join(pickles[:3])}), which can run code. "
-            "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder)."
-        )
-    raise ArtifactError(
-        f"{folder} has no {SINGLE} and no {INDEX}: it holds no weights. Correct the path, or fetch them."
-    )
-
-
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -227,6 +246,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file; ArtifactError when the file is damaged or holds other dtypes."""
     size = path.stat().st_size
+    refuse_pointer(path)
     try:
         with path.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
@@ -254,6 +274,7 @@ def _shape(name: str, shape: Any) -> tuple[int, ...]:
 def _check_dtypes(path: Path, entries: dict[str, Entry]) -> None:
     for name, entry in entries.items():
         if entry.dtype not in DTYPES and not BUFFERS.search(name):
+            refuse_integers(path, name, entry.dtype)
             raise ArtifactError(
                 f"{path}: {name} has dtype {entry.dtype}; weights must be one of {', '.join(DTYPES)}. Use the "
                 "unquantised checkpoint, since others cannot be averaged or trained."

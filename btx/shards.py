@@ -27,7 +27,8 @@ import torch
 from btx.artifact import canonical, file_digest, fingerprint, sync
 from btx.checkpoint import Checkpoint, count_non_finite, opened
 from btx.errors import ArtifactError
-from btx.safety import DTYPES, INDEX, NAMES, SINGLE
+from btx.layouts import INDEX, SINGLE
+from btx.safety import DTYPES, NAMES
 
 SHARD_BYTES = 5 * 10**9
 QUEUED = 12  # blocks that may wait to be hashed and written: with 4, one side waited for the other half of the time

@@ -57,6 +57,8 @@ def class_name(config: object) -> str:
 def warnings_of(dense: dict[str, Any], where: str) -> list[str]:
     """What is to be said of a dense config.json before it is merged: which of its keys are no fields of the model."""
     kind = dense["model_type"]
+    if kind not in DENSE:
+        return []  # which is refused where it is looked at
     return told(bookkeeping(dense, where, DENSE[kind].carried), where, kind)
 
 

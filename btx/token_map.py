@@ -17,7 +17,8 @@ from typing import Any
 from btx.artifact import file_digest, fingerprint, write_json
 from btx.checkpoint import carry_files
 from btx.errors import ArtifactError
-from btx.safety import CARRIED, CONFIG, read_config
+from btx.layouts import CONFIG, refuse_pointer
+from btx.safety import CARRIED, read_config
 
 JSON = "tokenizer.json"
 MODEL_FILES = (JSON, "tokenizer.model", "vocab.json")
@@ -45,6 +46,8 @@ def token_map(folder: Path, beside: Mapping[str, Any] | None = None) -> Map:
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json). "
             "Copy the tokenizer files of its base model into it."
         )
+    for name in CARRIED:
+        refuse_pointer(folder / name)
     if (folder / JSON).is_file():
         _require_whole(folder / JSON)
     backend = getattr(load_beside(folder, beside), "backend_tokenizer", None)
@@ -120,6 +123,17 @@ def _marks(step: Map) -> Map | None:
     marks = {value["id"] for kind, value in pieces if kind == "SpecialToken"}
     ids = {mark: step["special_tokens"][mark]["ids"] for mark in marks}
     return {"single": [[kind, value["id"]] for kind, value in pieces], "ids": ids} if marks else None
+
+
+def same_files(mine: Path, theirs: Path) -> bool:
+    """Whether two folders of one model type have the same tokenizer files, which need not be loaded to be compared."""
+    names = [name for name in CARRIED if name not in STAYS]
+    there = [name for name in names if (mine / name).is_file()]
+    if there != [name for name in names if (theirs / name).is_file()] or not {*there} & {*MODEL_FILES}:
+        return False
+    types = [read_config(folder).get("model_type") for folder in (mine, theirs) if (folder / CONFIG).is_file()]
+    same_type = len(types) == 2 and types[0] == types[1]
+    return same_type and all(file_digest(mine / name) == file_digest(theirs / name) for name in there)
 
 
 def difference(mine: Map, theirs: Map) -> str:

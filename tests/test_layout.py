@@ -51,6 +51,7 @@ FLOORS = (
         "arithmetic",
         "checkpoint",
         "safety",
+        "layouts",
         "families",
         "target",
         "native",

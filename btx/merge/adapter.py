@@ -18,6 +18,7 @@ import torch
 from btx.checkpoint import BLOCK, HEAD, Checkpoint, Tensors, count_non_finite
 from btx.errors import ArtifactError
 from btx.families import EMBEDDING
+from btx.layouts import holds_weights
 from btx.merge.lora_config import CONFIG, LoraOptions
 from btx.safety import DTYPES, read_header, refuse_links, refuse_scripts
 from btx.shards import Row
@@ -25,14 +26,14 @@ from btx.token_map import MODEL_FILES, tokenizer_digest
 
 WEIGHTS, PICKLE, TOKENIZER = "adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"
 PREFIX = "base_model.model."
-PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?")
+PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight|(?<=vector))")
 BASE = ".base_layer.weight"  # peft stores a head with factors so
 MAGNITUDE = "magnitude_vector"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a peft adapter instead of a model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds a peft adapter instead of a model; a config.json may lie beside it."""
+    return (folder / CONFIG).is_file() and not holds_weights(folder)
 
 
 class Adapter:
@@ -50,11 +51,10 @@ class Adapter:
                 )
             raise ArtifactError(f"{folder} has no {WEIGHTS}. Save the adapter by save_pretrained(folder).")
         self.tensors = Tensors(folder, read_header(folder / WEIGHTS))
-        self.factors: dict[
-            str, dict[str, str]
-        ] = {}  # weight of the seed -> A, B (and lengths) by their names in the file
-        self.replaced: dict[str, str] = {}  # weight of the seed -> name in the file
-        self.bases: dict[str, str] = {}  # the same of weights that stand beside factors, which are added to them
+        # By the name of the seed's weight: A, B (and the lengths of DoRA), or the whole tensor, as the file names it.
+        self.factors: dict[str, dict[str, str]] = {}
+        self.replaced: dict[str, str] = {}
+        self.bases: dict[str, str] = {}  # whole tensors to which factors are added
         for name in self.tensors.entries:
             if part := PART.fullmatch(name):
                 self.factors.setdefault(f"{part[1]}.weight", {})[part[2]] = name
@@ -122,12 +122,14 @@ class Adapter:
 
     def _require_replaced(self, seed: Checkpoint, weight: str, name: str) -> None:
         """ArtifactError unless a whole tensor is one of the seed's, and no other is tied to it."""
-        shape = self.tensors.entries[name].shape
-        if weight not in seed.entries or seed.entries[weight].shape != shape:
+        shape, module = self.tensors.entries[name].shape, weight.rpartition(".")[0]
+        if not name.startswith(PREFIX) or weight not in seed.entries or seed.entries[weight].shape != shape:
             raise ArtifactError(
                 f"{self.folder}: {name} is no LoRA factor, and no weight of the seed ({seed.folder}) by name and "
                 "shape. Train it on linear layers, without resizing embeddings."
             )
+        if weight not in self.factors and self.options.selects(module, linear(seed)):
+            raise self.options.refused("target_modules", f"which selects {module}, of which the file has no factors")
         if weight == EMBEDDING and HEAD not in seed.entries and self._saves(weight):
             raise self.options.refused("modules_to_save", "which takes the embedding off the head that is tied to it")
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from btx.errors import ArtifactError
+from btx.layouts import ADAPTER, refuse_pointer
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER
 RECORDS = {  # what has been, or what acts on training alone
     "peft_version",
     "auto_mapping",
@@ -115,6 +116,8 @@ class LoraOptions:
             raise self.refused(
                 "lora_alpha", f"or alpha_pattern {config.get('alpha_pattern')!r:.100}, where numbers belong"
             )
+        if config.get("layers_pattern") and self._layers() is None:
+            raise self.refused("layers_pattern", "which peft does not take without layers_to_transform")
         if isinstance(config["target_modules"], str) and (self._layers() is not None or config.get("layers_pattern")):
             raise self.refused("layers_to_transform", "which peft does not take beside target_modules as one pattern")
 
@@ -178,6 +181,7 @@ class LoraOptions:
 
 def _read(path: Path) -> dict[str, Any]:
     """The parsed file; ArtifactError for one that is damaged, or of another kind of adapter."""
+    refuse_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]

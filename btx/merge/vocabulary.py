@@ -22,7 +22,7 @@ from btx.errors import ArtifactError
 from btx.families import EMBEDDING
 from btx.merge.settings import AveragingSettings
 from btx.safety import read_config
-from btx.token_map import difference, token_map
+from btx.token_map import difference, same_files, token_map
 from btx.tokens import load_tokenizer
 
 FILE = "vocabulary.json"
@@ -53,6 +53,8 @@ def is_extended(seed: Path, other: Path) -> bool:
 
 def added_tokens(seed: Path, other: Path, who: str) -> list[dict[str, Any]]:
     """What a tokenizer has besides the seed's, as tokenizer.json states it; ArtifactError for any other change."""
+    if same_files(seed, other):
+        return []
     ours, its = token_map(seed), token_map(other)
     if ours == its:
         return []

@@ -23,6 +23,7 @@ from btx.checkpoint import Checkpoint, carry_files, one_thread, opened, require_
 from btx.corpus import resolve
 from btx.errors import ArtifactError, RecipeError
 from btx.families import MOE
+from btx.layouts import SINGLE
 from btx.merge.lineage import distance
 from btx.moe import lifecycle
 from btx.moe.mixture import Masked, Moe
@@ -30,7 +31,7 @@ from btx.moe.router_fit import fit_rows
 from btx.portable import notes, portable_config
 from btx.probes.bits_per_byte import Document, bits_per_byte, nats
 from btx.proof import PROOF, SUMS, check_sums, make_proof, write_sums
-from btx.safety import SINGLE, read_config
+from btx.safety import read_config
 from btx.settings import DataSettings, RunSettings
 from btx.split import Split
 from btx.step import versions

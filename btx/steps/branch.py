@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.artifact import write_json
 from btx.errors import ArtifactError
+from btx.families import LAYER
 from btx.native import config_difference, idle_difference, native_config
 from btx.step import Step, Tell
 
@@ -95,6 +96,7 @@ def require_complete(checkpoint: Checkpoint) -> None:
 
     from btx.checkpoint import HEAD
     from btx.families import EMBEDDING
+    from btx.layouts import ANEW
 
     if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
         raise ArtifactError(
@@ -123,11 +125,23 @@ def require_complete(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: {missing.pop()} is missing, and config.json does not tie head and embedding. Set "
             "tie_word_embeddings: true in config.json if the model was trained so, or fetch the checkpoint again."
         )
+    extra = [n for n in found.keys() - wanted.keys() if not _beyond(n, native.num_hidden_layers)]
+    if wrong and len(extra) == len(wrong):
+        raise ArtifactError(
+            f"{checkpoint.folder} holds {', '.join(sorted(extra)[:3])}, which its class does not have, so that "
+            f"transformers would leave it out. {ANEW}"
+        )
     if wrong:
         raise ArtifactError(
             f"{checkpoint.folder}: weights and config.json do not fit in {len(wrong)} tensors: {'; '.join(wrong[:3])}. "
             "Fetch the checkpoint again."
         )
+
+
+def _beyond(name: str, layers: int) -> bool:
+    """Whether a tensor is of a layer that the config does not count."""
+    match = LAYER.fullmatch(name)
+    return match is not None and int(match[1]) >= layers
 
 
 def _as_text(shape: tuple[int, ...] | None) -> str:
@@ -166,8 +180,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
             said = f"{who} is no descendant of the seed ({seed_folder}): config.json differs in {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
         warnings = warnings_of(other.config, who) + idle_difference(seed.config, other.config, who)
-        if any(seed.config.get(f) != other.config.get(f) for f in ("intermediate_size", "vocab_size")):
-            require_complete(other)
+        require_complete(other)
         models: dict[str, Checkpoint] = {"seed": seed, "other": other}
         added = added_tokens(seed_folder, folder, who)
         if added or seed.config.get("vocab_size") != other.config.get("vocab_size"):

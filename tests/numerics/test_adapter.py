@@ -117,6 +117,11 @@ WRONG = {
     "another rank": (config(r=5), "has r: 5, by which .* has rank 5, in the file 4"),
     "not selected": (config(target_modules=["q_proj"]), "target_modules: .*does not select model.layers.0.mlp"),
     "selected and excluded": (config(exclude_modules=["q_proj"]), "target_modules: .*does not select .*q_proj"),
+    "layers of none": (config(layers_pattern="layers"), "layers_pattern: 'layers', which peft does not take without"),
+    "layers of a pattern": (
+        config(target_modules=".*q_proj", layers_to_transform=[1]),
+        "layers_to_transform.*beside target_modules",
+    ),
     "another layer": (config(layers_to_transform=[1]), "does not select model.layers.0"),
     "saved, not there": (config(modules_to_save=["norm"]), "modules_to_save: .*norm.weight is not in"),
     "nothing targeted": (config(target_modules=None), "target_modules: None"),
@@ -129,6 +134,24 @@ WRONG = {
     "no B": (weights(lambda t: t.pop(A.replace("lora_A", "lora_B"))), "lora_B none do not fit"),
     "another width": (weights(lambda t: t.update({A: torch.zeros(4, 31)})), r"lora_A \(4, 31\)"),
     "a stranger": (weights(lambda t: t.update({"base_model.model.x": torch.zeros(2)})), "no weight of the seed"),
+    "no prefix": (
+        weights(lambda t: t.update({"model.norm.weight": torch.zeros(32)})),
+        "model.norm.weight is no LoRA factor",
+    ),
+    "an adapter's name inside": (
+        weights(lambda t: t.update({A.replace("A.weight", "A.default.weight"): t.pop(A)})),
+        "lora_A none and lora_B",
+    ),
+    "whole in the place of factors": (
+        weights(
+            lambda t: [
+                t.pop(A),
+                t.pop(A.replace("lora_A", "lora_B")),
+                t.update({A.replace("lora_A.", ""): torch.zeros(32, 32)}),
+            ]
+        ),
+        "target_modules: .*selects model.layers.0.self_attn.q_proj",
+    ),
     "code": (lambda folder: (folder / "x.py").write_text(""), "runs no code"),
 }
 

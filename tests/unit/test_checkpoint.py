@@ -21,7 +21,8 @@ from btx.checkpoint import (
     require_finite,
 )
 from btx.errors import ArtifactError
-from btx.safety import CARRIED, SINGLE, read_header
+from btx.layouts import SINGLE
+from btx.safety import CARRIED, read_header
 from tests.conftest import config_of, save_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

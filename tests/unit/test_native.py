@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from btx.native import (
     idle_difference,
     native_config,
 )
+from btx.portable import UNBALANCED, notes, portable_config
 from btx.safety import read_config
 from btx.target import moe_config, warnings_of
 from tests.conftest import FAMILIES, config_of, save_model
+from tests.faults.test_bad_mixture import moe
 from tests.faults.world import World, edit_json, refused
 from tests.numerics.test_merge_identities import load, logits, merge
 
@@ -115,6 +118,17 @@ def test_a_mixture_asks_no_trainer_for_a_balance_loss(family: str) -> None:
     found = moe_config(config_of(family).to_dict(), experts=2, top_k=1, width=48, where="seed").to_dict()
     assert found["router_aux_loss_coef"] == 0.0
     assert found["output_router_logits"] is False
+    assert UNBALANCED in notes(found, "published", Path("nowhere"))
+    assert UNBALANCED in notes(found, "fused", Path("nowhere"))
+    assert UNBALANCED not in notes(config_of(family).to_dict(), "published", Path("nowhere"))
+
+
+def test_nor_does_one_with_attention_experts_nor_one_that_said_otherwise() -> None:
+    dense = config_of("llama", num_key_value_heads=4).to_dict()
+    found = moe_config(dense, experts=2, top_k=1, width=48, where="seed", attention=True).to_dict()
+    assert found["aux_loss_coef"] == 0.0
+    said = portable_config({**found, "aux_loss_coef": 0.5, "output_router_logits": True})
+    assert (said["aux_loss_coef"], said["output_router_logits"]) == (0.0, False)
 
 
 ACTS = {
@@ -179,6 +193,31 @@ def test_a_seed_and_an_expert_with_bookkeeping_are_taken_and_said(world: World) 
     assert "is_llama_config" in said[0]
     assert "unsloth_version" in said[1]
     assert "the expert of domain law" in said[1]
+
+
+def test_btx_plan_says_so_too(world: World) -> None:
+    from click.testing import CliRunner
+
+    from btx.cli import main
+
+    edit_json(world.seed / "config.json", is_llama_config=True)
+    edit_json(world.law / "config.json", unsloth_version="x")
+    result = CliRunner().invoke(main, ["plan", str(world.write())])
+    assert result.exit_code == 0, result.output
+    assert "Warning: " in result.output
+    assert "is_llama_config" in result.output
+    assert "unsloth_version" in result.output
+    edit_json(world.law / "config.json", model_type="gpt2")
+    assert "Traceback" not in CliRunner().invoke(main, ["plan", str(world.write())]).output
+
+
+def test_btx_moe_says_so_too(tmp_path: Path) -> None:
+    seed = save_model(tmp_path / "seed", config_of("llama"))
+    made = merge(tmp_path / "moe", [seed, seed], top_k=1)
+    edit_json(seed / "config.json", is_llama_config=True)
+    said = moe("replace", made, seed, "--name", "1", out=tmp_path / "out")
+    assert "warning: the expert 1" in said
+    assert "is_llama_config" in said
 
 
 # ---- fields that decide ----
@@ -246,6 +285,18 @@ SAME = [
 def test_another_spelling_is_no_difference(more: dict[str, Any], why: str) -> None:
     config = config_of("llama").to_dict()
     assert config_difference(config, {**config, **more}, "it", carried=()) == [], why
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mistral"])  # whose class takes no null
+def test_a_seed_with_null_key_heads_becomes_the_same_model(tmp_path: Path, family: str) -> None:
+    seed = save_model(tmp_path / "seed", config_of(family, num_key_value_heads=4))
+    wanted = logits(load(seed))
+    config = json.loads((seed / "config.json").read_text())
+    (seed / "config.json").write_text(json.dumps({**config, "num_key_value_heads": None}))
+    stock = type(config_of(family))(num_attention_heads=4, num_key_value_heads=None).num_key_value_heads
+    assert stock == 4
+    made = merge(tmp_path / "moe", [seed, seed], top_k=1)
+    torch.testing.assert_close(logits(load(made)), wanted, atol=1e-5, rtol=0)
 
 
 def test_null_key_heads_are_as_many_as_query_heads() -> None:

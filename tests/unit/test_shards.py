@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from btx.artifact import file_digest
 from btx.checkpoint import opened
 from btx.errors import ArtifactError
-from btx.safety import INDEX, SINGLE
+from btx.layouts import INDEX, SINGLE
 from btx.shards import Resume, Row, whole, write_weights
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

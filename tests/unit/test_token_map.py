@@ -17,7 +17,7 @@ from btx.merge.vocabulary import added_tokens
 from btx.safety import read_config
 from btx.settings import ExportSettings
 from btx.steps.export import write_model
-from btx.token_map import carry_tokenizer, load_beside, require_carried, token_map, tokenizer_digest
+from btx.token_map import carry_tokenizer, load_beside, require_carried, same_files, token_map, tokenizer_digest
 from btx.tokens import load_tokenizer
 from tests.conftest import config_of, save_model
 from tests.faults.test_bad_mixture import moe
@@ -135,6 +135,18 @@ def test_a_tokenizer_that_transformers_saved_again_is_the_same(tmp_path: Path, s
     tokenizer("a", truncation=True, max_length=4, padding="max_length")
     tokenizer.save_pretrained(other)
     assert tokenizer_digest(other) == tokenizer_digest(seed)
+
+
+def test_the_same_files_are_not_loaded(tmp_path: Path, seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path(shutil.copytree(seed, tmp_path / "other"))
+    changed_config = Path(shutil.copytree(seed, tmp_path / "changed"))
+    (changed_config / "tokenizer_config.json").write_text("{}")
+    assert not same_files(seed, changed_config)
+    edit_json(changed_config / "config.json", model_type="qwen2")
+    (changed_config / "tokenizer_config.json").write_bytes((seed / "tokenizer_config.json").read_bytes())
+    assert not same_files(seed, changed_config)
+    monkeypatch.setattr("btx.token_map.load_beside", None)
+    assert added_tokens(seed, other, "the expert") == []
 
 
 @pytest.mark.parametrize("case", ["a normalizer", "a pre-tokenizer more", "a start mark", "byte fallback"])
