@@ -17,7 +17,7 @@ from btx.errors import ArtifactError, RecipeError, nearest
 from btx.merge.settings import FROM_DATA
 from btx.paths import expanded
 from btx.recipe import Recipe
-from btx.settings import DenseSettings, TrainSettings
+from btx.settings import DataSettings, DenseSettings, TrainSettings
 from btx.step import Step
 from btx.steps.adapted import Adapted
 from btx.steps.branch import Branch, Descent
@@ -36,6 +36,7 @@ from btx.steps.vocabulary import VocabularyStep
 from btx.texts import Texts
 
 S = TypeVar("S", bound=Step)
+ANSWERS = "@answers"  # behind the name of the seed's tokens where only answers are learned, other than pretraining did
 MERGED = "@merged"  # behind the name of tokens that are in the merged model's tokenizer
 STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
 
@@ -154,9 +155,11 @@ class Graph:
         if not seed.is_builtin:
             given = self._given("seed", seed.checkpoint)
             return given, given
-        reads = self.texts.reads("seed", seed.sources, seed.valid)
+        plain = self.recipe.data.model_copy(update={"loss_on": "all"})  # pretraining learns every token
+        read = {"data": DataSettings(**plain.model_dump(exclude={"valid_bytes", "date"}))}  # by a tokenizer's training
+        reads = {**self.texts.reads("seed", seed.sources, seed.valid), **read}
         tokenizer = self._add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self._place()))
-        tokens = self._tokens("seed", seed.sources, seed.valid, tokenizer)
+        tokens = self._tokens("seed", seed.sources, seed.valid, tokenizer, data_settings=plain)
         own = {"learning_rate": seed.builtin.learning_rate, "batch_tokens": seed.builtin.batch_tokens}
         train = self.recipe.train.model_copy(update=own)
         return self._add(
@@ -208,14 +211,18 @@ class Graph:
 
     def _tokens(
         self, name: str, data: list[str], valid: list[str], tokenizer: Step, suffix: str = "",
-        template: Step | None = None,
+        template: Step | None = None, data_settings: DataSettings | None = None,
     ) -> TokensStep:  # fmt: skip
+        data_settings = data_settings or self.recipe.data
+        if name == "seed" and self.recipe.seed.is_builtin and data_settings.loss_on != "all":
+            suffix += ANSWERS
         label = f"tokens:{name}{suffix}"
         if label in self.steps:
             found = self.steps[label]
             assert isinstance(found, TokensStep)
             return found
         reads = self.texts.reads("seed" if name == "seed" else f"domains.{name}", data, valid)
+        reads["data"] = data_settings
         return self._add(TokensStep(tokenizer=tokenizer, template=template, **reads, **self._place(name + suffix)))
 
     # ---- what is to be done ----

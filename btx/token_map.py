@@ -11,10 +11,11 @@ import json
 import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from btx.artifact import file_digest, fingerprint, write_json
+from btx.artifact import file_digest, fingerprint, stamp, write_json
 from btx.checkpoint import carry_files
 from btx.errors import ArtifactError
 from btx.layouts import CONFIG, refuse_pointer
@@ -39,8 +40,20 @@ def tokenizer_digest(folder: Path, beside: Mapping[str, Any] | None = None) -> s
 def token_map(folder: Path, beside: Mapping[str, Any] | None = None) -> Map:
     """What decides the ids: model (vocabulary, merges, ...), normalizer, pre_tokenizer, post_processor, added tokens.
 
-    ArtifactError for a folder without a tokenizer, or with one that is damaged.
+    ArtifactError for a folder without a tokenizer, or with one that is damaged. One that was looked at before, by
+    this process, is not read again while its files seem to be the same: a vocabulary takes a second.
     """
+    names = [*CARRIED, CONFIG]
+    files = tuple((name, stamp(folder / name)) for name in names if (folder / name).is_file())
+    return json.loads(_known_map(folder, files, json.dumps(beside, sort_keys=True) if beside else ""))  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=32)
+def _known_map(folder: Path, _files: tuple[tuple[str, tuple[int, ...]], ...], beside: str) -> str:
+    return json.dumps(_token_map(folder, json.loads(beside) if beside else None))
+
+
+def _token_map(folder: Path, beside: Mapping[str, Any] | None) -> Map:
     if not any((folder / name).is_file() for name in MODEL_FILES):
         raise ArtifactError(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json). "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,7 +34,15 @@ class Branch(Step):
         return {"family": lineage["family"], "becomes": lineage["becomes"]}
 
     def examine(self) -> dict[str, Any]:
-        """Read the seed whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
+        """Read the seed whole, refuse what cannot be merged; returns the lineage. Writes nothing.
+
+        It is asked for before anything is written and again when the step runs, and reads the files once.
+        """
+        return self.lineage
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """What `examine` found."""
         from btx.checkpoint import opened, require_finite
         from btx.families import family_of
         from btx.target import warnings_of
@@ -78,6 +87,11 @@ class Descent(Step):
 
     def examine(self) -> dict[str, Any]:
         """Read the experts whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
+        return self.lineage
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """What `examine` found."""
         return {name: check_expert(self.seed.folder, step.folder, name) for name, step in self.given.items()}
 
 

@@ -186,18 +186,18 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "data.loss_on": ("completion", "tokens:math"),
     "merge.include_seed": (False, "average"),
     "merge.shared": ("linear", "average"),
-    "merge.router_entropy": (0.5, "average"),
-    "merge.router": ("orthogonal", "average"),
-    "merge.experts": ("split", "average"),
-    "merge.chunks": (3, "average"),
-    "merge.router_tokens": (99, "average"),
-    "merge.seed": (1, "average"),
+    "merge.router_entropy": (0.5, "merge"),
+    "merge.router": ("orthogonal", "merge"),
+    "merge.experts": ("split", "merge"),
+    "merge.chunks": (3, "merge"),
+    "merge.router_tokens": (99, "merge"),
+    "merge.seed": (1, "merge"),
     "merge.dtype": ("bf16", "average"),
-    "merge.layers": ([0], "average"),
-    "merge.copies": (2, "average"),
-    "merge.reinitialize": (0.5, "average"),
-    "merge.shared_expert": ("seed", "average"),
-    "finetune.top_k": (1, "merge"),
+    "merge.layers": ([0], "merge"),
+    "merge.copies": (2, "merge"),
+    "merge.reinitialize": (0.5, "merge"),
+    "merge.shared_expert": ("seed", "merge"),
+    "finetune.top_k": (1, "finetune"),
     "finetune.balance": ({"form": "switch"}, "finetune"),
     "finetune.mix": ({"math": 1, "law": 2}, "finetune"),
     "finetune.tokens": (96, "finetune"),
@@ -219,6 +219,22 @@ def test_a_setting_changes_the_step_that_it_belongs_to_and_all_after_it_and_none
     assert changed[-1] == "report"
     missing = [label for label in LABELS[LABELS.index(first) :] if label not in changed]
     assert missing in ([], ["branch"], ["average"])
+
+
+def test_a_builtin_seed_depends_on_no_setting_that_it_overrides_or_has_no_use_for(world: World) -> None:
+    """Its learning rate and batch are its own, pretraining learns every token, a tokenizer's training no date."""
+    world.set("seed", {"checkpoint": "builtin", "data": ["data/math.jsonl"]})
+    world.set("domains", {"math": {"data": ["data/law.jsonl"], "tokens": 64}})
+    before = {label: world.key(label) for label in ("tokenizer", "tokens:seed", "seed", "train:math")}
+    for key, value in {"train.learning_rate": 5e-5, "data.loss_on": "completion"}.items():
+        world.set(key, value)
+        for label in ("tokenizer", "tokens:seed", "seed"):
+            assert world.key(label) == before[label], (key, label)
+    assert world.key("train:math") != before["train:math"]
+    world.set("data.valid_bytes", 99)
+    assert world.key("tokenizer") == before["tokenizer"]
+    world.set("seed.builtin", {"learning_rate": 1e-3})
+    assert world.key("seed") != before["seed"]
 
 
 def test_every_setting_of_training_and_merge_is_tried() -> None:
