@@ -83,7 +83,7 @@ print(pipeline("text-generation", model="PATH")("Once", max_new_tokens=40)[0]["g
 
 ## Evaluation
 
-Bits per byte on held-out documents, lower is better.
+Bits per byte on held-out documents ({results["split"]}), lower is better.
 
 {table({m: {**row, "mean": results["mean"][m]} for m, row in results["bits_per_byte"].items()}, "model")}
 

@@ -128,6 +128,9 @@ def _usable(text: str) -> str:
 def _conversation(messages: Any, extra: dict[str, Any], ignore: Sequence[str]) -> Document:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages must be a list of objects with role and content")
+    for key in ("tools", "documents"):
+        if key in extra and not (isinstance(extra[key], list) and all(isinstance(one, dict) for one in extra[key])):
+            raise ValueError(f"{key} must be a list of objects, found {type(extra[key]).__name__}")
     spoken = tuple(_message(message, ignore) for message in messages)
     pieces: list[tuple[str, bool]] = []
     for message in spoken:

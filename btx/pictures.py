@@ -112,7 +112,10 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str]) -> str:
         [n, f"{c['tokens']:,}", f"{c['steps']:,}", f"{c['parameters']:,}", f"{c['training_flops']:.3g}"]
         for n, c in results["cost"].items()
     ]
-    held = [[d, str(h["documents"]), f"{h['tokens']:,}", f"{h['bytes']:,}"] for d, h in results["held_out"].items()]
+    held = [
+        [d, str(h["documents"]), str(h["sources"]), f"{h['tokens']:,}", f"{h['bytes']:,}"]
+        for d, h in results["held_out"].items()
+    ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>
 body {{ font: 15px/1.5 system-ui, Helvetica, Arial, sans-serif; color: {INK}; max-width: 60rem;
@@ -125,9 +128,9 @@ svg {{ max-width: 100%; height: auto; display: block; margin: 1rem 0 }}
 <h1>{escape(title)}</h1>
 {"".join(pictures.values())}
 <h2>What it cost</h2>{_html_table(["training", "tokens", "steps", "parameters", "FLOPs (6 · active · tokens)"], costs)}
-<h2>95 % intervals, bootstrap over documents</h2>
+<h2>95 % intervals, bootstrap over source documents</h2>
 {_html_table(["model", "domain", "bits per byte", "interval", "less the seed's, paired"], intervals)}
 <h2>Routing per layer, finetuned</h2>{_html_table(["text", "layer", *results["experts"], "entropy / log E"], layers)}
-<h2>Held-out text</h2>{_html_table(["domain", "documents", "tokens", "bytes"], held)}
+<h2>Held-out text ({results["split"]})</h2>{_html_table(["domain", "documents", "sources", "tokens", "bytes"], held)}
 </body></html>
 """

@@ -161,10 +161,17 @@ def _parquet(path: str) -> Iterator[Record]:
 def _rows(batch: Any) -> Iterator[Any]:
     """The rows of a batch; one whose text is no UTF-8 comes as the exception."""
     try:
-        yield from batch.to_pylist()
+        yield from map(_without_nulls, batch.to_pylist())
     except UnicodeDecodeError:
         for n in range(batch.num_rows):
             try:
-                yield batch.slice(n, 1).to_pylist()[0]
+                yield _without_nulls(batch.slice(n, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
                 yield error
+
+
+def _without_nulls(row: Any, *, inside: bool = False) -> Any:
+    """A row without the nulls in its objects, by which Parquet fills up keys that other rows have."""
+    if isinstance(row, dict):
+        return {k: _without_nulls(v, inside=True) for k, v in row.items() if not (inside and v is None)}
+    return [_without_nulls(v, inside=True) for v in row] if isinstance(row, list) else row

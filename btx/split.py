@@ -122,12 +122,20 @@ class Split:
         """The documents that settings are chosen on, in the order of hashes."""
         return self.kept["select"].sorted()
 
-    def survey(self, size: Callable[[Document], int], *, enough: int) -> int:
-        """Read everything, and sum the sizes of the documents to train on up to `enough`."""
+    def survey(
+        self, size: Callable[[Document], int], *, enough: int, look: Callable[[Document], object] | None = None
+    ) -> int:
+        """Read everything, and sum the sizes of the documents to train on up to `enough`; `look` is called with all
+        others, held-out ones among them, to raise what is wrong with them."""
         total = 0
         for document in self.train():
             if total < enough:
                 total += size(document)
+            elif look:
+                look(document)
+        if look:
+            for held in (*self.test, *self.select):
+                look(held.document)
         return total
 
     def summary(self, files: int, valid_files: int) -> str:

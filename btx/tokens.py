@@ -53,7 +53,8 @@ def write_tokens(out: Path, split: Split, *, settings: DataSettings, encoder: En
 
 def survey(split: Split, encoder: Encoder | None, *, enough: int) -> int:
     """Read a whole domain, and count the tokens to train on up to `enough`; without an encoder, bytes instead."""
-    return split.survey(lambda document: _size(document, encoder), enough=enough)
+    look = encoder.written if encoder else None
+    return split.survey(lambda document: _size(document, encoder), enough=enough, look=look)
 
 
 def _size(document: Document, encoder: Encoder | None) -> int:

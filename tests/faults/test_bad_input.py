@@ -264,6 +264,15 @@ def test_a_domain_must_fill_one_sequence_and_the_token_after_it_to_the_very_toke
     refused(world.write(), world.runs, 2, ("tokens:math", f"{number} tokens to train on", f"takes {number + 1}"))
 
 
+def test_a_conversation_that_cannot_be_written_is_refused_wherever_it_stands(world: World) -> None:
+    talk = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a number of some kind"}]
+    rows = [{"messages": [*talk, {"role": "user", "content": str(n)}]} for n in range(300)]
+    write_jsonl(world.math, [*rows, {"messages": [{**talk[0], "name": "Ada"}, talk[1]]}])
+    refused(world.write(), world.runs, 2, ("math.jsonl:301", "name of a message", "data.ignore"))
+    world.set("data.ignore", ["name"])
+    world.examine()
+
+
 def test_bad_lines_are_left_out_where_the_recipe_says_so(world: World) -> None:
     with world.math.open("ab") as file:
         file.write(b'{"text": "\n\xff\n{"txt": 1}\n')

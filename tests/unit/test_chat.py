@@ -135,6 +135,7 @@ def test_reasoning_is_learned_where_the_template_writes_it(where: str) -> None:
     [
         ({"messages": TALK[1:3], "tools": TOOLS}, "tools"),
         ({"messages": TALK[1:3], "documents": []}, "documents"),
+        ({"messages": TALK[1:3], "tools": "[]"}, "tools"),
         ({"messages": TALK[1:3], "weight": 0}, "weight"),
         ({"messages": [{**TALK[1], "name": "Ada"}, TALK[2]]}, "name"),
         ({"messages": [TALK[1], {**TALK[2], "reasoning_content": "hm"}]}, "reasoning_content"),

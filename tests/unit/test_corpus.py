@@ -82,6 +82,20 @@ def test_parquet_has_conversations_and_names_the_row_that_is_none(tmp_path: Path
     assert texts(path, skip=True)[0] == ["User: hi\n\n"]
 
 
+def test_keys_that_parquet_fills_up_are_not_there_and_columns_beside_the_messages_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    calls = [{"name": "add", "arguments": {"a": 1, "city": None}}]
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    tools = [{"name": "add"}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": talk, "tools": tools}]), path)
+    (document,) = read([str(path)], skip_bad=False, counts=Counts())
+    assert document.messages[1] == {
+        "role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]
+    }  # fmt: skip
+    assert document.extra == {"tools": tools}
+    assert [*document.messages[0]] == ["content", "role"] or [*document.messages[0]] == ["role", "content"]
+
+
 def test_parquet_text_that_is_no_utf8_is_refused_by_row_or_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     column = pyarrow.array([b"good", b"caf\xe9", b"fine"]).view(pyarrow.string())
