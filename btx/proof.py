@@ -17,7 +17,7 @@ import torch
 from btx import artifact, model
 from btx.errors import ArtifactError
 from btx.families import MOE
-from btx.layouts import CONFIG, refuse_no_config, refuse_pointer
+from btx.layouts import refuse_no_config, refuse_pointer
 from btx.safety import places, refuse_link
 from btx.settings import RunSettings
 from btx.tokens import load_tokenizer
@@ -81,7 +81,7 @@ def check_sums(folder: Path) -> int:
     """
     path = folder / SUMS
     if not path.is_file():
-        if folder.is_dir() and not (folder / CONFIG).is_file():
+        if (folder / "snapshots").is_dir() or list(folder.glob("models--*")):
             refuse_no_config(folder)
         missing = f"{folder} has no {SUMS}" if folder.is_dir() else f"there is no folder {folder}"
         raise ArtifactError(f"{missing}; name an export of btx, such as runs/NAME/export, or what btx moe wrote.")
