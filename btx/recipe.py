@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
+from btx.fields import Count, Several, Text
 from btx.merge.settings import MergeSettings
+from btx.messages import SIGNS, sentences
 from btx.settings import (
     BuiltinSeed,
-    Count,
     DataSettings,
     DenseSettings,
     EvaluateSettings,
@@ -25,15 +26,12 @@ from btx.settings import (
     FinetuneSettings,
     RunSettings,
     Settings,
-    Several,
-    Text,
     TrainSettings,
     steps_of,
 )
 from btx.strict_yaml import parse_yaml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-SIGNS = "use letters a-z, digits, '-', '_' and '.', a letter or digit first, 64 at most"
 RESERVED = ("seed", "average", "merged", "finetuned", "dense")
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 
@@ -244,7 +242,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{path}: " + "\n".join(_sentences(error))) from error
+        raise RecipeError(f"{path}: " + "\n".join(sentences(error, Recipe, NAME))) from error
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -262,59 +260,6 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(place, dict):
             raise RecipeError(f"--set {key}: {'.'.join(path[:done])} is a value, it has nothing below it.")
     place[last] = parse_yaml(value, f"--set {key}")
-
-
-_PLAINLY = {
-    **dict.fromkeys(("model_type", "dict_type"), "must be a mapping, lines of `key: value`"),
-    "list_type": "must be a list, such as [one, two]",
-    "string_type": "must be text; put it in quotes",
-    **dict.fromkeys(("string_too_short", "too_short"), "must not be empty"),
-    "string_pattern_mismatch": "must not be blank",
-    "finite_number": "must be a finite number",
-}
-_BRANCHES = re.compile(
-    r"(function-|constrained-|(literal|list|dict)\[|`|(int|float|str|bool)$)"
-)  # parts of a path in a union
-
-
-def _sentences(error: ValidationError) -> list[str]:
-    """One sentence for each place that is wrong; where a field may be one of several, what each of them wants."""
-    found: dict[str, str] = {}
-    for one in error.errors():
-        path = [str(p) for p in one["loc"] if not _BRANCHES.match(str(p))]
-        where = ".".join(path)
-        message = _explain(one, path)
-        found[where] = f"{found[where]}, or {message}" if where in found else message
-    sentences = [f"{where}: {message}".removeprefix(": ") for where, message in found.items()]
-    return [text if text.endswith("?") else text.rstrip(".") + "." for text in sentences]
-
-
-def _explain(error: Any, path: list[str]) -> str:
-    """What is wrong at a place and, for an unknown key, the nearest known one."""
-    if error["type"] == "extra_forbidden":
-        return f"there is no such key; {nearest(path[-1], _keys(path[:-1]))}"
-    if error["type"] in ("missing", "value_error"):
-        return "is missing" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
-    if error.get("ctx", {}).get("pattern") == f"^{NAME}$":
-        return f"{error['input']!r:.80} cannot name a folder; {SIGNS}"
-    message = _PLAINLY.get(error["type"]) or str(error["msg"]).replace("Input should", "should")
-    return f"{message} (found {error['input']!r:.80})"
-
-
-def _keys(path: list[str]) -> list[str]:
-    """The keys that may stand at a place in the recipe."""
-    model: type[BaseModel] = Recipe
-    for part in path:
-        if part in model.model_fields:  # else it is a name, such as a domain's
-            model = _model_in(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    for item in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(item, type) and issubclass(item, BaseModel):
-            return item
-    return None
 
 
 def schema() -> dict[str, Any]:

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict
 from btx import __version__
 from btx.artifact import STATES, fingerprint, held_by_launch, is_published, lock, publish, read_manifest, verify_once
 from btx.errors import ArtifactError
-from btx.settings import RunSettings, Settings, execution
+from btx.fields import execution
+from btx.settings import RunSettings, Settings
 
 HASHED = "hashed"  # of a step's facts, kept out of its manifest
 

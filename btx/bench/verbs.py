@@ -13,15 +13,36 @@ def bench() -> None:
 
 
 @bench.command("train")
-@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Optimiser steps a round.")
+@click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="A checkpoint folder; a small Llama of random weights without it.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(min=256), default=8192, show_default=True, help="Tokens of a step.")
+@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Optimiser steps a round.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of each, taken in turns."
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of each, taken in turns."
 )
-def bench_train(steps: int, rounds: int) -> None:
-    """Training tokens/s of the loop as a ratio to a bare loop of the same model."""
-    from btx.bench.training import bench_training
+@click.option("--loop", "names", multiple=True, metavar="NAME", help="Only this loop; may be given again.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write figures and loss curves as JSON as well.")
+def bench_train(
+    model: Path | None, tokens: int, steps: int, rounds: int, names: tuple[str, ...], out: Path | None
+) -> None:
+    """Training tokens/s and peak memory on the CPU beside bare loops and transformers' Trainer on the same model."""
+    import json
 
-    bench_training(steps=steps, rounds=rounds)
+    from rich.console import Console
+
+    from btx.bench.training import CONTENDERS, bench_training, table
+    from btx.errors import RecipeError, nearest
+
+    for name in names:
+        if name not in CONTENDERS:
+            raise RecipeError(f"--loop: there is no loop {name!r}; {nearest(name, CONTENDERS)}")
+    console = Console()
+    with console.status("") as status:
+        found = bench_training(model=model, tokens=tokens // 256 * 256, steps=steps, rounds=rounds,
+                               names=list(names or CONTENDERS), tell=status.update)  # fmt: skip
+    console.print(table(found))
+    if out:
+        out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 @bench.command("kernels")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from btx.settings import Count, Positive, Settings, Several, Share, Weight, Whole, torch_dtype
+from btx.fields import Count, Positive, Several, Share, Weight, Whole
+from btx.settings import Settings, torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from btx.artifact import write_json
-from btx.settings import execution
+from btx.fields import execution
 from btx.step import HASHED, Step, Tell
 
 

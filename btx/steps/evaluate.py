@@ -124,13 +124,13 @@ class Evaluate(Step):
 
         model.set_threads(self.where)
         device = model.device_of(self.where)
-        rule = self.finetune.settings
-        per_token = (rule.experts_per_token or len(self._experts())) if routed else None
+        per_token = (self.finetune.settings.experts_per_token or len(self._experts())) if routed else None
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         net = model.load(folder, where=self.where, dtype=dtype, experts_per_token=per_token).to(device).eval()
         score = partial(nats, net, length=self.length, batch_tokens=self.settings.batch_tokens)
         if not routed:
             return {d: score(rows) for d, rows in documents.items()}, {}
+        rule = self.finetune.settings
         with Routed(
             net, rule.routing, net.config.num_experts_per_tok, soft_first_layer=rule.soft_first_layer
         ) as watched:

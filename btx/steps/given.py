@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.settings import execution
+from btx.fields import execution
 from btx.step import Step, Tell
 
 

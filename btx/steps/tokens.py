@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.settings import DataSettings, execution
+from btx.fields import execution
+from btx.settings import DataSettings
 from btx.step import Step, Tell
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ def run_with_files_of(size: int, folder: Path, *argv: str) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("size", [2_000, 60_000])
+@pytest.mark.parametrize("size", [pytest.param(2_000, marks=pytest.mark.slow), 60_000])
 def test_a_full_disk_ends_with_5_and_leaves_what_goes_on_to_the_same_bytes(tmp_path: Path, size: int) -> None:
     """2 kB stop the first manifest or tokens, 60 kB the first weights."""
     write_project(tmp_path)

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from btx.errors import DivergedError, InterruptedRunError
-from btx.loop import Loop, groups, learning_rate
+from btx.loop import Loop, groups
+from btx.schedule import learning_rate
 from btx.settings import FinetuneSettings, RunSettings, TrainSettings
 from btx.steps.finetune import Balanced, freeze
 from btx.stream import Stream

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from btx.errors import RecipeError
+from btx.pipeline import Graph
+from btx.recipe import load_recipe
 from btx.settings import DataSettings, EvaluateSettings, RunSettings
 from btx.split import Split
 from btx.steps.evaluate import Evaluate
 from btx.tokens import Encoder, Tokens, load_tokenizer, write_tokens
-from tests.conftest import tokenizer_into
+from tests.conftest import tokenizer_into, write_project
 from tests.faults.world import write_jsonl
 
 
@@ -98,12 +100,33 @@ def test_few_documents_are_warned_of_and_none_is_refused(
         step(tmp_path, {"seed": model("x")}, split="select").run(tmp_path, tmp_path, said.append)
 
 
-@pytest.mark.parametrize(
-    ("precision", "device", "dtype"),
-    [("auto", "cpu", torch.float32), ("auto", "cuda", torch.bfloat16), ("fp32", "cuda", torch.float32),
-     ("bf16", "cpu", torch.bfloat16)],
-)  # fmt: skip
-def test_all_models_of_a_report_are_computed_in_the_precision_of_its_settings(
-    texts: Path, precision: Any, device: str, dtype: torch.dtype
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_all_models_of_a_report_are_loaded_in_the_precision_of_its_settings(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, dtype: torch.dtype
 ) -> None:
-    assert step(texts, {}, precision=precision)._dtype(torch.device(device)) == dtype
+    """What `auto` stands for is settled before, when the graph is built."""
+    asked: list[torch.dtype] = []
+
+    def load(_folder: Path, **how: Any) -> Any:
+        asked.append(how["dtype"])
+        return SimpleNamespace(to=lambda _device: SimpleNamespace(eval=lambda: None))
+
+    monkeypatch.setattr("btx.model.load", load)
+    monkeypatch.setattr("btx.probes.bits_per_byte.nats", lambda _net, rows, **_how: np.ones(len(rows)))
+    step(texts, {}, precision=precision)._measure(tmp_path, {"d": []}, routed=False)
+    assert asked == [dtype]
+
+
+def test_automatic_precision_is_settled_when_the_graph_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_project(tmp_path), ["finetune.precision=auto", "dense={learning_rate: 1e-3}"])
+    for found in ("bf16", "fp32"):
+        monkeypatch.setattr("btx.precision.automatic", lambda _device, found=found: found)
+        made = Graph(recipe, tmp_path).recipe
+        assert {made.train.precision, made.evaluate.precision, made.finetuning.precision} == {found}
+        assert made.continuing is not None
+        assert made.continuing.precision == found
+    said = recipe.model_copy(update={"evaluate": EvaluateSettings(precision="fp32")})
+    monkeypatch.setattr("btx.precision.automatic", lambda _device: "bf16")
+    assert Graph(said, tmp_path).recipe.evaluate.precision == "fp32"

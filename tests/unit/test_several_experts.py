@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from btx.pipeline import mix
+from btx.mixing import mix
 from btx.recipe import Recipe
 from tests.faults.world import World
 from tests.unit.test_recipe import SMALL

@@ -1,0 +1,65 @@
+"""What is wrong with a recipe, in sentences: where, what was found, and the nearest known key."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from btx.errors import nearest
+
+SIGNS = "use letters a-z, digits, '-', '_' and '.', a letter or digit first, 64 at most"
+_PLAINLY = {
+    **dict.fromkeys(("model_type", "dict_type"), "must be a mapping, lines of `key: value`"),
+    "list_type": "must be a list, such as [one, two]",
+    "string_type": "must be text; put it in quotes",
+    **dict.fromkeys(("string_too_short", "too_short"), "must not be empty"),
+    "string_pattern_mismatch": "must not be blank",
+    "finite_number": "must be a finite number",
+}
+_BRANCHES = re.compile(
+    r"(function-|constrained-|(literal|list|dict)\[|`|(int|float|str|bool)$)"
+)  # parts of a path in a union
+
+
+def sentences(error: ValidationError, model: type[BaseModel], names: str) -> list[str]:
+    """One sentence for each place of a `model` that is wrong; where a field may be one of several, what each wants.
+
+    `names` is the pattern of names, which pydantic would quote.
+    """
+    found: dict[str, str] = {}
+    for one in error.errors():
+        path = [str(p) for p in one["loc"] if not _BRANCHES.match(str(p))]
+        where = ".".join(path)
+        message = _explain(one, path, model, names)
+        found[where] = f"{found[where]}, or {message}" if where in found else message
+    sentences = [f"{where}: {message}".removeprefix(": ") for where, message in found.items()]
+    return [text if text.endswith("?") else text.rstrip(".") + "." for text in sentences]
+
+
+def _explain(error: Any, path: list[str], model: type[BaseModel], names: str) -> str:
+    """What is wrong at a place and, for an unknown key, the nearest known one."""
+    if error["type"] == "extra_forbidden":
+        return f"there is no such key; {nearest(path[-1], _keys(path[:-1], model))}"
+    if error["type"] in ("missing", "value_error"):
+        return "is missing" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
+    if error.get("ctx", {}).get("pattern") == f"^{names}$":
+        return f"{error['input']!r:.80} cannot name a folder; {SIGNS}"
+    message = _PLAINLY.get(error["type"]) or str(error["msg"]).replace("Input should", "should")
+    return f"{message} (found {error['input']!r:.80})"
+
+
+def _keys(path: list[str], model: type[BaseModel]) -> list[str]:
+    """The keys that may stand at a place in the recipe."""
+    for part in path:
+        if part in model.model_fields:  # else it is a name, such as a domain's
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    for item in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            return item
+    return None

@@ -1,0 +1,46 @@
+"""The dense control: as many tokens as BTX took in all, on the same data, in the same tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from btx.pipeline import Graph
+from btx.recipe import load_recipe
+from btx.steps.dense import Dense
+from tests.conftest import write_project
+from tests.integration.test_run import btx
+
+
+def control(recipe: Path, *overrides: str) -> Dense:
+    """The control of a recipe."""
+    step = Graph(load_recipe(recipe, list(overrides)), recipe.parent).steps["dense"]
+    assert isinstance(step, Dense)
+    return step
+
+
+def test_its_budget_is_what_experts_and_finetuning_take_in_whole_steps(tmp_path: Path) -> None:
+    recipe = write_project(tmp_path)
+    plain = control(recipe, "dense={}")
+    assert plain.budget == 2 * 3072 + 1024
+    assert {n: round(w) for n, w in plain.weights.items()} == {"math": 3072 + 341, "code": 3072 + 341, "seed": 341}
+    assert plain.train == load_recipe(recipe, ["train.precision=fp32"]).train
+    odd = control(recipe, "dense={}", "domains.math.tokens=3000", "finetune.batch_tokens=512")
+    assert odd.budget == 2 * 3072 + 1024  # 3,000 tokens are 12 steps of 256
+    said = control(recipe, "dense={tokens: 512, learning_rate: 3e-4, mix: {math: 1, code: 3}}")
+    assert (said.budget, said.train.learning_rate) == (512, 3e-4)
+    assert said.weights == {"math": 1.0, "code": 3.0, "seed": 0.0}
+    assert "dense" not in Graph(load_recipe(recipe, []), tmp_path).steps
+
+
+def test_it_is_trained_measured_and_reported_beside_the_others(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    shown = btx("run", "recipe.yaml", "--set", "dense={}", cwd=tmp_path)
+    results = json.loads((tmp_path / "runs/pico/report/results.json").read_text())
+    assert list(results["bits_per_byte"])[-2:] == ["finetuned", "dense"]
+    assert results["cost"]["dense"]["tokens"] == sum(
+        cost["tokens"] for name, cost in results["cost"].items() if name != "dense"
+    )
+    assert "dense" in shown.stdout
+    table = btx("plan", "recipe.yaml", "--set", "dense={}", cwd=tmp_path).stdout
+    assert any(line.split()[:1] == ["dense"] for line in table.splitlines())
