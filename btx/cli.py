@@ -14,7 +14,7 @@ import click
 
 from btx import __version__
 from btx.bench.verbs import bench
-from btx.errors import BtxError, ResourceError, full_disks_told
+from btx.errors import BtxError, RecipeError, ResourceError, full_disks_told
 from btx.moe.verbs import moe
 from btx.signals import interruptible
 from btx.terminal import plain_where_needed
@@ -276,12 +276,24 @@ main.add_command(bench)
 main.add_command(moe)
 
 
+def step_of(graph: Graph, label: str, key: str) -> Step:
+    """A step of a graph; RecipeError when it is another than the one that was asked for."""
+    step = graph.steps.get(label)
+    if step is None or step.key != key:
+        raise RecipeError(
+            f"{label} is another step now than when the run began: the recipe, or data that it names, was changed "
+            "meanwhile. Nothing was mixed. Run the same command again for the new one."
+        )
+    return step
+
+
 @main.command("_step", hidden=True)
 @RECIPE
 @SET
 @click.option("--label", required=True)
+@click.option("--key", required=True, help="The step's key, as the run knows it that started this process.")
 @click.option("--launched", is_flag=True, help="As one of the processes that accelerate launch starts.")
-def one_step(recipe: Path, overrides: tuple[str, ...], label: str, launched: bool) -> None:
+def one_step(recipe: Path, overrides: tuple[str, ...], label: str, key: str, launched: bool) -> None:
     """One step in this process, events as JSON lines: what an engine starts."""
     from btx.launch import die_with_parent, end_process, own_rank
     from btx.progress import Events
@@ -290,7 +302,7 @@ def one_step(recipe: Path, overrides: tuple[str, ...], label: str, launched: boo
     rank = own_rank(launched)
     events = Events()
     try:
-        step: Step = graph_of(recipe, overrides).steps[label]
+        step = step_of(graph_of(recipe, overrides), label, key)
         with full_disks_told():
             step.build(events.tell, rank=rank)
     except BtxError as error:

@@ -103,7 +103,19 @@ class Launcher:
             ]
         sets = [part for text in self.overrides for part in ("--set", text)]
         told = ["--launched"] if config else []
-        argv = [*start, "btx", "_step", str(self.recipe), *sets, *threads, "--label", step.label, *told]
+        argv = [
+            *start,
+            "btx",
+            "_step",
+            str(self.recipe),
+            *sets,
+            *threads,
+            "--label",
+            step.label,
+            "--key",
+            step.key,
+            *told,
+        ]
         return Job(step.label, argv, step.log_file, launcher=bool(config))
 
 

@@ -33,6 +33,8 @@ from btx.signals import Stop
 from btx.state import load_state, save_state
 from btx.stream import Batch, Stream
 
+WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's kinds of run in which every process has the whole output head
+
 
 class Watch(Protocol):
     """What a step may add to the loop: an extra loss per micro-batch, and figures per step."""
@@ -116,7 +118,8 @@ class Loop:
             )
         model.train()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.head = output_head(model) if self.accelerator.num_processes == 1 else None
+        whole = self.accelerator.distributed_type.value in WHOLE
+        self.head = output_head(model) if whole else None
         self.cast = self._cast_once(model) if alone else None
         self.step = self.bad = self.bad_in_a_row = 0
         self.loss = float("nan")
@@ -262,7 +265,8 @@ class Loop:
         targets = batch.targets.to(self.accelerator.device)
         logits = self._hidden(batch)
         if self.head:
-            return linear_cross_entropy(logits.flatten(0, 1), self.head.weight, targets.flatten())
+            hidden = logits.to(torch.bfloat16) if self.precision == "bf16" else logits  # float32 under autocast
+            return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
         return functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )

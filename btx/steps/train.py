@@ -79,6 +79,7 @@ def fit(
     if kernel:
         tell({"label": step.label, "note": f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"})
     loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, tell=tell, watch=watch)
+    tell({"label": step.label, "note": f"computes in {loop.precision} on {device}"})
     with closing(loop):
         try:
             outcome = loop.run()

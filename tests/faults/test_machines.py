@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from btx.cli import graph_of, step_of
 from btx.digests import Digests
-from btx.errors import ResourceError, disk_error, full_disks_told
+from btx.errors import RecipeError, ResourceError, disk_error, full_disks_told
 from btx.launch import ROLES, own_rank
 from tests.conftest import write_project
 
@@ -142,3 +144,29 @@ def test_a_file_put_back_with_other_content_is_read_again(tmp_path: Path) -> Non
     os.utime(tmp_path / "y", ns=(about.st_atime_ns, about.st_mtime_ns))
     (tmp_path / "y").replace(file)
     assert len({first, second, known(file)}) == 3
+
+
+def test_a_worker_refuses_a_step_that_is_another_than_the_run_began_with(tmp_path: Path) -> None:
+    """The recipe was edited while it ran: the worker would train another key under the same label."""
+    recipe = write_project(tmp_path)
+    graph = graph_of(recipe, ())
+    key = graph.steps["train:math"].key
+    assert step_of(graph, "train:math", key) is graph.steps["train:math"]
+    recipe.write_text(recipe.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-3"))
+    for label in ("train:math", "train:law"):
+        with pytest.raises(RecipeError, match=f"{label} is another step now .* changed meanwhile"):
+            step_of(graph_of(recipe, ()), label, key)
+
+
+def test_where_every_expert_was_trained_elsewhere_there_is_nothing_to_train(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    for name in ("math", "code"):
+        shutil.copytree(tmp_path / "seed", tmp_path / name)
+    sets = [part for name in ("math", "code") for part in ("--set", f"domains.{name}={{checkpoint: {name}, data: "
+            f"['corpora/{name}.jsonl']}}")]  # fmt: skip
+    for more in ([], ["--domain", "math"]):
+        ended = subprocess.run([*BTX, "train", "recipe.yaml", *sets, *more], cwd=tmp_path, capture_output=True,
+                               text=True, timeout=120)  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.startswith("Nothing to train: ")
+    assert not (tmp_path / "runs").exists()
