@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from btx import __version__
 from btx.bench.verbs import bench
-from btx.errors import BtxError, RecipeError, ResourceError, full_disks_told
+from btx.command import Command
+from btx.errors import BtxError, RecipeError, full_disks_told
 from btx.moe.verbs import moe
-from btx.signals import interruptible
 from btx.terminal import plain_where_needed
 
 if TYPE_CHECKING:
@@ -26,46 +26,6 @@ if TYPE_CHECKING:
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a value of the recipe.")
 STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
-
-
-class Command(click.Group):
-    """Prints an error that is the user's to mend as one sentence and ends with its exit code."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command; what a full disk does to a verb's help ends in a sentence too."""
-        try:
-            with full_disks_told():
-                return super().main(*args, **kwargs)
-        except ResourceError as error:
-            click.echo(f"btx: {error}", err=True)
-            _drop_what_cannot_be_written()
-            sys.exit(error.exit_code)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb."""
-        try:
-            with interruptible(), full_disks_told():
-                found = super().invoke(ctx)
-                sys.stdout.flush()  # here, where a full disk is still told in a sentence
-                return found
-        except BtxError as error:
-            click.echo(f"btx: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("btx: interrupted; the same command goes on from what is finished.", err=True)
-            ctx.exit(os.EX_TEMPFAIL)
-        except BrokenPipeError:
-            os._exit(1)
-        finally:
-            _drop_what_cannot_be_written()
-
-
-def _drop_what_cannot_be_written() -> None:
-    """Leave nothing in the buffer that Python would fail to write once more as it ends, with a traceback."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})

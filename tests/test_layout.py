@@ -16,7 +16,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Lower floors never import upward; a module may import those of its own floor and of the floors below.
 FLOORS = (
     {"cli", "__main__"},
-    {"launch", "show", "doctor", "template", "bench", "plan", "moe"},
+    {"launch", "command", "show", "doctor", "template", "bench", "plan", "moe"},
     {"pipeline", "texts", "walk", "checks", "recipe", "mixing"},
     {"steps", "card"},
     {"step", "pictures", "proof"},

@@ -11,7 +11,7 @@ from btx.signals import WATCHED, heeded
 
 STOPPED = """
 import os, click
-from btx.cli import Command
+from btx.command import Command
 
 @click.group(cls=Command)
 def main(): pass
