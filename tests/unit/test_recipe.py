@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from btx.cli import graph_of
 from btx.errors import RecipeError
 from btx.merge.settings import MergeSettings
 from btx.recipe import Recipe, load_recipe, schema
@@ -285,3 +286,18 @@ def test_nested_execution_settings_are_no_identity() -> None:
         n: int = 0
 
     assert Outer(where=RunSettings(threads=3)).identity() == Outer().identity() == {"where": {}, "n": 0}
+
+
+def test_what_a_domain_is_called_decides_neither_its_experts_key_nor_the_order_of_its_data(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal keys mean equal results, so nothing that is not hashed may seed the sampler."""
+    shutil.copy(world.math, world.root / "same.jsonl")
+    world.recipe["domains"]["twin"] = {**world.recipe["domains"]["math"], "data": ["same.jsonl"]}
+    steps = [graph_of(world.write(), ()).steps[f"train:{name}"] for name in ("math", "twin")]
+    assert steps[0].key == steps[1].key
+    streams: list[Any] = []
+    monkeypatch.setattr("btx.steps.train.fit", lambda _step, **how: streams.append((*how["tokens"], how["weights"])))
+    for step in steps:
+        step.run(world.root, world.root, lambda _event: None)
+    assert streams[0] == streams[1]
