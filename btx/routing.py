@@ -218,6 +218,11 @@ class RoutingTotals:
             ]
         self._layers = found
 
+    @property
+    def tokens(self) -> int:
+        """How many were counted."""
+        return self._layers[0][3] if self._layers else 0
+
     def statistics(self, *, dead_below: float | None = None) -> list[LayerStatistics]:
         """As the function of that name, over all that was counted."""
         return [_layer_statistics(*totals, dead_below) for totals in self._layers]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from btx.balance import StepMeans
 
 
+JUDGED = 32  # sequences over which an expert is called dead: a step of a few may be without its domain
+
+
 class Finetune(Step):
     """A Mixture-of-Experts checkpoint."""
 
@@ -61,6 +64,7 @@ class Balanced:
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, tell: Tell, names: list[str]) -> None:
         from btx.routed import Routed, find_routers, route_in_float32, router_labels
+        from btx.routing import RoutingTotals
 
         freeze(model, settings.trainable)
         experts: Any = next(iter(find_routers(model).values())).num_experts
@@ -74,6 +78,8 @@ class Balanced:
             soft_first_layer=settings.soft_first_layer,
         )
         self.warned: set[tuple[int, int]] = set()
+        self.dead: list[list[int]] = []
+        self.window = RoutingTotals()
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -114,20 +120,31 @@ class Balanced:
         everywhere = self.means.everywhere() if self.means else over_processes
         raw = balance_loss(self.settings.balance.form, self.routed.layers, everywhere)
         self.totals.add(self.routed.layers)
+        self.window.add(self.routed.layers)
         return self.settings.balance.weight * raw, {"balance": float(raw.detach())}
 
     def figures(self) -> dict[str, Any]:
-        """Load, entropy and dead experts of each layer in the step; a new dead one is told as a warning."""
-        layers = self.totals.statistics(dead_below=self.settings.dead_below / self.experts)
+        """Load and entropy of each layer in the step, and the experts that were dead when that was last judged."""
+        layers = self.totals.statistics()
         self.routed.clear()
-        for n, layer in enumerate(layers):
-            for expert in layer.dead:
-                if (n, expert) not in self.warned:
-                    self.warned.add((n, expert))
-                    said = f"the expert {self.names[expert]} is dead ({layer.load[expert]:.1%} of the choices)"
-                    self.tell({"label": self.label, "warning": f"layer {self.labels[n]}: {said}"})
+        self._judge()
         return {
             "load": [[round(x, 4) for x in layer.load] for layer in layers],
             "entropy": [round(layer.entropy_share, 4) for layer in layers],
-            "dead": [[n, e] for n, layer in enumerate(layers) for e in layer.dead],
+            "dead": self.dead,
         }
+
+    def _judge(self) -> None:
+        """Which experts are dead, over enough sequences that each domain is among them; a new one is a warning."""
+        from btx.routing import RoutingTotals
+
+        if self.window.tokens < JUDGED * self.settings.sequence_length:
+            return
+        layers = self.window.statistics(dead_below=self.settings.dead_below / self.experts)
+        self.window = RoutingTotals()
+        self.dead = [[n, e] for n, layer in enumerate(layers) for e in layer.dead]
+        for n, expert in self.dead:
+            if (n, expert) not in self.warned:
+                self.warned.add((n, expert))
+                said = f"the expert {self.names[expert]} is dead ({layers[n].load[expert]:.1%} of the choices)"
+                self.tell({"label": self.label, "warning": f"layer {self.labels[n]}: {said}"})

@@ -268,3 +268,23 @@ def test_of_several_processes_none_frees_the_group_which_may_wait_without_end(tm
         )
         loop.close()
         assert seen == ended
+
+
+def test_an_expert_is_called_dead_over_many_sequences_and_not_for_a_step_without_its_domain(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    model = model_of("top_k")
+    settings = FinetuneSettings(**SETTINGS, routing="top_k", tokens=512)
+    watch = Balanced(model, settings, "x", told.append, ["a", "b", "c"])
+    with torch.no_grad():
+        for layer in model.model.layers:  # the last expert gets nothing
+            layer.mlp.gate.weight.copy_(torch.tensor([1.0, 1.0, -1.0])[:, None] * layer.mlp.gate.weight[:1].abs())
+            layer.mlp.gate.register_forward_pre_hook(lambda _module, args: (args[0].abs(),))
+    for step in range(3):
+        watch.begin(step)
+        model(input_ids=torch.randint(0, 300, (12, 16)))
+        watch.loss()
+        dead = watch.figures()["dead"]
+        assert dead == ([[0, 2], [1, 2]] if step == 2 else [])
+    assert [event["warning"] for event in told] == [
+        f"layer {layer}: the expert c is dead (0.0% of the choices)" for layer in (0, 1)
+    ]
