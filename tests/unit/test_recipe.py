@@ -1,8 +1,7 @@
-"""The recipe: what YAML may do, how numbers are read, and what decides the identity of a step."""
+"""The recipe: what YAML may do, and how numbers are read."""
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btx.cli import graph_of
 from btx.errors import RecipeError
-from btx.merge.settings import MergeSettings
 from btx.recipe import Recipe, load_recipe, schema
-from btx.settings import FinetuneSettings, RunSettings, Settings, TrainSettings
+from btx.settings import FinetuneSettings, TrainSettings
 from btx.strict_yaml import parse_yaml
-from tests.faults.world import World
 
 SMALL: dict[str, Any] = {"name": "r", "seed": {"checkpoint": "s"}, "domains": {"a": {"data": ["a"], "tokens": 5}}}
 
@@ -137,167 +133,3 @@ def test_the_schema_holds_for_the_embedded_recipe_and_names_every_section() -> N
 def test_the_recipes_that_come_along_are_read() -> None:
     found = sorted((Path(__file__).parents[2] / "pipelines").glob("*.yaml"))
     assert [load_recipe(path, []).name for path in found]
-
-
-# ---- identity ----
-
-
-LABELS = ("tokens:math", "branch", "train:math", "average", "merge", "finetune", "evaluate", "export", "report")
-
-
-def keys(world: World) -> dict[str, str]:
-    """The keys of all steps."""
-    return {label: world.key(label) for label in LABELS}
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["directory", "workers", "kernel", "micro_batch", "threads", "checkpoint_minutes", "checkpoint_steps", "launch",
-     "report_to", "device", "max_memory"],
-)  # fmt: skip
-def test_how_a_run_is_done_changes_no_key(world: World, key: str) -> None:
-    before = keys(world)
-    values = {"directory": "elsewhere", "kernel": "eager", "launch": "x.yaml", "report_to": ["wandb"], "device": "auto"}
-    world.set(f"run.{key}", values.get(key, 3))
-    assert keys(world) == before
-    assert key in RunSettings.model_fields
-
-
-CHANGES: dict[str, tuple[Any, str]] = {
-    "train.sequence_length": (8, "train:math"),
-    "train.batch_tokens": (64, "train:math"),
-    "train.learning_rate": (2e-4, "train:math"),
-    "train.min_learning_rate": (0.2, "train:math"),
-    "train.warmup_steps": (1, "train:math"),
-    "train.weight_decay": (0.2, "train:math"),
-    "train.betas": ([0.8, 0.9], "train:math"),
-    "train.epsilon": (1e-7, "train:math"),
-    "train.clip": (2.0, "train:math"),
-    "train.precision": ("bf16", "train:math"),
-    "train.gradient_checkpointing": (True, "train:math"),
-    "train.dtype": ("bf16", "train:math"),
-    "train.seed": (1, "train:math"),
-    "train.max_bad_steps": (5, "train:math"),
-    "domains.math.tokens": (128, "train:math"),
-    "data.holdout": (0.1, "tokens:math"),
-    "data.select": (0.1, "tokens:math"),
-    "data.ignore": (["x"], "tokens:math"),
-    "data.date": ("2026-01-31", "tokens:math"),
-    "data.valid_bytes": (99, "tokens:math"),
-    "data.loss_on": ("completion", "tokens:math"),
-    "merge.include_seed": (False, "average"),
-    "merge.shared": ("linear", "average"),
-    "merge.router_entropy": (0.5, "merge"),
-    "merge.router": ("orthogonal", "merge"),
-    "merge.experts": ("split", "merge"),
-    "merge.chunks": (3, "merge"),
-    "merge.router_tokens": (99, "merge"),
-    "merge.seed": (1, "merge"),
-    "merge.dtype": ("bf16", "average"),
-    "merge.layers": ([0], "merge"),
-    "merge.copies": (2, "merge"),
-    "merge.reinitialize": (0.5, "merge"),
-    "merge.shared_expert": ("seed", "merge"),
-    "finetune.top_k": (1, "finetune"),
-    "finetune.balance": ({"form": "switch"}, "finetune"),
-    "finetune.mix": ({"math": 1, "law": 2}, "finetune"),
-    "finetune.tokens": (96, "finetune"),
-    "evaluate.tokens": (9, "evaluate"),
-    "evaluate.split": ("select", "evaluate"),
-    "evaluate.precision": ("bf16", "evaluate"),
-    "export.license": ("mit", "export"),
-}
-
-
-@pytest.mark.parametrize("key", CHANGES)
-def test_a_setting_changes_the_step_that_it_belongs_to_and_all_after_it_and_none_before(world: World, key: str) -> None:
-    value, first = CHANGES[key]
-    before = keys(world)
-    world.set(key, value)
-    after = keys(world)
-    changed = [label for label in LABELS if before[label] != after[label]]
-    assert changed[0] == first
-    assert changed[-1] == "report"
-    missing = [label for label in LABELS[LABELS.index(first) :] if label not in changed]
-    assert missing in ([], ["branch"], ["average"])
-
-
-def test_a_builtin_seed_depends_on_no_setting_that_it_overrides_or_has_no_use_for(world: World) -> None:
-    """Its learning rate and batch are its own, pretraining learns every token, a tokenizer's training no date."""
-    world.set("seed", {"checkpoint": "builtin", "data": ["data/math.jsonl"]})
-    world.set("domains", {"math": {"data": ["data/law.jsonl"], "tokens": 64}})
-    before = {label: world.key(label) for label in ("tokenizer", "tokens:seed", "seed", "train:math")}
-    for key, value in {"train.learning_rate": 5e-5, "data.loss_on": "completion"}.items():
-        world.set(key, value)
-        for label in ("tokenizer", "tokens:seed", "seed"):
-            assert world.key(label) == before[label], (key, label)
-    assert world.key("train:math") != before["train:math"]
-    world.set("data.valid_bytes", 99)
-    assert world.key("tokenizer") == before["tokenizer"]
-    world.set("seed.builtin", {"learning_rate": 1e-3})
-    assert world.key("seed") != before["seed"]
-
-
-def test_every_setting_of_training_and_merge_is_tried() -> None:
-    assert {f"train.{name}" for name in TrainSettings.model_fields} <= set(CHANGES)
-    assert {f"merge.{name}" for name in MergeSettings.model_fields} <= set(CHANGES)
-
-
-def test_the_order_of_the_experts_counts(world: World) -> None:
-    before = keys(world)
-    world.recipe["domains"] = dict(reversed(world.recipe["domains"].items()))
-    after = keys(world)
-    assert after["train:math"] == before["train:math"]
-    assert after["merge"] != before["merge"]
-
-
-def test_the_same_content_under_another_path_has_the_same_keys(world: World, tmp_path: Path) -> None:
-    before = keys(world)
-    for part in ("data/math.jsonl", "law"):
-        shutil.move(world.root / part, tmp_path / f"moved-{Path(part).name}")
-    world.set("domains.math.data", ["moved-math.jsonl"])
-    world.set("domains.law.checkpoint", "./moved-law/")
-    assert keys(world) == before
-    with (tmp_path / "moved-math.jsonl").open("a") as file:
-        file.write('{"text": "one more"}\n')
-    assert keys(world)["tokens:math"] != before["tokens:math"]
-    assert keys(world)["branch"] == before["branch"]
-
-
-def test_the_same_bytes_read_as_another_kind_are_another_content(world: World) -> None:
-    before = world.key("tokens:math")
-    shutil.copy(world.math, world.root / "math.txt")
-    world.set("domains.math.data", ["math.txt"])
-    assert world.key("tokens:math") != before
-
-
-def test_the_tokenizer_of_a_builtin_seed_does_not_depend_on_where_its_data_lies(world: World) -> None:
-    world.set("seed", {"checkpoint": "builtin", "data": ["data/math.jsonl"]})
-    world.set("domains", {"math": {"data": ["data/law.jsonl"], "tokens": 64}})
-    before = world.key("tokenizer")
-    shutil.copy(world.math, world.root / "moved.jsonl")
-    world.set("seed.data", ["moved.jsonl"])
-    assert world.key("tokenizer") == before
-
-
-def test_nested_execution_settings_are_no_identity() -> None:
-    class Outer(Settings):
-        where: RunSettings = RunSettings()
-        n: int = 0
-
-    assert Outer(where=RunSettings(threads=3)).identity() == Outer().identity() == {"where": {}, "n": 0}
-
-
-def test_what_a_domain_is_called_decides_neither_its_experts_key_nor_the_order_of_its_data(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Equal keys mean equal results, so nothing that is not hashed may seed the sampler."""
-    shutil.copy(world.math, world.root / "same.jsonl")
-    world.recipe["domains"]["twin"] = {**world.recipe["domains"]["math"], "data": ["same.jsonl"]}
-    steps = [graph_of(world.write(), ()).steps[f"train:{name}"] for name in ("math", "twin")]
-    assert steps[0].key == steps[1].key
-    streams: list[Any] = []
-    monkeypatch.setattr("btx.steps.train.fit", lambda _step, **how: streams.append((*how["tokens"], how["weights"])))
-    for step in steps:
-        step.run(world.root, world.root, lambda _event: None)
-    assert streams[0] == streams[1]
