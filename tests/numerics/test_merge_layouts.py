@@ -232,7 +232,8 @@ def test_a_model_that_joins_a_mixture_with_a_shared_expert_gives_half_of_the_out
 def test_a_dead_expert_is_told_with_the_layer_that_it_is_in(tmp_path: Path) -> None:
     seed, told = save_model(tmp_path / "seed", config_of("qwen3", num_hidden_layers=4)), []
     model = load(merge(tmp_path / "moe", [seed] * 2, top_k=1, layers="alternate"))
-    watch = Balanced(model, FinetuneSettings(routing="switch"), "finetune", told.append, ["math", "code"])
+    settings = FinetuneSettings(routing="switch", sequence_length=1)  # so that IDS are enough sequences to judge by
+    watch = Balanced(model, settings, "finetune", told.append, ["math", "code"])
     for router in find_routers(model).values():
         router.weight.data[:] = 0.0  # all tokens to the first
     model.train()(input_ids=IDS)
