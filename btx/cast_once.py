@@ -2,8 +2,8 @@
 
 Under autocast the residual stream, the norms and every cast of a weight stay in float32 and cost as much as the
 products save (SmolLM2-135M on two cores with fast bfloat16: 356 tokens/s, where a model of bfloat16 weights reached
-540). So for a step the model is given bfloat16 copies of its weights; their gradients are added up in float32, and
-optimiser, clipping and saved states see the float32 weights alone.
+540). So for a step the model is given bfloat16 copies of its weights; the gradients of each pass are added up in
+float32, and optimiser, clipping and saved states see the float32 weights alone.
 """
 
 from __future__ import annotations

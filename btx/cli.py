@@ -73,8 +73,8 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
 def finish(graph: Graph, stage: str, domain: str | None, count: int) -> None:
     """The last words of a verb."""
     if not graph.labels(stage, domain):
-        which = f"The expert of domain {domain}" if domain else "Every expert"
-        click.echo(f"Nothing to train: {which.lower()} has a checkpoint, which is checked and merged as it is.")
+        which = f"the expert of domain {domain}" if domain else "every expert"
+        click.echo(f"Nothing to train: {which} has a checkpoint, which is checked and merged as it is.")
         return
     if not count:
         click.echo(f"Everything is done already: {graph.recipe.name}, {stage}{f' {domain}' if domain else ''}.")

@@ -51,7 +51,8 @@ class InterruptedRunError(BtxError):
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # what a disk answers that takes no more
-_IN_WORDS = re.compile(r"os error (\d+)|code: (\d+)|Errno (\d+)")
+# A system's error as Rust and Python print it.
+_IN_WORDS = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)|\[Errno (\d+)\]")
 
 
 def disk_error(error: BaseException) -> str:
@@ -77,7 +78,8 @@ def full_disks_told() -> Iterator[None]:
     except Exception as error:
         if why := disk_error(error):
             at = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
-            raise ResourceError(f"a write failed{at}: {why}. Free space, then run the same command again.") from error
+            said = f"the disk answered{at}: {why}. Free space or see to the disk, then run the same command again."
+            raise ResourceError(said) from error
         raise
 
 

@@ -1,8 +1,8 @@
 """One training loop on accelerate, used by every step that trains.
 
 It knows nothing of domains or experts: a model, a stream of sequences that is a pure function of the step, and an
-optional extra loss. Accelerate does devices, precision, sharding and trackers; the saved state is our own
-(`btx.state`), since resuming must be exact.
+optional extra loss. Accelerate does devices, sharding and trackers, and autocast where several processes train one
+model; the saved state is our own (`btx.state`), since resuming must be exact.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-gpu")  # CUD
 def automatic(device: str) -> Precision:
     """What `precision: auto` stands for on the device that `run.device` names: auto, cpu or cuda.
 
-    bf16 on a GPU that has it, and on CPUs where it is faster (docs/benchmarks): those with tiles (AMX), and AMD's with
-    AVX-512 bf16. Intel's with AVX-512 bf16 alone multiply in it at half the speed of fp32. Without a GPU's device file
-    torch is not asked, whose import takes seconds.
+    bf16 on a GPU that has it, and on CPUs where it is faster: AMD's with AVX-512 bf16 (docs/benchmarks), and those with
+    tiles (AMX), which were not measured. Intel's with AVX-512 bf16 alone multiply in it at half the speed of fp32.
+    Without a GPU's device file torch is not asked, whose import takes seconds.
     """
     if device != "cpu" and any(Path(file).exists() for file in GPU_FILES):
         import torch

@@ -47,7 +47,8 @@ class Sweep:
         if found.digest not in self.known:
             evaluate, where = graph.recipe.evaluate, graph.recipe.run
             model.set_threads(where)
-            net = model.load(found.folder, where=where, dtype=torch_dtype(evaluate.precision, None)).eval()
+            net = model.load(found.folder, where=where, dtype=torch_dtype(evaluate.precision, None))
+            net = net.to(model.device_of(where)).eval()
             scores = []
             for name in graph.recipe.domains:
                 rows = Tokens(graph.steps[f"tokens:{name}"].folder).valid(evaluate.tokens, "select")

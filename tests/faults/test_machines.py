@@ -89,6 +89,7 @@ except ResourceError as error:
     assert "File too large" in ended.stdout, ended
     assert disk_error(Exception("I/O error: No space left on device (os error 28)")) == "No space left on device"
     assert not disk_error(Exception("layer 28 is missing"))
+    assert not disk_error(Exception("the server ended with exit code: 28"))
     assert not disk_error(FileNotFoundError(2, "No such file"))
     with pytest.raises(KeyError), full_disks_told():
         raise KeyError("not a disk")
@@ -112,7 +113,7 @@ def test_output_that_cannot_be_written_ends_with_5(verb: list[str]) -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run([*BTX, *verb], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert ended.returncode == 5, ended.stderr
-    assert ended.stderr.startswith("btx: a write failed: No space left on device.")
+    assert ended.stderr.startswith("btx: the disk answered: No space left on device.")
     assert ended.stderr.count("\n") == 1
 
 
