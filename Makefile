@@ -90,11 +90,14 @@ plan status: $(VENV)/.run
 doctor: $(VENV)/.run
 	@$(BTX) doctor
 
+# A worker a core; a file's tests stay together, since they share what they make.
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile
+
 test: $(VENV)/.dev
-	@$(VENV)/bin/python -m pytest
+	@$(PYTEST)
 
 test-all: $(VENV)/.dev
-	@$(VENV)/bin/python -m pytest -m 'not gpu and not engine'
+	@$(PYTEST) -m 'not gpu and not engine'
 
 check: $(VENV)/.dev
 	@$(VENV)/bin/ruff check .

@@ -45,8 +45,7 @@ class CastOnce:
     def step(self) -> Iterator[None]:
         """Cast the weights as they are now; while it is open the model computes with the copies."""
         with torch.no_grad():
-            for parameter, twin in self.pairs:
-                twin.copy_(parameter)
+            torch._foreach_copy_([twin for _, twin in self.pairs], [parameter for parameter, _ in self.pairs])
         for module, name, _, twin in self.places:
             module._parameters[name] = twin
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 from btx.step import versions
@@ -21,6 +21,7 @@ def report() -> Iterator[str]:
     import torch
 
     from btx.experts import absent, choose, known
+    from btx.precision import automatic
 
     yield "versions    " + ", ".join(f"{n} {v}" for n, v in versions().items())
     yield f"cpu         {len(os.sched_getaffinity(0))} cores, {_memory()} of memory"
@@ -30,15 +31,16 @@ def report() -> Iterator[str]:
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
             yield f"gpu {n}       {about.name}, {about.total_memory / 2**30:.0f} GiB, {bf16}"
     else:
-        yield "gpu         none: trainings run on the CPU in fp32"
+        yield f"gpu         none: trainings run on the CPU, in {automatic('cpu')}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     missing = {name: why for name in known() if (why := absent(name, device))}
     yield f"kernels     {', '.join(n for n in known() if n not in missing)}; auto is {choose('auto', device)}"
     for name, why in missing.items():
         yield f"  not here  {name}: {why}"
     yield f"disk        {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free here"
+    there = {found.name for found in distributions()}  # a folder of that name, as trackers leave them, is no package
     for package, use in OPTIONAL.items():
-        yield f"{'present' if find_spec(package) else 'absent':<11} {package} ({use})"
+        yield f"{'present' if package in there else 'absent':<11} {package} ({use})"
 
 
 def _memory() -> str:

@@ -6,7 +6,6 @@ What a quantised file holds is dequantised: the folder has those values, not the
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +63,10 @@ def _checked(file: Path, sha256: str | None) -> str:
 
 def require_known(file: Path) -> str:
     """The architecture that a GGUF file names; ArtifactError unless transformers' loader knows it."""
-    if find_spec("gguf") is None:
-        raise ResourceError("reading GGUF takes the package gguf: `pip install gguf` (or btx[gguf]) first.")
-    from gguf import GGUFReader
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ResourceError("reading GGUF takes the package gguf: `pip install gguf` (or btx[gguf]) first.") from error
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     try:

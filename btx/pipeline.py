@@ -83,8 +83,6 @@ class Graph:
         models = {"branch": branch, "descent": descent, "experts": experts, "settings": recipe.merge,
                   "vocabulary": vocabulary, **self._place()}  # fmt: skip
         average = self._add(Average(**{**models, "settings": recipe.merge.averaging}))
-        if not tokens:
-            raise RecipeError("no domain has `data`, so there is nothing to finetune or evaluate on.")
         texts = {name: (d.data, d.valid) for name, d in recipe.domains.items() if d.data}
         if recipe.seed.sources:
             texts["seed"] = recipe.seed.sources, recipe.seed.valid
@@ -94,6 +92,8 @@ class Graph:
         others = {expert: name for expert, name in recipe.domain_of.items() if known and expert != name}
         merge = self._add(Merge(tokens=known, domains=others, **models))
         check_method(recipe.merge, list(merge.models))
+        if not tokens:
+            return  # experts that were trained elsewhere can be merged, no more
         own = {f"expert:{e}": {n: self._tokens(n, *texts[n], given[e], f"@{e}", seed) for n in tokens}
                for e in (vocabulary.experts if vocabulary else ())}  # fmt: skip
         if vocabulary:
@@ -238,6 +238,11 @@ class Graph:
         found = [label for label in self.steps if label in mine or (not domain and label.split(":")[0] == stage)]
         if not found and stage == "train":
             return []  # every expert was trained elsewhere: checked and merged, not trained
+        if not found and stage in STAGES and "finetune" not in self.steps:
+            raise RecipeError(
+                "no domain has `data`, so there is nothing to finetune or evaluate on. Give a domain some, or stop "
+                "before: --until merge."
+            )
         if not found:
             raise RecipeError(f"there is no step {wanted!r}; {nearest(wanted, self.steps)}")
         return found

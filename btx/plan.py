@@ -116,6 +116,8 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
     moe = merged_config(recipe, evened(recipe, base, dense))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
+    if not any(domain.data for domain in recipe.domains.values()):
+        return found  # a merge is all that can be made without data
     settings = recipe.finetuning
     found.append(_row("finetune", moe, settings.tokens, settings, dtype))
     if control := recipe.continuing:
@@ -207,6 +209,8 @@ def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list
     weights = mix(recipe, [n for n, d in recipe.domains.items() if d.data] + (["seed"] if recipe.seed.sources else []))
     shares = ", ".join(f"{n} {w / sum(weights.values()):.1%}" for n, w in weights.items())
     settings: FinetuneSettings = recipe.finetuning
+    if not trained:
+        return ["Nothing is trained: no domain has `data`. The merge alone is made by --until merge."]
     return [
         f"Wall time of the trainings with {devices} device(s) each: {_hours(hours)} with all experts at once, "
         f"{_hours(whole)} one after another, at {tflops:.3g} TFLOP/s sustained a device (--tflops, or --here to "

@@ -11,11 +11,10 @@ import json
 import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from btx.artifact import file_digest, fingerprint, stamp, write_json
+from btx.artifact import file_digest, fingerprint, write_json
 from btx.checkpoint import carry_files
 from btx.errors import ArtifactError
 from btx.layouts import CONFIG, refuse_pointer
@@ -27,6 +26,8 @@ STAYS = ("generation_config.json", "chat_template.jinja")  # of what is carried,
 OFFSETS = ("trim_offsets",)  # options that move offsets, no ids
 NAMES = {"model": "vocabulary, merges or options"}
 Map = dict[str, Any]
+KEPT = 8  # maps that a process remembers: tens of MB each
+_KNOWN: dict[str, tuple[Map, str]] = {}
 
 
 def tokenizer_digest(folder: Path, beside: Mapping[str, Any] | None = None) -> str:
@@ -34,23 +35,36 @@ def tokenizer_digest(folder: Path, beside: Mapping[str, Any] | None = None) -> s
 
     `beside` is the config of the model that it is loaded with, the folder's own if it has one.
     """
-    return fingerprint(token_map(folder, beside))
+    return _known(folder, beside)[1]
 
 
 def token_map(folder: Path, beside: Mapping[str, Any] | None = None) -> Map:
     """What decides the ids: model (vocabulary, merges, ...), normalizer, pre_tokenizer, post_processor, added tokens.
 
-    ArtifactError for a folder without a tokenizer, or with one that is damaged. One that was looked at before, by
-    this process, is not read again while its files seem to be the same: a vocabulary takes a second.
+    It is shared by all who ask: not to be changed. ArtifactError for a folder without a tokenizer, or with one that is
+    damaged.
     """
-    names = [*CARRIED, CONFIG]
-    files = tuple((name, stamp(folder / name)) for name in names if (folder / name).is_file())
-    return json.loads(_known_map(folder, files, json.dumps(beside, sort_keys=True) if beside else ""))  # type: ignore[no-any-return]
+    return _known(folder, beside)[0]
 
 
-@lru_cache(maxsize=32)
-def _known_map(folder: Path, _files: tuple[tuple[str, tuple[int, ...]], ...], beside: str) -> str:
-    return json.dumps(_token_map(folder, json.loads(beside) if beside else None))
+def _known(folder: Path, beside: Mapping[str, Any] | None) -> tuple[Map, str]:
+    """A map and its digest, of each content and config once a process, wherever it lies: to load one takes a second."""
+    files = [(name, file_digest(folder / name)) for name in CARRIED if name not in STAYS and (folder / name).is_file()]
+    key = fingerprint([files, beside or _config(folder)])
+    if key not in _KNOWN:
+        found = _token_map(folder, beside)
+        if len(_KNOWN) == KEPT:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[key] = found, fingerprint(found)
+    return _KNOWN[key]
+
+
+def _config(folder: Path) -> Any:
+    """What a folder's config.json says, as it is; None where there is none or it is damaged."""
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _token_map(folder: Path, beside: Mapping[str, Any] | None) -> Map:

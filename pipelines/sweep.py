@@ -2,10 +2,12 @@
 
     python pipelines/sweep.py pipelines/smollm2.yaml [--set A.B=VALUE ...]
 
-The grid is fixed before anything runs. Each of the experts' rates is judged by the finetuned model that it ends in,
-with a finetuning at a sixth of it; then the finetuning's rate alone is moved at the best of them. The control has three
-full runs, as many as the experts. Nothing here reads the test split, on which the recipe's own report is made. Steps
-that two settings share run once, and a sweep that was stopped goes on where it was.
+The ladders of rates are fixed before anything runs. The middle three are tried, and while the best of those tried is
+the last on one side, the next on that side is tried too: no optimum is taken from an edge but a ladder's own. Each
+of the experts' rates is judged by the finetuned model that it ends in, with a finetuning at a sixth of it; then the
+finetuning's rate alone is moved at the best of them. The control's ladder is the experts'. Nothing here reads the test
+split, on which the recipe's own report is made. Steps that two settings share run once, and a sweep that was stopped
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,20 +15,21 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from btx import model
 from btx.cli import graph_of
+from btx.errors import BtxError
 from btx.probes.bits_per_byte import bits_per_byte, nats
 from btx.settings import torch_dtype
 from btx.tokens import Tokens
 
-EXPERTS = ("1e-4", "3e-4", "1e-3")
-SIXTH = {"1e-4": "1.7e-5", "3e-4": "5e-5", "1e-3": "1.7e-4"}
-FINETUNE = ("1.7e-5", "5e-5", "1.7e-4", "5e-4")
-DENSE = ("1e-4", "3e-4", "1e-3")
+RATES = ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")  # of the experts, and of the control
+SIXTHS = ("5e-6", "1.7e-5", "5e-5", "1.7e-4", "5e-4", "1.7e-3")  # of the finetuning
+MIDDLE = (1, 4)
 SHAPE = "| experts | finetuning | dense | model | {} | mean |"
 
 
@@ -68,23 +71,43 @@ def mean(row: list[float]) -> float:
     return sum(row) / len(row)
 
 
+def climb(ladder: tuple[str, ...], cost: Callable[[str], float]) -> str:
+    """The rate of the least cost among the middle ones and, while the best is at their edge, the next beyond it."""
+    low, high = MIDDLE
+    found: dict[str, float] = {}
+    while True:
+        found |= {rate: cost(rate) for rate in ladder[low:high] if rate not in found}
+        best = ladder.index(min(found, key=found.__getitem__))
+        if best == low > 0:
+            low -= 1
+        elif best == high - 1 < len(ladder) - 1:
+            high += 1
+        else:
+            return ladder[best]
+
+
 def main() -> None:
-    """The whole grid."""
+    """The whole search."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("recipe", type=Path)
     arguments.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
     said = arguments.parse_args()
     sweep = Sweep(said.recipe, said.overrides)
-    print(SHAPE.format(" | ".join(graph_of(said.recipe, tuple(said.overrides)).recipe.domains)))
-    dense = {rate: mean(sweep.score("dense", dense=rate)) for rate in DENSE}
-    final = {}
-    for rate in EXPERTS:
-        sweep.score("merge", train=rate)
-        final[rate] = mean(sweep.score("finetune", train=rate, finetune=SIXTH[rate]))
-    best = min(final, key=final.__getitem__)
-    tuned = {rate: mean(sweep.score("finetune", train=best, finetune=rate)) for rate in FINETUNE}
-    print(f"chosen on select: train {best}, finetune {min(tuned, key=tuned.__getitem__)}, "
-          f"dense {min(dense, key=dense.__getitem__)}")  # fmt: skip
+    try:
+        names = graph_of(said.recipe, tuple(said.overrides)).recipe.domains
+        print(SHAPE.format(" | ".join(names)))
+        print("|---" * (SHAPE.count("|") - 1 + len(names) - 1) + "|", flush=True)
+
+        def by_experts(rate: str) -> float:
+            sweep.score("merge", train=rate)
+            return mean(sweep.score("finetune", train=rate, finetune=SIXTHS[RATES.index(rate)]))
+
+        dense = climb(RATES, lambda rate: mean(sweep.score("dense", dense=rate)))
+        best = climb(RATES, by_experts)
+        tuned = climb(SIXTHS, lambda rate: mean(sweep.score("finetune", train=best, finetune=rate)))
+    except BtxError as error:
+        sys.exit(f"btx: {error}")
+    print(f"chosen on select: train {best}, finetune {tuned}, dense {dense}")
 
 
 if __name__ == "__main__":

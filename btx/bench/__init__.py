@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from btx.errors import ResourceError
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -11,3 +18,26 @@ def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def apart(module: str, about: dict[str, Any]) -> dict[str, Any]:
+    """What a module's `run(about)` returns in a process of its own."""
+    code = f"import sys, json; from {module} import run; print(json.dumps(run(json.loads(sys.argv[1]))))"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(about)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{about['name']} failed:\n{done.stderr}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def resident(key: str) -> int:
+    """A figure of this process's memory in bytes, as the Linux kernel gives it: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise ResourceError(f"/proc/self/status has no {key}; memory is measured on Linux only.")
+
+
+def forget_peak() -> None:
+    """The largest resident size is counted anew from here."""
+    Path("/proc/self/clear_refs").write_text("5")

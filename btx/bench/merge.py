@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from btx.bench import forget_peak, resident
 from btx.errors import RecipeError, ResourceError, nearest
 
 if TYPE_CHECKING:
@@ -54,14 +55,6 @@ class Spent(NamedTuple):
     memory: int  # bytes above those at the start
 
 
-def status(key: str) -> int:
-    """A figure of this process's memory in bytes, as the Linux kernel gives it: VmRSS now, VmHWM at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise ResourceError(f"/proc/self/status has no {key}; memory is measured on Linux only.")
-
-
 def merge_measured(folders: list[Path], out: Path, *, hollow: bool = False) -> Spent:
     """Merge folders into `out` in this process; `hollow` empties each shard once it is done, keeping its size."""
     from btx.checkpoint import one_thread, opened
@@ -70,8 +63,8 @@ def merge_measured(folders: list[Path], out: Path, *, hollow: bool = False) -> S
     from btx.merge.write import write_moe
 
     out.mkdir()
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    forget_peak()
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(one_thread())
@@ -79,7 +72,7 @@ def merge_measured(folders: list[Path], out: Path, *, hollow: bool = False) -> S
         models = {n: stack.enter_context(opened(f)) for n, f in zip(names, folders, strict=True)}
         written = Hollow() if hollow else None
         write_moe(out, models, models[SEED], MergeSettings(), 2, progress=written)
-    return Spent(time.perf_counter() - started, status("VmHWM") - before)
+    return Spent(time.perf_counter() - started, resident("VmHWM") - before)
 
 
 class Hollow:

@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from btx.bench import apart, resident
 
 LENGTH = 256
 RATE = 1e-3
@@ -47,7 +46,7 @@ def bench_training(
             for name in names:
                 tell(f"round {number + 1} of {rounds}: {name}")
                 about = {"name": name, "model": str(model or ""), "tokens": tokens, "steps": steps, "folder": folder}
-                row = _apart(about)
+                row = apart("btx.bench.training", about)
                 found[name]["rates"].append(row["rate"])
                 found[name]["losses"] = row["losses"]
                 found[name]["memory"] = max(found[name]["memory"], row["memory"])
@@ -55,16 +54,6 @@ def bench_training(
         row["rate"] = statistics.median(row["rates"])
         row["what"] = CONTENDERS[name]
     return found
-
-
-def _apart(about: dict[str, Any]) -> dict[str, Any]:
-    """One contender's run in a process of its own."""
-    code = "import sys, json; from btx.bench.training import run; print(json.dumps(run(json.loads(sys.argv[1]))))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(about)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{about['name']} failed:\n{done.stderr}")
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 def table(found: dict[str, Any]) -> Any:
@@ -84,7 +73,7 @@ def table(found: dict[str, Any]) -> Any:
 
 
 def run(about: dict[str, Any]) -> dict[str, Any]:
-    """Train as a contender does; returns tokens/s, losses and the peak memory of this process in bytes."""
+    """Train as a contender does; returns tokens/s, losses and peak memory in bytes: of the GPU or of this process."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -96,7 +85,7 @@ def run(about: dict[str, Any]) -> dict[str, Any]:
     return {
         "rate": (steps - 1) * tokens / seconds,
         "losses": [round(x, 4) for x in losses],
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM"),
     }
 
 
@@ -109,11 +98,12 @@ def _model(folder: str) -> Any:
 
     torch.manual_seed(0)
     if folder:
-        return model.load(Path(folder), where=RunSettings(device="cpu"))
-    return model.fresh(LlamaConfig(
+        return model.load(Path(folder), where=RunSettings()).to(model.device_of(RunSettings()))
+    net = model.fresh(LlamaConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, tie_word_embeddings=True,
     ))  # fmt: skip
+    return net.to(model.device_of(RunSettings()))
 
 
 def _sequences(count: int, vocabulary: int) -> np.ndarray[Any, Any]:
@@ -142,7 +132,7 @@ def _ours(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tuple[l
     )  # fmt: skip
     stream = Stream({"x": Tokens(folder)}, weights={"x": 1.0}, sequences=len(ids), length=LENGTH, seed=0)
     stream.batch = lambda numbers: Batch(*_batch(ids, numbers), numbers)  # type: ignore[method-assign]
-    loop = Loop(net, stream, settings, where=RunSettings(device="cpu"), work=folder / "work", label="bench",
+    loop = Loop(net, stream, settings, where=RunSettings(), work=folder / "work", label="bench",
                 tell=lambda _event: None)  # fmt: skip
     started: list[float] = []
     inner = loop._one_step
@@ -180,8 +170,8 @@ def _bare(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tuple[l
     for step in range(about["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=about["steps"], settings=settings)
-        inputs, targets = _batch(ids, range(step * rows, (step + 1) * rows))
-        with torch.autocast("cpu", torch.bfloat16, enabled=about["name"] == "autocast"):
+        inputs, targets = (x.to(net.device) for x in _batch(ids, range(step * rows, (step + 1) * rows)))
+        with torch.autocast(net.device.type, torch.bfloat16, enabled=about["name"] == "autocast"):
             logits = net(input_ids=inputs, use_cache=False).logits
         loss = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -207,9 +197,9 @@ def _trainer(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tupl
             times.append(time.monotonic())
 
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(dir=about["folder"]), use_cpu=True, bf16=True, max_steps=about["steps"],
-        per_device_train_batch_size=about["tokens"] // LENGTH, learning_rate=RATE, weight_decay=0.1, adam_beta2=0.95,
-        max_grad_norm=1.0, lr_scheduler_type="cosine_with_min_lr",
+        output_dir=tempfile.mkdtemp(dir=about["folder"]), use_cpu=net.device.type == "cpu", bf16=True,
+        max_steps=about["steps"], per_device_train_batch_size=about["tokens"] // LENGTH, learning_rate=RATE,
+        weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1}, report_to="none", save_strategy="no", logging_steps=1,
         disable_tqdm=True, dataloader_num_workers=0, remove_unused_columns=False,
     )  # fmt: skip

@@ -25,7 +25,7 @@ def bench() -> None:
 def bench_train(
     model: Path | None, tokens: int, steps: int, rounds: int, names: tuple[str, ...], out: Path | None
 ) -> None:
-    """Training tokens/s and peak memory on the CPU beside bare loops and transformers' Trainer on the same model."""
+    """Training tokens/s and peak memory beside bare loops and transformers' Trainer on the same model."""
     import json
 
     from rich.console import Console
@@ -40,6 +40,38 @@ def bench_train(
     with console.status("") as status:
         found = bench_training(model=model, tokens=tokens // 256 * 256, steps=steps, rounds=rounds,
                                names=list(names or CONTENDERS), tell=status.update)  # fmt: skip
+    console.print(table(found))
+    if out:
+        out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+@bench.command("loss")
+@click.option("--tokens", type=click.IntRange(min=16), default=4096, show_default=True, help="Tokens of a micro-batch.")
+@click.option("--vocabulary", type=click.IntRange(min=2), default=128256, show_default=True, help="Rows of the head.")
+@click.option("--width", type=click.IntRange(min=1), default=576, show_default=True, help="Width of the model.")
+@click.option("--dtype", default="float32", show_default=True, help="float32 or bfloat16, of the hidden states.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, taken in turns.")
+@click.option("--way", "names", multiple=True, metavar="NAME", help="Only this way; may be given again.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON as well.")
+def bench_loss(
+    tokens: int, vocabulary: int, width: int, dtype: str, rounds: int, names: tuple[str, ...], out: Path | None
+) -> None:
+    """Head and loss, forward and backward, beside whole logits: seconds, peak memory, error against float64."""
+    import json
+
+    from rich.console import Console
+
+    from btx.bench.loss import WAYS, bench_loss, table
+    from btx.errors import RecipeError, nearest
+
+    for given, choice in ((names, WAYS), ((dtype,), ("float32", "bfloat16"))):
+        for name in given:
+            if name not in choice:
+                raise RecipeError(f"there is nothing named {name!r} to measure; {nearest(name, choice)}")
+    console = Console()
+    with console.status("") as status:
+        found = bench_loss(tokens=tokens, vocabulary=vocabulary, width=width, dtype=dtype, rounds=rounds,
+                           names=list(names or WAYS), tell=status.update)  # fmt: skip
     console.print(table(found))
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,11 @@ class Descent(Step):
     def examine(self) -> dict[str, Any]:
         """Read the experts whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
         return self.lineage
+
+    def distances(self) -> dict[str, dict[str, float]]:
+        """How far each expert has gone from the seed, as the finished step says."""
+        lineage = json.loads((self.folder / "lineage.json").read_text(encoding="utf-8"))
+        return {name: {key: about[key] for key in ("cosine", "change")} for name, about in lineage.items()}
 
     @cached_property
     def lineage(self) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class Merge(Models):
             top_k = min(TOP_K, experts.count)
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell), joint)
             carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
-            far = {n: distance(seed, m) for n, m in models.items() if n != SEED}
+            known = self.descent.distances() if self.descent else {}
+            far = {n: known.get(n) or distance(seed, m) for n, m in models.items() if n != SEED}
         names = list(experts.owners)
         if self.settings.router in FROM_DATA:
             tell({"label": self.label, "note": f"routers from {self.settings.router}"})

@@ -21,13 +21,16 @@ COLUMNS = 32 if INTERPRETED else 128  # of a tile of activation gradients: its s
 
 
 def _tuned(key: list[str], *shapes: tuple[int, int, int, int, int]) -> Any:
-    """Autotuning over (rows, columns, depth, warps, stages); an interpreter takes small blocks and times nothing."""
+    """Autotuning over (rows, columns, depth, warps, stages); an interpreter takes small blocks and times nothing.
+
+    What was chosen is kept in Triton's cache: a run that is killed and goes on then rounds as it did before.
+    """
     if INTERPRETED:
         shapes = ((16, 32, 16, 1, 1),)
     configs = [
         triton.Config({"BM": m, "BN": n, "BK": k, "GROUP": 8}, num_warps=w, num_stages=s) for m, n, k, w, s in shapes
     ]
-    return triton.autotune(configs=configs, key=key)
+    return triton.autotune(configs=configs, key=key, cache_results=not INTERPRETED)
 
 
 @triton.jit

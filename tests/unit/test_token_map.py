@@ -149,6 +149,28 @@ def test_the_same_files_are_not_loaded(tmp_path: Path, seed: Path, monkeypatch: 
     assert added_tokens(seed, other, "the expert") == []
 
 
+def test_a_tokenizer_is_loaded_once_a_content_and_config_wherever_it_lies(
+    tmp_path: Path, seed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+
+    def load(folder: Path, beside: Any = None) -> Any:
+        loaded.append(folder)
+        return load_beside(folder, beside)
+
+    monkeypatch.setattr("btx.token_map._KNOWN", {})
+    monkeypatch.setattr("btx.token_map.load_beside", load)
+    other = Path(shutil.copytree(seed, tmp_path / "other"))
+    first = tokenizer_digest(seed)
+    assert tokenizer_digest(other) == tokenizer_digest(seed, read_config(seed)) == first
+    assert loaded == [seed]
+    edit_json(other / "config.json", model_type="qwen2")
+    tokenizer_digest(other)
+    changed(seed, lambda data: data["model"].update(ignore_merges=True), tmp_path / "changed")
+    assert tokenizer_digest(tmp_path / "changed") != first
+    assert loaded == [seed, other, tmp_path / "changed"]
+
+
 @pytest.mark.parametrize("case", ["a normalizer", "a pre-tokenizer more", "a start mark", "byte fallback"])
 def test_an_expert_with_another_tokenizer_is_refused_by_what_differs(world: World, case: str) -> None:
     other = changed(world.law, DECIDES[case], world.root / "other")
