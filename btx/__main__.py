@@ -1,6 +1,6 @@
 """Lets `python -m btx` be the command, which is how the engine starts a job in the same environment."""
 
-from btx.cli import main
+from btx.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from btx import model
-from btx.cli import graph_of
+from btx.cli.main import graph_of
+from btx.data.packed import Tokens
 from btx.errors import BtxError
+from btx.models import model
 from btx.probes.bits_per_byte import bits_per_byte, nats
-from btx.settings import torch_dtype
-from btx.tokens import Tokens
+from btx.recipe.settings import torch_dtype
 
 RATES = ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")  # of the experts, and of the control
 SIXTHS = ("5e-6", "1.7e-5", "5e-5", "1.7e-4", "5e-4", "1.7e-3")  # of the finetuning

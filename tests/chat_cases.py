@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from btx.documents import parse
-from btx.encoder import Encoder
+from btx.data.documents import parse
+from btx.data.encoder import Encoder
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|head|>", "<|/head|>", "<pad>"]
 THINK = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added, but not special, as in Qwen3

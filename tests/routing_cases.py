@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from btx.routing import Routing, route
+from btx.moe.routing import Routing, route
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from btx.bench import seconds
 from btx.errors import RecipeError, nearest
-from btx.experts import NATIVE, absent, known, use_kernel
-from btx.step import versions
+from btx.graph.step import versions
+from btx.models.kernels import NATIVE, absent, known, use_kernel
 
 
 @dataclass(frozen=True)

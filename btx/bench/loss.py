@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WAYS = {
-    "ours": "btx.loss, in chunks of rows",
+    "ours": "btx.training.loss, in chunks of rows",
     "torch": "torch's linear_cross_entropy (2.13 and newer), in the same chunks",
     "whole": "all logits, then torch's cross_entropy in float32",
 }
@@ -117,7 +117,7 @@ def _loss(name: str, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) ->
     from torch import nn
     from torch.nn import functional
 
-    from btx.loss import linear_cross_entropy, rows_of
+    from btx.training.loss import linear_cross_entropy, rows_of
 
     if name == "ours":
         return linear_cross_entropy(hidden_TD, weight_VD, targets_T)

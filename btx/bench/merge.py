@@ -26,7 +26,7 @@ from btx.bench import forget_peak, resident
 from btx.errors import RecipeError, ResourceError, nearest
 
 if TYPE_CHECKING:
-    from btx.shards import Row
+    from btx.checkpoints.writer import Row
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
@@ -57,10 +57,10 @@ class Spent(NamedTuple):
 
 def merge_measured(folders: list[Path], out: Path, *, hollow: bool = False) -> Spent:
     """Merge folders into `out` in this process; `hollow` empties each shard once it is done, keeping its size."""
-    from btx.checkpoint import one_thread, opened
+    from btx.checkpoints.reader import one_thread, opened
     from btx.merge.averaging import SEED
-    from btx.merge.settings import MergeSettings
     from btx.merge.write import write_moe
+    from btx.recipe.merge_settings import MergeSettings
 
     out.mkdir()
     before = resident("VmRSS")
@@ -156,7 +156,7 @@ def make_models(place: Path, shape: dict[str, Any], count: int, *, sparse: bool)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from btx.shards import Row, write_weights
+    from btx.checkpoints.writer import Row, write_weights
 
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).state_dict()
@@ -182,7 +182,7 @@ def _write_sparse(out: Path, rows: list[Row]) -> None:
     """Matrices of zeros that take no disk; norms as they are."""
     import torch
 
-    from btx.shards import SHARD_BYTES, header_of, shards_of, write_index
+    from btx.checkpoints.writer import SHARD_BYTES, header_of, shards_of, write_index
 
     shards = shards_of(rows, SHARD_BYTES)
     for file, some in shards.items():
@@ -227,7 +227,7 @@ def bench_merge(
 
 
 def _require_room(place: Path, shape: dict[str, Any], models: int, sparse: bool) -> None:
-    from btx.flops import checkpoint_bytes
+    from btx.models.flops import checkpoint_bytes
 
     wanted = 6 * 10**9 if sparse else 4 * models * checkpoint_bytes(shape, "bfloat16")
     free = shutil.disk_usage(place).free

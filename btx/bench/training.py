@@ -93,8 +93,8 @@ def _model(folder: str) -> Any:
     import torch
     from transformers import LlamaConfig
 
-    from btx import model
-    from btx.settings import RunSettings
+    from btx.models import model
+    from btx.recipe.settings import RunSettings
 
     torch.manual_seed(0)
     if folder:
@@ -117,10 +117,10 @@ def _sequences(count: int, vocabulary: int) -> np.ndarray[Any, Any]:
 
 
 def _ours(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tuple[list[float], float]:
-    from btx.loop import Loop
-    from btx.settings import RunSettings, TrainSettings
-    from btx.stream import Batch, Stream
-    from btx.tokens import Tokens
+    from btx.data.packed import Tokens
+    from btx.data.sampler import Batch, Stream
+    from btx.recipe.settings import RunSettings, TrainSettings
+    from btx.training.loop import Loop
 
     folder = Path(tempfile.mkdtemp(dir=about["folder"]))
     ids[:, :-1].astype("<u4").tofile(folder / "train.bin")
@@ -159,9 +159,9 @@ def _bare(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tuple[l
     import torch
     from torch.nn import functional
 
-    from btx.loop import groups
-    from btx.schedule import learning_rate
-    from btx.settings import TrainSettings
+    from btx.recipe.settings import TrainSettings
+    from btx.training.loop import groups
+    from btx.training.schedule import learning_rate
 
     net = net.train().to(torch.bfloat16 if about["name"] == "pure bf16" else torch.float32)
     settings = TrainSettings(learning_rate=RATE, warmup_steps=0)

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from btx.checkpoint import BLOCK, HEAD, Checkpoint, Tensors, count_non_finite
+from btx.checkpoints.layouts import holds_weights
+from btx.checkpoints.reader import BLOCK, HEAD, Checkpoint, Tensors, count_non_finite
+from btx.checkpoints.token_map import MODEL_FILES, tokenizer_digest
+from btx.checkpoints.validate import DTYPES, read_header, refuse_links, refuse_scripts
+from btx.checkpoints.writer import Row
 from btx.errors import ArtifactError
-from btx.families import EMBEDDING
-from btx.layouts import holds_weights
 from btx.merge.lora_config import CONFIG, LoraOptions
-from btx.safety import DTYPES, read_header, refuse_links, refuse_scripts
-from btx.shards import Row
-from btx.token_map import MODEL_FILES, tokenizer_digest
+from btx.models.families import EMBEDDING
 
 WEIGHTS, PICKLE, TOKENIZER = "adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"
 PREFIX = "base_model.model."

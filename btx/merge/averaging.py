@@ -12,11 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
-from btx.checkpoint import BLOCK, HEAD, Checkpoint
+from btx.checkpoints.reader import BLOCK, HEAD, Checkpoint
 from btx.errors import ResourceError
-from btx.families import EMBEDDING, LAYER
-from btx.merge.settings import GROUPS, OPTIONS, WEIGHED, AveragingSettings, MergeSettings, SharedSettings, group_of
 from btx.merge.vocabulary import Joint
+from btx.models.families import EMBEDDING, LAYER
+from btx.recipe.merge_settings import (
+    GROUPS,
+    OPTIONS,
+    WEIGHED,
+    AveragingSettings,
+    MergeSettings,
+    SharedSettings,
+    group_of,
+)
 
 SEED = "seed"
 ELEMENTWISE = ("mean", "linear", "task_arithmetic")  # methods that can go block by block

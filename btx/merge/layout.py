@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from btx.checkpoint import BLOCK, Checkpoint
+from btx.checkpoints.reader import BLOCK, Checkpoint
+from btx.checkpoints.validate import MOST_LAYERS
 from btx.errors import RecipeError
-from btx.families import DENSE, DOWN, IDLE_WIDTH, LAYER, Family, family_of
 from btx.merge.renewed import chosen, renewed
-from btx.merge.settings import MergeSettings
-from btx.safety import MOST_LAYERS
-from btx.target import moe_config
+from btx.models.families import DENSE, DOWN, IDLE_WIDTH, LAYER, Family, family_of
+from btx.models.target import moe_config
+from btx.recipe.merge_settings import MergeSettings
 
 BESIDE_SHARED = 0.5  # what routed experts are multiplied by where a shared one gives the other half: its fresh gate is
 # sigmoid(0), so N copies and a shared expert of the same block give that block; halving is exact but for subnormals

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 
-from btx.checkpoint import Checkpoint
+from btx.checkpoints.reader import Checkpoint
 from btx.errors import ArtifactError
 
 

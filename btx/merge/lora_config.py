@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from btx.checkpoints.layouts import ADAPTER, refuse_pointer
 from btx.errors import ArtifactError
-from btx.layouts import ADAPTER, refuse_pointer
 
 CONFIG = ADAPTER
 RECORDS = {  # what has been, or what acts on training alone

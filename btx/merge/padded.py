@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from btx.checkpoint import Checkpoint
-from btx.families import DOWN, GATE, LAYER, UP
+from btx.checkpoints.reader import Checkpoint
+from btx.models.families import DOWN, GATE, LAYER, UP
 
 
 class Padded(Checkpoint):

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btx.routed import find_routers
-from btx.routing import mean_entropy
+from btx.moe.hooks import find_routers
+from btx.moe.routing import mean_entropy
 
 RIDGE = 1e-3  # λ as a share of the mean square of a component of x
 APART = 0.1  # root mean square of what tells experts of one domain apart, as a share of the rows'

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from btx.artifact import write_json
-from btx.checkpoint import HEAD, Checkpoint, carry_files
+from btx.checkpoints.reader import HEAD, Checkpoint, carry_files
+from btx.checkpoints.token_map import difference, same_files, token_map
+from btx.checkpoints.validate import read_config
+from btx.data.packed import load_tokenizer
 from btx.errors import ArtifactError
-from btx.families import EMBEDDING
-from btx.merge.settings import AveragingSettings
-from btx.safety import read_config
-from btx.token_map import difference, same_files, token_map
-from btx.tokens import load_tokenizer
+from btx.graph.artifact import write_json
+from btx.models.families import EMBEDDING
+from btx.recipe.merge_settings import AveragingSettings
 
 FILE = "vocabulary.json"
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"

@@ -15,9 +15,13 @@ from pathlib import Path
 
 import torch
 
-from btx.checkpoint import Checkpoint
+from btx.checkpoints.reader import Checkpoint
+from btx.checkpoints.writer import Progress, Resume, Row, write_weights
 from btx.errors import ArtifactError, RecipeError
-from btx.families import (
+from btx.merge.averaging import Shared
+from btx.merge.layout import Experts, layout
+from btx.merge.vocabulary import Joint
+from btx.models.families import (
     DOWN,
     EMBEDDING,
     IDLE_WIDTH,
@@ -30,12 +34,8 @@ from btx.families import (
     Family,
     family_of,
 )
-from btx.merge.averaging import Shared
-from btx.merge.layout import Experts, layout
-from btx.merge.settings import MergeSettings
-from btx.merge.vocabulary import Joint
-from btx.shards import Progress, Resume, Row, write_weights
-from btx.target import class_name
+from btx.models.target import class_name
+from btx.recipe.merge_settings import MergeSettings
 
 SEED = "seed"
 
@@ -173,7 +173,7 @@ def _one_after_another(parts: Iterable[Callable[[], Iterable[torch.Tensor]]]) ->
 
 def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: Shared) -> list[torch.Tensor]:
     """A router row for every expert, scaled by what the router sees, from a seed that is the layer's own."""
-    from btx.routing import init_router
+    from btx.moe.routing import init_router
 
     key = int.from_bytes(hashlib.sha256(f"{shared_.settings.seed}/{name}".encode()).digest()[:7])
     generator = torch.Generator().manual_seed(key)

@@ -1,1 +1,1 @@
-"""The life of a Mixture of Experts after its merge: `btx moe`."""
+"""Pure functions of tensors: routing, balance, and what watches the routers of a live model."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btx.routed import Routed, router_labels
-from btx.routing import Routing
+from btx.moe.hooks import Routed, router_labels
+from btx.moe.routing import Routing
 
 
 class RoutingShares:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.artifact import write_json
-from btx.fields import execution
-from btx.step import HASHED, Step, Tell
+from btx.graph.artifact import write_json
+from btx.graph.step import HASHED, Step, Tell
+from btx.recipe.fields import execution
 
 
 class Adapted(Step):
@@ -20,7 +20,7 @@ class Adapted(Step):
 
     def examine(self) -> None:
         """Refuse an adapter that does not go with the seed; reads it whole, writes nothing."""
-        from btx.checkpoint import opened
+        from btx.checkpoints.reader import opened
         from btx.merge.adapter import Adapter
 
         with opened(self.seed.folder) as seed:
@@ -28,9 +28,9 @@ class Adapted(Step):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Check, add and write."""
-        from btx.checkpoint import carry_files, one_thread, opened
+        from btx.checkpoints.reader import carry_files, one_thread, opened
+        from btx.checkpoints.writer import write_weights
         from btx.merge.adapter import Adapter
-        from btx.shards import write_weights
 
         adapter = Adapter(self.path)
         with opened(self.seed.folder) as seed, one_thread():

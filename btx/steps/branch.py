@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.artifact import write_json
 from btx.errors import ArtifactError
-from btx.families import LAYER
-from btx.native import config_difference, idle_difference, native_config
-from btx.step import Step, Tell
+from btx.graph.artifact import write_json
+from btx.graph.step import Step, Tell
+from btx.models.families import LAYER
+from btx.models.native import config_difference, idle_difference, native_config
 
 if TYPE_CHECKING:
-    from btx.checkpoint import Checkpoint
+    from btx.checkpoints.reader import Checkpoint
 
 LEAST_COSINE = 0.3  # between all matrices of an expert and the seed; strangers have about 0
 
@@ -44,10 +44,10 @@ class Branch(Step):
     @cached_property
     def lineage(self) -> dict[str, Any]:
         """What `examine` found."""
-        from btx.checkpoint import opened, require_finite
-        from btx.families import family_of
-        from btx.target import warnings_of
-        from btx.token_map import require_carried, tokenizer_digest
+        from btx.checkpoints.reader import opened, require_finite
+        from btx.checkpoints.token_map import require_carried, tokenizer_digest
+        from btx.models.families import family_of
+        from btx.models.target import warnings_of
 
         folder = self.seed.folder
         with opened(folder) as seed:
@@ -103,7 +103,7 @@ class Descent(Step):
 
 def check_buildable(config: dict[str, Any], where: str) -> None:
     """Raise now, not after days of training, when the MoE class cannot hold this model."""
-    from btx.target import moe_config
+    from btx.models.target import moe_config
 
     width = native_config(config, where).to_dict()["intermediate_size"]
     moe_config(deepcopy(config), experts=2, top_k=1, width=width, where=where)
@@ -114,9 +114,9 @@ def require_complete(checkpoint: Checkpoint) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from btx.checkpoint import HEAD
-    from btx.families import EMBEDDING
-    from btx.layouts import ANEW
+    from btx.checkpoints.layouts import ANEW
+    from btx.checkpoints.reader import HEAD
+    from btx.models.families import EMBEDDING
 
     if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
         raise ArtifactError(
@@ -170,7 +170,7 @@ def _as_text(shape: tuple[int, ...] | None) -> str:
 
 def require_ids(checkpoint: Checkpoint) -> None:
     """ArtifactError when the tokenizer has ids that the embedding has no row for: training would fail on the first."""
-    from btx.tokens import Encoder, load_tokenizer
+    from btx.data.packed import Encoder, load_tokenizer
 
     rows = native_config(checkpoint.config, str(checkpoint.folder)).vocab_size
     ids = Encoder(load_tokenizer(checkpoint.folder), "all").ids
@@ -183,13 +183,13 @@ def require_ids(checkpoint: Checkpoint) -> None:
 
 def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
-    from btx.checkpoint import opened, require_finite
-    from btx.families import family_of
+    from btx.checkpoints.reader import opened, require_finite
+    from btx.checkpoints.token_map import tokenizer_digest
     from btx.merge.lineage import distance, require_same
     from btx.merge.padded import same_width
     from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_ids_as_stated, require_rows
-    from btx.target import warnings_of
-    from btx.token_map import tokenizer_digest
+    from btx.models.families import family_of
+    from btx.models.target import warnings_of
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.settings import TrainSettings
-from btx.step import Step, Tell
+from btx.graph.step import Step, Tell
+from btx.recipe.settings import TrainSettings
 from btx.steps.branch import Branch
 from btx.steps.tokens import TokensStep
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from btx.artifact import write_json
+from btx.data.heldout import LEAST
 from btx.errors import RecipeError
-from btx.heldout import LEAST
-from btx.settings import EvaluateSettings
-from btx.step import Step, Tell
+from btx.graph.artifact import write_json
+from btx.graph.step import Step, Tell
+from btx.recipe.settings import EvaluateSettings
 from btx.steps.dense import Dense
 from btx.steps.finetune import Finetune
 from btx.steps.merge import SEED, Average
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
-    from btx.tokens import Tokens
+    from btx.data.packed import Tokens
 
 FEW = 10  # documents: fewer, drawn again and again, say little of how far other documents might lie
 
@@ -53,7 +53,7 @@ class Evaluate(Step):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Measure and write."""
-        from btx.tokens import Tokens
+        from btx.data.packed import Tokens
 
         folders = {n: Tokens(t.folder) for n, t in self.tokens.items()}
         documents = {n: t.valid(self.settings.tokens, self.settings.split) for n, t in folders.items()}
@@ -117,10 +117,10 @@ class Evaluate(Step):
         """Nats of each document by domain, and for a Mixture of Experts its routing by domain, found on the way."""
         import torch
 
-        from btx import model
+        from btx.models import model
+        from btx.moe.hooks import Routed
         from btx.probes.bits_per_byte import nats
         from btx.probes.routing_shares import RoutingShares
-        from btx.routed import Routed
 
         model.set_threads(self.where)
         device = model.device_of(self.where)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.artifact import write_json
-from btx.settings import ExportSettings
-from btx.step import Step, Tell
+from btx.graph.artifact import write_json
+from btx.graph.step import Step, Tell
+from btx.recipe.settings import ExportSettings
 from btx.steps.evaluate import Evaluate
 
 
@@ -24,8 +24,8 @@ class Export(Step):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Copy, describe, prove."""
-        from btx.card import card
-        from btx.proof import write_sums
+        from btx.export.card import card
+        from btx.export.proof import write_sums
 
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         tensors = write_model(self.evaluate.finetune.folder, out, self.settings)
@@ -37,10 +37,10 @@ class Export(Step):
 
 def write_model(source: Path, out: Path, settings: ExportSettings) -> int:
     """Write weights, config, tokenizer and proof of a Mixture of Experts for others; returns the number of tensors."""
-    from btx.checkpoint import carry_files, opened
-    from btx.portable import portable_config, rows
-    from btx.proof import PROOF, make_proof
-    from btx.shards import write_weights
+    from btx.checkpoints.reader import carry_files, opened
+    from btx.checkpoints.writer import write_weights
+    from btx.export.portable import portable_config, rows
+    from btx.export.proof import PROOF, make_proof
 
     with opened(source) as model:
         tensors = rows(model, settings.layout)

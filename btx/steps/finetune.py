@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.settings import FinetuneSettings
-from btx.step import Step, Tell
+from btx.graph.step import Step, Tell
+from btx.recipe.settings import FinetuneSettings
 from btx.steps.merge import Merge
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
     import torch
 
-    from btx.balance import StepMeans
+    from btx.moe.balance import StepMeans
 
 
 JUDGED = 32  # sequences over which an expert is called dead: a step of a few may be without its domain
@@ -50,7 +50,7 @@ def freeze(model: Any, trainable: str) -> None:
 
     Experts are modules of a `...Experts` class, as in every native one.
     """
-    from btx.routed import find_routers
+    from btx.moe.hooks import find_routers
 
     routers = {id(p) for router in find_routers(model).values() for p in router.parameters()}
     experts = {id(p) for m in model.modules() if type(m).__name__.endswith("Experts") for p in m.parameters()}
@@ -63,8 +63,8 @@ class Balanced:
     """The watch of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, tell: Tell, names: list[str]) -> None:
-        from btx.routed import Routed, find_routers, route_in_float32, router_labels
-        from btx.routing import RoutingTotals
+        from btx.moe.hooks import Routed, find_routers, route_in_float32, router_labels
+        from btx.moe.routing import RoutingTotals
 
         freeze(model, settings.trainable)
         experts: Any = next(iter(find_routers(model).values())).num_experts
@@ -84,7 +84,7 @@ class Balanced:
 
     def begin(self, step: int) -> None:
         """The temperature of Sample Top-1 depends on the step; means and figures are those of one step."""
-        from btx.routing import RoutingTotals
+        from btx.moe.routing import RoutingTotals
 
         self.routed.step = step
         self.means: StepMeans | None = None
@@ -92,8 +92,8 @@ class Balanced:
 
     def sequences(self, numbers: range, length: int) -> None:
         """The noise of Sample Top-1 is a sequence's own, whatever pass it is in."""
-        from btx.routed import sequence_noise
-        from btx.stream import key_of
+        from btx.data.sampler import key_of
+        from btx.moe.hooks import sequence_noise
 
         if self.settings.routing != "sample_top1":
             return
@@ -107,7 +107,7 @@ class Balanced:
 
     def survey(self, share: float) -> None:
         """Take in the last pass's means."""
-        from btx.balance import StepMeans
+        from btx.moe.balance import StepMeans
 
         if self.means is None:
             self.means = StepMeans()
@@ -115,7 +115,7 @@ class Balanced:
 
     def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The weighted balance loss of the step, with the gradient of the last pass's tokens, and its value."""
-        from btx.balance import balance_loss, over_processes
+        from btx.moe.balance import balance_loss, over_processes
 
         everywhere = self.means.everywhere() if self.means else over_processes
         raw = balance_loss(self.settings.balance.form, self.routed.layers, everywhere)
@@ -136,7 +136,7 @@ class Balanced:
 
     def _judge(self) -> None:
         """Which experts are dead, over enough sequences that each domain is among them; a new one is a warning."""
-        from btx.routing import RoutingTotals
+        from btx.moe.routing import RoutingTotals
 
         if self.window.tokens < JUDGED * self.settings.sequence_length:
             return

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.fields import execution
-from btx.step import Step, Tell
+from btx.graph.step import Step, Tell
+from btx.recipe.fields import execution
 
 
 class Given(Step):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from btx.artifact import STATES, fingerprint, write_json
 from btx.errors import RecipeError
-from btx.merge.settings import FROM_DATA, MergeSettings
-from btx.step import HASHED, Step, Tell
+from btx.graph.artifact import STATES, fingerprint, write_json
+from btx.graph.step import HASHED, Step, Tell
+from btx.recipe.merge_settings import FROM_DATA, MergeSettings
 from btx.steps.branch import Branch, Descent
 from btx.steps.tokens import TokensStep
 from btx.steps.vocabulary import VocabularyStep
@@ -20,9 +20,9 @@ from btx.steps.vocabulary import VocabularyStep
 if TYPE_CHECKING:
     import torch
 
+    from btx.checkpoints.writer import Progress, Resume
     from btx.merge.layout import Experts
     from btx.merge.vocabulary import Joint
-    from btx.shards import Progress, Resume
 
 SEED = "seed"
 TELL_EVERY = 1.0  # seconds
@@ -52,7 +52,7 @@ class Models(Step):
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any, Joint | None]:
         """All models as open, checked checkpoints of one feed-forward width and vocabulary, the seed, and its rest."""
-        from btx.checkpoint import one_thread, opened
+        from btx.checkpoints.reader import one_thread, opened
         from btx.merge.averaging import require_memory
         from btx.merge.lineage import require_same
         from btx.merge.padded import same_width
@@ -75,7 +75,7 @@ class Models(Step):
 
     def resume(self, work: Path) -> Resume:
         """Where finished shards wait for the others, good for the parents that are there now."""
-        from btx.shards import Resume
+        from btx.checkpoints.writer import Resume
 
         return Resume(work / STATES, fingerprint({label: parent.digest for label, parent in self.parents.items()}))
 
@@ -99,7 +99,7 @@ class Average(Models):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Average and write."""
-        from btx.checkpoint import carry_files
+        from btx.checkpoints.reader import carry_files
         from btx.merge.write import write_average
 
         with ExitStack() as stack:
@@ -121,10 +121,10 @@ class Merge(Models):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
+        from btx.checkpoints.token_map import carry_tokenizer
         from btx.merge.layout import layout
         from btx.merge.lineage import distance
         from btx.merge.write import write_moe
-        from btx.token_map import carry_tokenizer
 
         with ExitStack() as stack:
             models, seed, joint = self.opened(stack)
@@ -144,10 +144,10 @@ class Merge(Models):
 
     def _route(self, out: Path, experts: Experts) -> set[str]:
         """Make the routers of the merged model in `out` anew from the domains' data; returns the files it changed."""
-        from btx import model
-        from btx.families import MOE
+        from btx.checkpoints.writer import overwrite
         from btx.merge.router_init import fresh_routers
-        from btx.shards import overwrite
+        from btx.models import model
+        from btx.models.families import MOE
 
         model.set_threads(self.where)
         net = model.load(out, where=self.where).to(model.device_of(self.where)).eval()
@@ -165,7 +165,7 @@ def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:
     """The first training tokens of a domain as batches of ids."""
     import torch
 
-    from btx.tokens import Tokens
+    from btx.data.packed import Tokens
 
     ids = torch.from_numpy(Tokens(step.folder).train[:count].astype("int64"))
     length = min(SEQUENCE, len(ids))

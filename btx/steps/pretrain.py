@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.settings import BuiltinSeed, TrainSettings
-from btx.step import Step, Tell
+from btx.graph.step import Step, Tell
+from btx.recipe.settings import BuiltinSeed, TrainSettings
 from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
 
@@ -23,8 +23,8 @@ class Pretrain(Step):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Pretrain and save."""
+        from btx.data.packed import load_tokenizer
         from btx.steps.train import fit
-        from btx.tokens import load_tokenizer
 
         config = llama_config(self.shape, load_tokenizer(self.tokenizer.folder), self.train.sequence_length)
         return fit(

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.artifact import LOGS, read_manifest, write_json
-from btx.step import Step, Tell
+from btx.graph.artifact import LOGS, read_manifest, write_json
+from btx.graph.step import Step, Tell
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 
@@ -21,7 +21,7 @@ class Report(Step):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Join the evaluation with the costs and draw."""
-        from btx.pictures import matrix_svg, page, routing_svg
+        from btx.report.charts import matrix_svg, page, routing_svg
 
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         trained = {label: read_manifest(s.folder) for label, s in _ancestors(self).items() if s.trains}

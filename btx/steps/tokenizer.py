@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.step import Tell
+from btx.graph.step import Tell
 from btx.steps.tokens import Reads
 
 END = "<|endoftext|>"
@@ -24,7 +24,7 @@ class Tokenizer(Reads):
         from tokenizers import decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
-        from btx.portable import portable_tokenizer
+        from btx.export.portable import portable_tokenizer
 
         fast = Fast(models.BPE())
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

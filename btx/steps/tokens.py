@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.fields import execution
-from btx.settings import DataSettings
-from btx.step import Step, Tell
+from btx.graph.step import Step, Tell
+from btx.recipe.fields import execution
+from btx.recipe.settings import DataSettings
 
 if TYPE_CHECKING:
-    from btx.split import Split
-    from btx.tokens import Encoder
+    from btx.data.packed import Encoder
+    from btx.data.split import Split
 
 
 class Reads(Step):
@@ -33,7 +33,7 @@ class Reads(Step):
 
     def split(self) -> Split:
         """The documents, to be read once."""
-        from btx.split import Split
+        from btx.data.split import Split
 
         return Split(self.sources, self.valid, self.data, apart=self.apart, beside=self.beside)
 
@@ -48,7 +48,7 @@ class TokensStep(Reads):
 
     def encoder(self) -> Encoder:
         """What turns the documents into ids."""
-        from btx.tokens import Encoder, load_tokenizer
+        from btx.data.packed import Encoder, load_tokenizer
 
         tokenizer = load_tokenizer(self.tokenizer.folder)
         if self.template:
@@ -57,7 +57,7 @@ class TokensStep(Reads):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Tokenise all documents."""
-        from btx.tokens import write_tokens
+        from btx.data.packed import write_tokens
 
         split, encoder = self.split(), self.encoder()
         facts = write_tokens(out, split, settings=self.data, encoder=encoder)

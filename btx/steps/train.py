@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.artifact import LOGS
 from btx.errors import ResourceError
-from btx.settings import TrainSettings, steps_of, torch_dtype
-from btx.step import Step, Tell
+from btx.graph.artifact import LOGS
+from btx.graph.step import Step, Tell
+from btx.recipe.settings import TrainSettings, steps_of, torch_dtype
 from btx.steps.branch import Branch
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
-    from btx.loop import Watch
+    from btx.training.loop import Watch
 
 OWN = "own"  # what the sampler calls an expert's data: its order hangs on this, and on no label
 
@@ -48,17 +48,17 @@ def fit(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
-    `prepare(model)` may freeze parameters and return a watch (see `btx.loop.Watch`). Files of the tokenizer are
+    `prepare(model)` may freeze parameters and return a watch (see `btx.training.loop.Watch`). Files of the tokenizer are
     carried over from `like`.
     """
     import torch
 
-    from btx import flops, model
-    from btx.checkpoint import Checkpoint
-    from btx.experts import kernel_of
-    from btx.loop import Loop
-    from btx.stream import Stream
-    from btx.tokens import Tokens
+    from btx.checkpoints.reader import Checkpoint
+    from btx.data.packed import Tokens
+    from btx.data.sampler import Stream
+    from btx.models import flops, model
+    from btx.models.kernels import kernel_of
+    from btx.training.loop import Loop
 
     model.set_threads(step.where)
     device = model.device_of(step.where)

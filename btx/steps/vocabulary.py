@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from btx.errors import ArtifactError
-from btx.step import Step, Tell
+from btx.graph.step import Step, Tell
 
 
 class VocabularyStep(Step):
@@ -19,8 +19,8 @@ class VocabularyStep(Step):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Write it, and see that it reads as it should."""
+        from btx.data.packed import load_tokenizer
         from btx.merge.vocabulary import write_joint
-        from btx.tokens import load_tokenizer
 
         found = write_joint(out, self.seed.folder, {name: step.folder for name, step in self.experts.items()})
         known = load_tokenizer(out).get_vocab()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from btx.checkpoint import Checkpoint
+from btx.checkpoints.reader import Checkpoint
 from tests.conftest import config_of, save_model, tokenizer_into
 from tests.faults.world import Break, World, edit_json, refused
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from btx.documents import parse
-from btx.tokens import Encoder, load_tokenizer
+from btx.data.documents import parse
+from btx.data.packed import Encoder, load_tokenizer
 from tests.faults.world import Break, World, refused, write_jsonl
 
 

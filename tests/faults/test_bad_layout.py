@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from btx.artifact import lock, locked
-from btx.cli import graph_of
+from btx.cli.main import graph_of
 from btx.errors import ArtifactError, RecipeError
+from btx.graph.artifact import lock, locked
 from tests.faults.test_bad_input import setting
 from tests.faults.world import Break, World, refused
 

@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from btx.artifact import write_json
-from btx.cli import main
+from btx.cli.main import main
+from btx.graph.artifact import write_json
 from tests.conftest import config_of, save_model
 from tests.numerics.test_merge_identities import merge
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from btx import shards
-from btx.checkpoint import opened
-from btx.merge.settings import MergeSettings
+from btx.checkpoints import writer
+from btx.checkpoints.reader import opened
+from btx.checkpoints.writer import Resume
 from btx.merge.write import write_moe
-from btx.shards import Resume
+from btx.recipe.merge_settings import MergeSettings
 from tests.conftest import config_of, save_model
 
 SHARD = 20_000  # bytes: several tensors of the pico models
@@ -22,7 +22,7 @@ SHARD = 20_000  # bytes: several tensors of the pico models
 
 def merge(folders: list[Path], out: Path, work: Path, kill_at: int | None) -> None:
     """Merge as the step does; die while the row of that number is being written."""
-    shards.SHARD_BYTES = SHARD
+    writer.SHARD_BYTES = SHARD
     seen = 0
 
     def progress(_file: Path, _done: int, _total: int) -> None:

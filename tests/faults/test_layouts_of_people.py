@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from btx.checkpoint import Checkpoint
+from btx.checkpoints.reader import Checkpoint
 from btx.errors import ArtifactError
 from btx.merge.adapter import is_adapter
 from tests.conftest import config_of, save_model

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from btx.cli import graph_of, step_of
-from btx.digests import Digests
+from btx.cli.main import graph_of, step_of
 from btx.errors import RecipeError, ResourceError, disk_error, full_disks_told
-from btx.launch import ROLES, own_rank
+from btx.graph.digests import Digests
+from btx.graph.launch import ROLES, own_rank
 from tests.conftest import write_project
 
 BTX = [sys.executable, "-m", "btx"]

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from btx.artifact import write_json
-from btx.checkpoint import Checkpoint, opened
+from btx.checkpoints.reader import Checkpoint, opened
 from btx.errors import ArtifactError
-from btx.settings import ExportSettings
+from btx.graph.artifact import write_json
+from btx.recipe.settings import ExportSettings
 from btx.steps.branch import require_complete
 from btx.steps.export import write_model
 from tests.conftest import config_of, save_model

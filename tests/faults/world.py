@@ -18,7 +18,7 @@ from unittest.mock import patch
 import yaml
 from click.testing import CliRunner
 
-from btx.cli import graph_of, main
+from btx.cli.main import graph_of, main
 from tests.conftest import config_of, save_model
 
 Break = Callable[["World"], Any]
@@ -110,7 +110,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 def refused(recipe: Path, runs: Path, code: int, words: Iterable[str], *options: str) -> str:
     """Assert that `btx run` ends with this code, one sentence that has these words, and nothing written."""
     before = sorted(p for p in recipe.parent.rglob("*"))
-    with patch("btx.walk.walk", side_effect=AssertionError("the input was accepted")):
+    with patch("btx.graph.scheduler.walk", side_effect=AssertionError("the input was accepted")):
         result = CliRunner().invoke(main, ["run", str(recipe), *options])
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     assert isinstance(result.exception, SystemExit)

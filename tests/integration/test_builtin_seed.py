@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from btx import builtin
-from btx.heldout import SIDES, Side
-from btx.pipeline import Graph
-from btx.recipe import load_recipe
+from btx.conversions.pipeline import Graph
+from btx.data import builtin
+from btx.data.heldout import SIDES, Side
+from btx.data.packed import Tokens, load_tokenizer
+from btx.recipe.recipe import load_recipe
 from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
-from btx.tokens import Tokens, load_tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "demo.yaml"
 RECIPE = """\

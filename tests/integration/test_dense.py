@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from btx.pipeline import Graph
-from btx.recipe import load_recipe
+from btx.conversions.pipeline import Graph
+from btx.recipe.recipe import load_recipe
 from btx.steps.dense import Dense
 from tests.conftest import write_project
 from tests.integration.test_run import btx

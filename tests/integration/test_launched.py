@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from btx import artifact
-from btx.pipeline import Graph
-from btx.recipe import load_recipe
+from btx.conversions.pipeline import Graph
+from btx.graph import artifact
+from btx.recipe.recipe import load_recipe
 from tests.conftest import write_project
 from tests.integration.test_run import BTX, btx, wait_for_step, wait_until_free
 from tests.integration.test_variants import FSDP
@@ -61,7 +61,7 @@ def test_a_further_process_helps_only_the_first_one_of_its_own_launch(
         calls.append("waits")
         monkeypatch.setattr(type(step), "done", len(calls) > 1)
 
-    monkeypatch.setattr("btx.step.time.sleep", sleep)
+    monkeypatch.setattr("btx.graph.step.time.sleep", sleep)
     monkeypatch.setattr(type(step), "run", lambda *_: calls.append("helps"))
     with artifact.lock(step.lock_file, waiting=calls.append):
         step.build(lambda _event: None, rank=1)
@@ -82,6 +82,6 @@ def test_a_further_process_whose_first_one_finds_the_step_done_does_not_start_it
         monkeypatch.setattr(type(step), "done", True)  # others have published, and the first one has the lock now
         return True
 
-    monkeypatch.setattr("btx.step.held_by_launch", held)
+    monkeypatch.setattr("btx.graph.step.held_by_launch", held)
     monkeypatch.setattr(type(step), "run", lambda *_: pytest.fail("it runs alone"))
     step.build(lambda _event: None, rank=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from btx.cli import graph_of, main
+from btx.cli.main import graph_of, main
 from tests.faults.world import World, refused
 
 

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from btx.cli import main
-from btx.portable import notes
-from btx.safety import read_config
-from btx.settings import ExportSettings
+from btx.checkpoints.validate import read_config
+from btx.cli.main import main
+from btx.export.portable import notes
+from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
 from tests.conftest import write_project
 from tests.integration.test_run import btx

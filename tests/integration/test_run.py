@@ -129,7 +129,7 @@ def test_a_changed_input_stops_the_run_and_what_rests_on_it_is_not_called_done(p
     btx("run", "recipe.yaml", "--until", "merge", *sets, cwd=project)
     manifest = json.loads((folders["train:math"] / "btx.json").read_text())
     other = {**manifest, "files": {**manifest["files"], "x": {"size": 0, "sha256": "0" * 64}}}
-    from btx.artifact import content_digest
+    from btx.graph.artifact import content_digest
 
     (folders["train:math"] / "x").touch()
     (folders["train:math"] / "btx.json").write_text(json.dumps({**other, "digest": content_digest(other["files"])}))
@@ -162,7 +162,7 @@ def test_a_stop_outside_a_training_ends_with_75_and_leaves_nothing_behind(
 
 
 def test_the_proof_fails_when_the_weights_are_others_but_the_digests_agree(project: Path, tmp_path: Path) -> None:
-    from btx.proof import write_sums
+    from btx.export.proof import write_sums
 
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-rL", project / "runs/pico/export", copy], check=True)

@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from btx.artifact import write_json
-from btx.cli import main
-from btx.proof import PROOF, SUMS, make_proof, write_sums
-from btx.settings import ExportSettings
+from btx.cli.main import main
+from btx.export.proof import PROOF, SUMS, make_proof, write_sums
+from btx.graph.artifact import write_json
+from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
 from tests.conftest import config_of, save_model
 from tests.faults.test_bad_mixture import moe

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from btx.tokens import Tokens
+from btx.data.packed import Tokens
 from tests.conftest import config_of, save_model, write_project
 from tests.integration.test_run import btx, results
 from tests.numerics.test_vocabulary import TOKENS, extended, plain

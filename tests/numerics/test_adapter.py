@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btx.artifact import write_json
-from btx.checkpoint import opened
+from btx.checkpoints.reader import opened
+from btx.checkpoints.writer import write_weights
 from btx.errors import ArtifactError
+from btx.graph.artifact import write_json
 from btx.merge.adapter import WEIGHTS, Adapter, is_adapter
 from btx.merge.lora_config import CONFIG
-from btx.shards import write_weights
 from tests.conftest import config_of, save_model, write_project
 from tests.faults.world import edit_json
 from tests.integration.test_run import btx, results

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from btx.artifact import write_json
-from btx.checkpoint import opened
+from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError
+from btx.graph.artifact import write_json
 from btx.merge.adapter import WEIGHTS, Adapter
 from btx.merge.lora_config import CONFIG, RECORDS, UNDERSTOOD, LoraOptions
 from tests.conftest import config_of, save_model

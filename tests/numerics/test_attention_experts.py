@@ -11,19 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx.checkpoint import Checkpoint, opened
-from btx.cli import graph_of
+from btx.checkpoints.reader import Checkpoint, opened
+from btx.cli.main import graph_of
 from btx.errors import ArtifactError, RecipeError
-from btx.experts import kernel_of
-from btx.families import OUTPUT, QUERY
+from btx.export.mixture import Moe
+from btx.export.portable import rows
 from btx.merge.router_init import fresh_routers
-from btx.merge.settings import MergeSettings
 from btx.merge.vocabulary import Joint, write_joint
 from btx.merge.write import write_moe
-from btx.moe.mixture import Moe
-from btx.portable import rows
-from btx.routed import Routed, find_routers, router_labels
-from btx.routing import statistics
+from btx.models.families import OUTPUT, QUERY
+from btx.models.kernels import kernel_of
+from btx.moe.hooks import Routed, find_routers, router_labels
+from btx.moe.routing import statistics
+from btx.recipe.merge_settings import MergeSettings
 from btx.steps.finetune import freeze
 from tests.conftest import config_of, save_model
 from tests.faults.world import World, refused

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 from transformers.distributed import DistributedConfig
 
-from btx.experts import absent, use_kernel
+from btx.models.kernels import absent, use_kernel
 from tests.moe_models import build
 
 WORLD = 2

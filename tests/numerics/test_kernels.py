@@ -13,7 +13,7 @@ from btx_kernels import _order, _products, reference
 from hypothesis import example, given, settings
 from torch import Tensor
 
-from btx.experts import absent, ours
+from btx.models.kernels import absent, ours
 from tests.kernel_cases import Case, Experts, cases, compare, results, tensors
 
 OTHERS = [name for name in ours() if name != "reference"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from btx.errors import RecipeError, ResourceError
-from btx.experts import HUB, absent, choose, known, ours, use_kernel
+from btx.models.kernels import HUB, absent, choose, known, ours, use_kernel
 from tests.moe_models import FAMILIES, build, forward, use_checkpointing
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from btx.experts import absent, ours
+from btx.models.kernels import absent, ours
 from tests.kernel_cases import Case, compare, results, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

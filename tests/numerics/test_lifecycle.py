@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx.artifact import write_json
-from btx.checkpoint import Checkpoint, opened
+from btx.checkpoints.reader import Checkpoint, opened
+from btx.checkpoints.writer import write_weights
 from btx.errors import ArtifactError, RecipeError
-from btx.families import DENSE
-from btx.moe import lifecycle
-from btx.moe.mixture import Masked, Moe
-from btx.moe.router_fit import MARGIN, Normal, fit_rows, solve, targets
-from btx.portable import rows as rows_in
-from btx.routed import find_routers
-from btx.shards import write_weights
+from btx.export import lifecycle
+from btx.export.mixture import Masked, Moe
+from btx.export.portable import rows as rows_in
+from btx.graph.artifact import write_json
+from btx.merge.router_fit import MARGIN, Normal, fit_rows, solve, targets
+from btx.models.families import DENSE
+from btx.moe.hooks import find_routers
 from tests.conftest import config_of, save_model
 from tests.numerics.test_merge_identities import load, logits, merge
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from btx.data.packed import Tokens
+from btx.data.sampler import Stream
 from btx.errors import DivergedError, InterruptedRunError
-from btx.loop import Loop, groups
-from btx.schedule import learning_rate
-from btx.settings import FinetuneSettings, RunSettings, TrainSettings
+from btx.recipe.settings import FinetuneSettings, RunSettings, TrainSettings
 from btx.steps.finetune import Balanced, freeze
-from btx.stream import Stream
-from btx.tokens import Tokens
+from btx.training.loop import Loop, groups
+from btx.training.schedule import learning_rate
 from tests.conftest import config_of
 
 SETTINGS = {"sequence_length": 16, "batch_tokens": 64, "learning_rate": 1e-2}

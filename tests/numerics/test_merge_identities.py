@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from btx.checkpoint import carry_files, opened
-from btx.families import DENSE
+from btx.checkpoints.reader import carry_files, opened
 from btx.merge.averaging import Shared
-from btx.merge.settings import MergeSettings
 from btx.merge.write import RouterScales, write_average, write_moe
-from btx.model import published
-from btx.routed import Routed, find_routers
-from btx.routing import statistics
+from btx.models.families import DENSE
+from btx.models.model import published
+from btx.moe.hooks import Routed, find_routers
+from btx.moe.routing import statistics
+from btx.recipe.merge_settings import MergeSettings
 from tests.conftest import config_of, save_model
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 300

@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx.checkpoint import opened
+from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError, RecipeError
-from btx.families import DENSE, DOWN, GATE, UP
+from btx.export import lifecycle
+from btx.export.mixture import Moe
 from btx.merge.layout import layout
 from btx.merge.renewed import chosen, renewed
 from btx.merge.router_init import fresh_routers
-from btx.merge.settings import MergeSettings
 from btx.merge.write import write_moe
-from btx.moe import lifecycle
-from btx.moe.mixture import Moe
-from btx.routed import find_routers
-from btx.settings import FinetuneSettings
+from btx.models.families import DENSE, DOWN, GATE, UP
+from btx.moe.hooks import find_routers
+from btx.recipe.merge_settings import MergeSettings
+from btx.recipe.settings import FinetuneSettings
 from btx.steps.finetune import Balanced
 from tests.conftest import config_of, save_model
 from tests.numerics.test_lifecycle import change

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx.checkpoint import opened
+from btx.checkpoints.reader import opened
 from btx.errors import ResourceError
 from btx.merge.averaging import average, mean, require_memory
-from btx.merge.settings import GROUPS, AveragingSettings, MergeSettings, SharedSettings, group_of
 from btx.merge.write import write_average
+from btx.recipe.merge_settings import GROUPS, AveragingSettings, MergeSettings, SharedSettings, group_of
 from tests.conftest import config_of, save_model
 
 BASE = torch.linspace(-1, 1, 24).reshape(4, 6)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btx.portable import notes
-from btx.safety import read_config
+from btx.checkpoints.validate import read_config
+from btx.export.portable import notes
 from tests.conftest import config_of
 from tests.portability.exports import export
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from btx.checkpoint import carry_files, opened
-from btx.families import DENSE, DOWN, GATE
+from btx.checkpoints.reader import carry_files, opened
 from btx.merge.averaging import Shared
 from btx.merge.padded import Padded, same_width
-from btx.merge.settings import MergeSettings
 from btx.merge.write import write_moe
+from btx.models.families import DENSE, DOWN, GATE
+from btx.recipe.merge_settings import MergeSettings
 from tests.conftest import config_of, save_model
 from tests.numerics.test_lifecycle import only
 from tests.numerics.test_merge_identities import load, logits

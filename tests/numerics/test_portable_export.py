@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from btx.errors import ArtifactError
-from btx.portable import notes, portable_config
-from btx.proof import check, check_proof, load_stock, logits_of, write_sums
+from btx.export.portable import notes, portable_config
+from btx.export.proof import check, check_proof, load_stock, logits_of, write_sums
 from tests.conftest import config_of
 from tests.numerics.test_merge_identities import load, logits
 from tests.portability.exports import ROPES, export

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx import precision
-from btx.cast_once import CastOnce
-from btx.experts import use_kernel
-from btx.loop import Loop
-from btx.routed import find_routers
-from btx.settings import FinetuneSettings, TrainSettings
+from btx.models.kernels import use_kernel
+from btx.models.target import moe_config
+from btx.moe.hooks import find_routers
+from btx.recipe import precision
+from btx.recipe.settings import FinetuneSettings, TrainSettings
 from btx.steps.finetune import Balanced
-from btx.target import moe_config
+from btx.training.cast_once import CastOnce
+from btx.training.loop import Loop
 from tests.conftest import config_of
 from tests.numerics.test_loop import WHERE, loop_of, stop_after, stream, weights
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from btx.checkpoint import opened
-from btx.families import DENSE
+from btx.checkpoints.reader import opened
+from btx.checkpoints.writer import overwrite
+from btx.merge.router_fit import RIDGE
 from btx.merge.router_init import Seen, fresh_routers, from_activations, scaled
-from btx.moe.router_fit import RIDGE
-from btx.routed import Routed, find_routers
-from btx.routing import init_router, mean_entropy
-from btx.shards import overwrite
+from btx.models.families import DENSE
+from btx.moe.hooks import Routed, find_routers
+from btx.moe.routing import init_router, mean_entropy
 from tests.conftest import config_of, save_model
 from tests.numerics.test_merge_identities import load, merge
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from btx.balance import balance_loss
-from btx.routed import Routed, find_routers
-from btx.routing import Routing
+from btx.moe.balance import balance_loss
+from btx.moe.hooks import Routed, find_routers
+from btx.moe.routing import Routing
 from tests.moe_models import IDS, RULES, build, forward, use_checkpointing
 
 

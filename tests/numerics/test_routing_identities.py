@@ -11,9 +11,9 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from btx.balance import balance_loss
-from btx.routed import Routed, find_routers
-from btx.routing import Routing, route
+from btx.moe.balance import balance_loss
+from btx.moe.hooks import Routed, find_routers
+from btx.moe.routing import Routing, route
 from tests.moe_models import FAMILIES, IDS, RULES, SHAPE, E, build, forward, hooks
 
 # --- what is replaced --------------------------------------------------------------------------------------

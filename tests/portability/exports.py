@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from btx.artifact import write_json
-from btx.moe.work import Work, extract
-from btx.portable import portable_tokenizer
-from btx.settings import ExportSettings
+from btx.export.portable import portable_tokenizer
+from btx.export.work import Work, extract
+from btx.graph.artifact import write_json
+from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
 from tests.conftest import FAMILIES, config_of, save_model
 from tests.numerics.test_merge_identities import CARRIED, merge

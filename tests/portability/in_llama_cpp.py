@@ -17,7 +17,7 @@ import llama_cpp
 import numpy as np
 
 TOLERANCE = 1e-3  # its CPU kernels sum in another order and keep keys and values of the attention in 16 bits
-KNOWN = (  # not to go, by the beginning of their names; btx/portable.py says why
+KNOWN = (  # not to go, by the beginning of their names; btx/export/portable.py says why
     "attention-experts", "dense-granite-llama3", "dense-mistral", "dense-olmo2-llama3", "dense-qwen2-llama3",
     "dense-qwen2-window", "dense-qwen3-llama3", "granite-llama3", "mistral-default", "olmo2", "qwen2", "qwen3-llama3",
     "some-layers",

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 TOLERANCE = 1e-4
-KNOWN = ("dense-olmo2-llama3", "qwen2-window")  # not to go; btx/portable.py says why
+KNOWN = ("dense-olmo2-llama3", "qwen2-window")  # not to go; btx/export/portable.py says why
 
 
 @torch.inference_mode()

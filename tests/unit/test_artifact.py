@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btx.artifact import (
+from btx.errors import ArtifactError, ResourceError
+from btx.graph.artifact import (
     MANIFEST,
     canonical,
     content_digest,
@@ -29,8 +30,7 @@ from btx.artifact import (
     verify_once,
     write_json,
 )
-from btx.errors import ArtifactError, ResourceError
-from btx.walk import link
+from btx.graph.scheduler import link
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -233,7 +233,7 @@ def test_a_lock_that_cannot_be_written_is_a_resource_error_and_is_let_go(
     def full(_handle: int, _text: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("btx.artifact.os.write", full)
+    monkeypatch.setattr("btx.graph.artifact.os.write", full)
     with (
         pytest.raises(ResourceError, match=r"a\.lock could not be written: No space left on device\. Free space"),
         lock(tmp_path / "a.lock", waiting=lambda _owner: None),

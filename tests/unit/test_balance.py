@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from btx.balance import FORMS, balance_loss, convert_coefficient, over_processes
-from btx.routing import Routing, route
+from btx.moe.balance import FORMS, balance_loss, convert_coefficient, over_processes
+from btx.moe.routing import Routing, route
 from tests.routing_cases import logits, routing, spread
 
 LOSSES = tuple(form for form in FORMS if form != "none")

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from btx.probes import bits_per_byte as probe
 from btx.probes.bits_per_byte import bits_per_byte, interval, nats, windows
-from btx.settings import EvaluateSettings
+from btx.recipe.settings import EvaluateSettings
 from btx.steps.evaluate import summarise
 from tests import moe_models
 from tests.conftest import FAMILIES, config_of

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from btx import builtin
-from btx.cli import main
-from btx.corpus import Counts, read, resolve
+from btx.cli.main import main
+from btx.data import builtin
+from btx.data.corpus import Counts, read, resolve
+from btx.data.split import Split
 from btx.errors import RecipeError
-from btx.settings import DataSettings
-from btx.split import Split
+from btx.recipe.settings import DataSettings
 
 SMALLEST, LARGEST = 700_000, 20_000_000  # bytes of a corpus
 

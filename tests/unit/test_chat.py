@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from btx.chat import strftime
-from btx.documents import parse
-from btx.encoder import Encoder
+from btx.data.chat import strftime
+from btx.data.documents import parse
+from btx.data.encoder import Encoder
 from btx.errors import RecipeError
-from btx.settings import DataSettings
+from btx.recipe.settings import DataSettings
 from tests.chat_cases import CHATML, QWEN3, TAGGED, TALK, TEMPLATES, encoded, render, tokenizer
 
 

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from btx.checkpoint import (
+from btx.checkpoints.layouts import SINGLE
+from btx.checkpoints.reader import (
     Checkpoint,
     carry_files,
     count_non_finite,
     opened,
     require_finite,
 )
+from btx.checkpoints.validate import CARRIED, read_header
 from btx.errors import ArtifactError
-from btx.layouts import SINGLE
-from btx.safety import CARRIED, read_header
 from tests.conftest import config_of, save_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from btx.cli import main
-from btx.pipeline import Graph
-from btx.plan import rows
-from btx.recipe import load_recipe, schema
+from btx.cli.main import main
+from btx.cli.plan import rows
+from btx.conversions.pipeline import Graph
+from btx.recipe.recipe import load_recipe, schema
 from tests.conftest import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def btx(*argv: object) -> Result:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['btx', '--help']\n"
-        "from btx.cli import main\n"
+        "from btx.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'pydantic', 'yaml', 'rich', 'numpy'} & set(sys.modules)\n"

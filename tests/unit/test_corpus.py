@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from btx.corpus import Counts, digest, read, resolve
-from btx.documents import Document, parse
+from btx.data.corpus import Counts, digest, read, resolve
+from btx.data.documents import Document, parse
+from btx.data.readers import SUFFIXES, TEXT_PIECE, kind_of
 from btx.errors import RecipeError
-from btx.readers import SUFFIXES, TEXT_PIECE, kind_of
 
 RECORDS: list[dict[str, Any]] = [
     {"text": "plain words"},
@@ -129,7 +129,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
 def test_pieces_of_a_plain_text_join_to_the_text_and_none_is_too_long(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str]
 ) -> None:
-    from btx.readers import records
+    from btx.data.readers import records
 
     text = "".join(parts)
     path = tmp_path_factory.mktemp("text") / "a.txt"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from btx.errors import ArtifactError
-from btx.families import DENSE
-from btx.native import (
+from btx.models.families import DENSE
+from btx.models.native import (
     EVENED,
     IDLE,
     ROUTING,
@@ -101,7 +101,7 @@ def test_a_seed_with_null_key_heads_becomes_the_same_model(tmp_path: Path, famil
 
 
 def test_null_key_heads_are_as_many_as_query_heads() -> None:
-    from btx.families import family_of
+    from btx.models.families import family_of
 
     config = {**config_of("llama", num_key_value_heads=4).to_dict(), "num_key_value_heads": None}
     assert family_of(config, "seed", attention=True).moe == "jetmoe"

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from btx.documents import parse
-from btx.encoder import Encoder
+from btx.data.documents import parse
+from btx.data.encoder import Encoder
 from tests.chat_cases import CHATML, LLAMA3, QWEN3, tokenizer
 
 # ---- marks that are text ----

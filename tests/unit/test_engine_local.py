@@ -14,7 +14,7 @@ import pytest
 
 from btx.engines.local import Ended, Job, Local
 from btx.errors import BtxError, InterruptedRunError, ResourceError
-from btx.launch import _raise
+from btx.graph.launch import _raise
 
 
 def job(folder: Path, label: str, code: str) -> Job:

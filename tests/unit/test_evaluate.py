@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from btx.conversions.pipeline import Graph
+from btx.data.packed import Encoder, Tokens, load_tokenizer, write_tokens
+from btx.data.split import Split
 from btx.errors import RecipeError
-from btx.pipeline import Graph
-from btx.recipe import load_recipe
-from btx.settings import DataSettings, EvaluateSettings, RunSettings
-from btx.split import Split
+from btx.recipe.recipe import load_recipe
+from btx.recipe.settings import DataSettings, EvaluateSettings, RunSettings
 from btx.steps.evaluate import Evaluate
-from btx.tokens import Encoder, Tokens, load_tokenizer, write_tokens
 from tests.conftest import tokenizer_into, write_project
 from tests.faults.world import write_jsonl
 
@@ -111,7 +111,7 @@ def test_all_models_of_a_report_are_loaded_in_the_precision_of_its_settings(
         asked.append(how["dtype"])
         return SimpleNamespace(to=lambda _device: SimpleNamespace(eval=lambda: None))
 
-    monkeypatch.setattr("btx.model.load", load)
+    monkeypatch.setattr("btx.models.model.load", load)
     monkeypatch.setattr("btx.probes.bits_per_byte.nats", lambda _net, rows, **_how: np.ones(len(rows)))
     step(texts, {}, precision=precision)._measure(tmp_path, {"d": []}, routed=False)
     assert asked == [dtype]
@@ -122,11 +122,11 @@ def test_automatic_precision_is_settled_when_the_graph_is_built(
 ) -> None:
     recipe = load_recipe(write_project(tmp_path), ["finetune.precision=auto", "dense={learning_rate: 1e-3}"])
     for found in ("bf16", "fp32"):
-        monkeypatch.setattr("btx.precision.automatic", lambda _device, found=found: found)
+        monkeypatch.setattr("btx.recipe.precision.automatic", lambda _device, found=found: found)
         made = Graph(recipe, tmp_path).recipe
         assert {made.train.precision, made.evaluate.precision, made.finetuning.precision} == {found}
         assert made.continuing is not None
         assert made.continuing.precision == found
     said = recipe.model_copy(update={"evaluate": EvaluateSettings(precision="fp32")})
-    monkeypatch.setattr("btx.precision.automatic", lambda _device: "bf16")
+    monkeypatch.setattr("btx.recipe.precision.automatic", lambda _device: "bf16")
     assert Graph(said, tmp_path).recipe.evaluate.precision == "fp32"

@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from btx import flops
-from btx.plan import human, human_count
+from btx.cli.plan import human, human_count
+from btx.models import flops
 
 torch.set_num_threads(1)
 
@@ -281,5 +281,5 @@ def test_figures_have_three_digits_and_a_prefix(number: float, si: str, count: s
 
 
 def test_counting_does_not_import_torch() -> None:
-    code = "import sys, btx.flops; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    code = "import sys, btx.models.flops; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     subprocess.run([sys.executable, "-c", code], check=True)

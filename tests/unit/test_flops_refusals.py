@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from btx import flops
+from btx.models import flops
 
 LLAMA2_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from btx.checkpoints.gguf import import_gguf
 from btx.errors import ArtifactError, RecipeError
-from btx.gguf import import_gguf
 
 gguf = pytest.importorskip("gguf")
 WIDTH, INNER, HEADS, KEYS, LAYERS = 64, 96, 4, 2, 2
@@ -92,7 +92,7 @@ def test_the_checkpoint_has_the_logits_and_ids_of_the_file(file: Path, tmp_path:
 
 
 def test_the_checkpoint_is_a_seed(file: Path, tmp_path: Path) -> None:
-    from btx.checkpoint import opened
+    from btx.checkpoints.reader import opened
     from btx.steps.branch import check_buildable, require_complete, require_ids
 
     write(file, tmp_path / "plain", dtype="bf16")

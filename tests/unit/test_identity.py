@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from btx.cli import graph_of
-from btx.merge.settings import MergeSettings
-from btx.settings import RunSettings, Settings, TrainSettings
+from btx.cli.main import graph_of
+from btx.recipe.merge_settings import MergeSettings
+from btx.recipe.settings import RunSettings, Settings, TrainSettings
 from tests.faults.world import World
 
 LABELS = ("tokens:math", "branch", "train:math", "average", "merge", "finetune", "evaluate", "export", "report")

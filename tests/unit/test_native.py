@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from btx.checkpoints.validate import read_config
 from btx.errors import ArtifactError
-from btx.families import DENSE
-from btx.native import (
+from btx.export.portable import UNBALANCED, notes, portable_config
+from btx.models.families import DENSE
+from btx.models.native import (
     ACTING,
     bookkeeping,
     declared,
 )
-from btx.portable import UNBALANCED, notes, portable_config
-from btx.safety import read_config
-from btx.target import moe_config, warnings_of
+from btx.models.target import moe_config, warnings_of
 from tests.conftest import FAMILIES, config_of, save_model
 from tests.faults.test_bad_mixture import moe
 from tests.faults.world import World, edit_json, refused
@@ -140,8 +140,8 @@ def test_an_undeclared_key_that_acts_is_refused_by_name(key: str, value: Any) ->
 
 @pytest.mark.parametrize("more", [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}])
 def test_what_a_config_asks_of_outputs_is_not_passed_on(tmp_path: Path, more: dict[str, Any]) -> None:
-    from btx import model
-    from btx.settings import RunSettings
+    from btx.models import model
+    from btx.recipe.settings import RunSettings
 
     seed = save_model(tmp_path / "seed", config_of("llama"))
     edit_json(seed / "config.json", **more)
@@ -175,7 +175,7 @@ def test_a_seed_and_an_expert_with_bookkeeping_are_taken_and_said(world: World) 
     for folder, key in ((world.seed, "is_llama_config"), (world.law, "unsloth_version")):
         edit_json(folder / "config.json", **{key: "x"})
     world.examine()
-    from btx.cli import graph_of
+    from btx.cli.main import graph_of
 
     steps = graph_of(world.write(), ()).steps
     told: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ def test_a_seed_and_an_expert_with_bookkeeping_are_taken_and_said(world: World) 
 def test_btx_plan_says_so_too(world: World) -> None:
     from click.testing import CliRunner
 
-    from btx.cli import main
+    from btx.cli.main import main
 
     edit_json(world.seed / "config.json", is_llama_config=True)
     edit_json(world.law / "config.json", unsloth_version="x")

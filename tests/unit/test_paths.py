@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from btx.corpus import Counts, read, resolve
+from btx.data.corpus import Counts, read, resolve
 from btx.errors import RecipeError
 from tests.faults.world import World, write_jsonl
 
@@ -74,7 +74,7 @@ def test_a_tilde_is_the_home_folder(corpora: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_run_directory_and_checkpoints_know_the_tilde_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from btx.cli import graph_of
+    from btx.cli.main import graph_of
 
     monkeypatch.setenv("HOME", str(world.root))
     world.set("run.directory", "~/runs")
@@ -87,7 +87,7 @@ def test_run_directory_and_checkpoints_know_the_tilde_too(world: World, monkeypa
 
 
 def test_two_names_of_one_file_or_of_equal_ones_are_a_warning_and_one_name_twice_is_refused(world: World) -> None:
-    from btx.cli import graph_of
+    from btx.cli.main import graph_of
     from btx.steps.tokens import TokensStep
 
     hub = world.root / "hub"  # as the cache of the hub lays a dataset out

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from btx.progress import Lines
+from btx.report.progress import Lines
 
 EVENTS: list[tuple[dict[str, Any], str]] = [
     ({"label": "train:a", "done": 1, "total": 2, "loss": 1.5, "tokens_per_second": 1234.5}, "step 1/2  loss 1.500"),

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btx.errors import RecipeError
-from btx.recipe import Recipe, load_recipe, schema
-from btx.settings import FinetuneSettings, TrainSettings
-from btx.strict_yaml import parse_yaml
+from btx.recipe.recipe import Recipe, load_recipe, schema
+from btx.recipe.settings import FinetuneSettings, TrainSettings
+from btx.recipe.strict_yaml import parse_yaml
 
 SMALL: dict[str, Any] = {"name": "r", "seed": {"checkpoint": "s"}, "domains": {"a": {"data": ["a"], "tokens": 5}}}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from btx.routing import (
+from btx.moe.routing import (
     Routing,
     init_router,
     logit_std,

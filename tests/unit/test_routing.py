@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from btx.routing import (
+from btx.moe.routing import (
     RULES,
     experts_per_token,
     route,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from btx.moe.hooks import Routed
 from btx.probes.bits_per_byte import nats
 from btx.probes.routing_shares import RoutingShares
-from btx.routed import Routed
 from tests import moe_models
 
 CHANCE = np.random.default_rng(1)

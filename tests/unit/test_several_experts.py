@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from btx.mixing import mix
-from btx.recipe import Recipe
+from btx.recipe.mixing import mix
+from btx.recipe.recipe import Recipe
 from tests.faults.world import World
 from tests.unit.test_recipe import SMALL
 

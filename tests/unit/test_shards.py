@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from btx.artifact import file_digest
-from btx.checkpoint import opened
+from btx.checkpoints.layouts import INDEX, SINGLE
+from btx.checkpoints.reader import opened
+from btx.checkpoints.writer import Resume, Row, whole, write_weights
 from btx.errors import ArtifactError
-from btx.layouts import INDEX, SINGLE
-from btx.shards import Resume, Row, whole, write_weights
+from btx.graph.artifact import file_digest
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -143,7 +143,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_finished_shard(tmp_path: Path, mo
     def full(_handle: int, _block: memoryview) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("btx.shards.os.write", full)
+    monkeypatch.setattr("btx.checkpoints.writer.os.write", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "out", Crashing(None), Resume(tmp_path / "work", "seed 1"))
     assert not list((tmp_path / "work").glob("*.json"))

@@ -11,7 +11,7 @@ from btx.signals import WATCHED, heeded
 
 STOPPED = """
 import os, click
-from btx.command import Command
+from btx.cli.command import Command
 
 @click.group(cls=Command)
 def main(): pass

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btx import split as splitting
-from btx.corpus import Counts, read
-from btx.recipe import Recipe
-from btx.settings import DataSettings
-from btx.split import Split
+from btx.data import split as splitting
+from btx.data.corpus import Counts, read
+from btx.data.split import Split
+from btx.recipe.recipe import Recipe
+from btx.recipe.settings import DataSettings
 from tests.faults.world import World, write_jsonl
 
 
@@ -223,7 +223,7 @@ def test_what_another_domain_holds_out_is_not_trained_on_here(tmp_path: Path) ->
 
 
 def test_the_graph_tells_each_domain_what_those_that_share_its_files_hold_out(world: World) -> None:
-    from btx.cli import graph_of
+    from btx.cli.main import graph_of
     from btx.steps.tokens import TokensStep
 
     world.set("domains.both", {"data": ["data"], "tokens": 64})

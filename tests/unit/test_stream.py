@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btx.artifact import write_json
+from btx.data.packed import Tokens
+from btx.data.sampler import IGNORED, Stream, apportion, key_of, permuted
 from btx.errors import RecipeError
-from btx.stream import IGNORED, Stream, apportion, key_of, permuted
-from btx.tokens import Tokens
+from btx.graph.artifact import write_json
 
 KEYS = st.integers(0, 2**64 - 1)
 WEIGHTS = st.dictionaries(st.sampled_from("abcd"), st.floats(0, 1e300), min_size=1).filter(lambda w: any(w.values()))

@@ -11,14 +11,21 @@ from typing import Any
 
 import pytest
 
-from btx.checkpoint import Checkpoint
+from btx.checkpoints.reader import Checkpoint
+from btx.checkpoints.token_map import (
+    carry_tokenizer,
+    load_beside,
+    require_carried,
+    same_files,
+    token_map,
+    tokenizer_digest,
+)
+from btx.checkpoints.validate import read_config
+from btx.data.packed import load_tokenizer
 from btx.errors import ArtifactError
 from btx.merge.vocabulary import added_tokens
-from btx.safety import read_config
-from btx.settings import ExportSettings
+from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
-from btx.token_map import carry_tokenizer, load_beside, require_carried, same_files, token_map, tokenizer_digest
-from btx.tokens import load_tokenizer
 from tests.conftest import config_of, save_model
 from tests.faults.test_bad_mixture import moe
 from tests.faults.world import World, edit_json, refused
@@ -145,7 +152,7 @@ def test_the_same_files_are_not_loaded(tmp_path: Path, seed: Path, monkeypatch: 
     edit_json(changed_config / "config.json", model_type="qwen2")
     (changed_config / "tokenizer_config.json").write_bytes((seed / "tokenizer_config.json").read_bytes())
     assert not same_files(seed, changed_config)
-    monkeypatch.setattr("btx.token_map.load_beside", None)
+    monkeypatch.setattr("btx.checkpoints.token_map.load_beside", None)
     assert added_tokens(seed, other, "the expert") == []
 
 
@@ -158,8 +165,8 @@ def test_a_tokenizer_is_loaded_once_a_content_and_config_wherever_it_lies(
         loaded.append(folder)
         return load_beside(folder, beside)
 
-    monkeypatch.setattr("btx.token_map._KNOWN", {})
-    monkeypatch.setattr("btx.token_map.load_beside", load)
+    monkeypatch.setattr("btx.checkpoints.token_map._KNOWN", {})
+    monkeypatch.setattr("btx.checkpoints.token_map.load_beside", load)
     other = Path(shutil.copytree(seed, tmp_path / "other"))
     first = tokenizer_digest(seed)
     assert tokenizer_digest(other) == tokenizer_digest(seed, read_config(seed)) == first
@@ -267,7 +274,7 @@ def test_a_tokenizer_that_nothing_can_carry_is_refused_at_the_start(
         found = copy.deepcopy(real(folder, beside))
         return {**found, "normalizer": str(folder)} if "scratch" in str(folder) or beside is None else found
 
-    monkeypatch.setattr("btx.token_map.token_map", other)
+    monkeypatch.setattr("btx.checkpoints.token_map.token_map", other)
     with pytest.raises(ArtifactError, match=r"other ids beside a mixtral.*than beside a llama"):
         require_carried(seed, "mixtral")
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from btx.data.heldout import SIDES
+from btx.data.packed import Encoder, Tokens, load_tokenizer, survey, train_tokens, write_tokens
+from btx.data.split import Split
 from btx.errors import ArtifactError, RecipeError
-from btx.heldout import SIDES
-from btx.settings import DataSettings
-from btx.split import Split
-from btx.tokens import Encoder, Tokens, load_tokenizer, survey, train_tokens, write_tokens
+from btx.recipe.settings import DataSettings
 from tests.conftest import tokenizer_into
 from tests.faults.world import write_jsonl
 
@@ -166,7 +166,7 @@ def test_a_template_that_refuses_or_rewrites_is_told_in_a_sentence(tmp_path: Pat
 def test_a_template_that_brings_the_start_of_a_text_does_not_double_it(folder: Path) -> None:
     using = encoder(folder, "all", "<|end|>" + TEMPLATE)
     using.start = using.end
-    from btx.documents import parse
+    from btx.data.documents import parse
 
     ids = next(using.encode([parse({"messages": CHAT})]))[0]
     plain = next(using.encode([parse({"text": "a"})]))[0]

@@ -1,0 +1,1 @@
+"""Files of models: read, validated, written; the tokenizers beside them."""

@@ -1,0 +1,184 @@
+"""Reads a Hugging Face folder in blocks of bounded size, and refuses what is unsafe.
+
+Nothing found in a checkpoint is ever run: no pickle, no remote code, no path that leaves the folder. Files are read,
+never mapped: pages of a mapped file count as memory of the process, and a model of any size must fit in a bounded one.
+`btx.checkpoints.writer` writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from btx.checkpoints.validate import BUFFERS, CARRIED, DTYPES, Entry, read_config, read_entries
+from btx.errors import ArtifactError
+from btx.graph.artifact import file_digest, fingerprint
+from btx.models.families import EMBEDDING
+
+HEAD = "lm_head.weight"
+TIED = ("jetmoe",)  # model types whose head is tied unless their config says otherwise
+BLOCK = 2**20  # elements of a block: 2 or 4 MB, which stays in a cache from reading to writing
+LARGEST_READ = 2**30  # bytes; the system returns less than 2 GiB at once
+
+
+class Tensors:
+    """Tensors in the files of a folder, by name, read whole or block by block."""
+
+    def __init__(self, folder: Path, entries: dict[str, Entry]) -> None:
+        self.folder, self.entries = folder, entries
+        self._open: dict[str, int] = {}
+
+    def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a tensor in row-major order, (stop - start,), in its own dtype and own memory."""
+        entry = self.entries[name]
+        found = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+        if stop > start:
+            self._fill(entry, found.view(torch.uint8).numpy().data, entry.offset + start * found.itemsize)
+        return found
+
+    def _fill(self, entry: Entry, buffer: memoryview, offset: int) -> None:
+        path = self.folder / entry.file
+        try:
+            if entry.file not in self._open:
+                self._open[entry.file] = os.open(path, os.O_RDONLY)
+            done = 0
+            while done < len(buffer):
+                part = buffer[done : done + LARGEST_READ]
+                count = os.preadv(self._open[entry.file], [part], offset + done)
+                if not count:
+                    raise OSError("it ends too early")
+                done += count
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error}). Fetch it again.") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, in its own dtype, on the CPU."""
+        entry = self.entries[name]
+        return self.flat(name, 0, entry.count).view(entry.shape)
+
+    def blocks(
+        self, name: str, start: int = 0, stop: int | None = None, *, size: int = BLOCK
+    ) -> Iterator[torch.Tensor]:
+        """Elements [start, stop) of a tensor, or all of them, as flat blocks of at most `size` elements, in order."""
+        end = self.entries[name].count if stop is None else stop
+        for at in range(start, end, size):
+            yield self.flat(name, at, min(at + size, end))
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        for handle in self._open.values():
+            os.close(handle)
+        self._open.clear()
+
+
+class Checkpoint(Tensors):
+    """A checked Hugging Face folder: its config and its tensors.
+
+    Where the head is tied to the embedding there is one tensor for both, under the embedding's name, whichever is
+    stored. ArtifactError when both are and differ: transformers would then not tie them, against the config.
+    """
+
+    head: Entry | None = None  # of a tied model that stores its head too
+
+    def __init__(self, folder: Path) -> None:
+        self.config = read_config(folder)
+        entries = {n: e for n, e in read_entries(folder).items() if not BUFFERS.search(n)}
+        if self.config.get("tie_word_embeddings", self.config["model_type"] in TIED) and HEAD in entries:
+            self.head = entries.pop(HEAD)
+            entries = {**entries, EMBEDDING: entries.get(EMBEDDING, self.head)}
+            require_tied(folder, self.head, entries[EMBEDDING])
+        super().__init__(folder, dict(sorted(entries.items(), key=lambda item: (item[1].file, item[1].offset))))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the weights have."""
+        sizes: dict[str, int] = {}
+        for entry in self.entries.values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
+        return DTYPES[max(sorted(sizes), key=lambda d: sizes[d])]
+
+    def digest(self, file_digest: Callable[[Path], str] = file_digest) -> str:
+        """SHA-256 over what decides the model: config, tokenizer files and weights."""
+        names = {e.file for e in self.entries.values()} | {"config.json"} | ({self.head.file} if self.head else set())
+        names |= {n for n in CARRIED if (self.folder / n).is_file()}
+        return fingerprint([[n, file_digest(self.folder / n)] for n in sorted(names)])
+
+
+def require_tied(folder: Path, head: Entry, embedding: Entry) -> None:
+    """ArtifactError unless two tensors that a config ties have the same values."""
+    stored = Tensors(folder, {HEAD: head, EMBEDDING: embedding})
+    same = head.shape == embedding.shape and all(
+        torch.equal(a.double(), b.double()) or torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # the same NaN too
+        for a, b in zip(stored.blocks(HEAD), stored.blocks(EMBEDDING), strict=True)
+    )
+    stored.close()
+    if not same:
+        raise ArtifactError(
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings: true), but {HEAD} is stored "
+            f"beside {EMBEDDING} with other values. Set tie_word_embeddings: false in config.json if the stored head "
+            f"is the one that was trained, or remove {HEAD} from the weights if it is not."
+        )
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Checkpoint]:
+    """A checkpoint that lets go of its files at the end."""
+    checkpoint = Checkpoint(folder)
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute on one thread: for blocks this small, waiting for others costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy tokenizer and generation files byte for byte, since converters of other tools look at them."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+_EXPONENT = {  # of each dtype: the integers of its width, and the exponent bits, which NaN and infinity have all set
+    torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
+    torch.float32: (np.uint32, 0x7F80_0000),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float16: (np.uint16, 0x7C00),
+}
+
+
+def count_non_finite(tensor: torch.Tensor) -> int:
+    """How many entries are NaN or infinite, from their bits: ten times as fast as arithmetic on bfloat16."""
+    integer, exponent = _EXPONENT[tensor.dtype]
+    bits = tensor.contiguous().view(-1).view(torch.uint8).numpy().view(integer)
+    magnitude = bits & integer(2 ** (8 * bits.itemsize - 1) - 1)
+    if not len(bits) or magnitude.max() < exponent:
+        return 0
+    return int((magnitude >= exponent).sum())
+
+
+def require_finite(checkpoint: Checkpoint, who: str) -> None:
+    """Read every tensor once; ArtifactError naming the first one that holds a NaN or an infinity."""
+    for name in checkpoint.entries:
+        bad = sum(map(count_non_finite, checkpoint.blocks(name)))
+        if bad:
+            raise ArtifactError(
+                f"{who} ({checkpoint.folder}): {name} holds {bad} NaN or infinite values. "
+                "Use an earlier checkpoint of that model."
+            )

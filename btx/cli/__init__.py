@@ -1,0 +1,1 @@
+"""The commands, one verb or group of verbs a file."""

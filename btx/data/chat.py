@@ -1,0 +1,287 @@
+"""Conversations by a tokenizer's chat template: the text of use, and where in it the answers stand.
+
+The template is rendered here and not by `apply_chat_template`, to the same text (a test compares the two), so that
+nothing ambient takes part: the date is a setting, what draws at random is not there. Marks that only help to find a
+place are characters that no text may hold (Unicode's noncharacters), and are taken out again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from jinja2 import TemplateError, meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from btx.data.documents import FLAGS, SAID, Message, Span, learned, require_learned
+from btx.errors import RecipeError
+
+OPEN, CLOSE, TEXT, END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # of an answer; of a mark that is only text
+MARKS = re.compile("[\ufdd0-\ufdef]")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, which transformers passes as the first
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, the spans in it that are to be learned, and those that look like marks and are none."""
+
+    text: str
+    learned: list[Span] = field(default_factory=list)
+    plain: list[Span] = field(default_factory=list)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which a template says itself what the assistant wrote."""
+
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return OPEN + caller() + CLOSE
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **more: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **more)
+
+
+def strftime(date: datetime.date, form: str) -> str:
+    """A date in English, whatever the locale; TemplateError for what says a time, or a locale's own order."""
+    said = {
+        "d": f"{date.day:02}", "m": f"{date.month:02}", "Y": str(date.year), "y": f"{date.year % 100:02}",
+        "B": MONTHS[date.month - 1], "b": MONTHS[date.month - 1][:3], "A": DAYS[date.weekday()],
+        "a": DAYS[date.weekday()][:3], "j": f"{date.timetuple().tm_yday:03}", "%": "%", "F": date.isoformat(),
+    }  # fmt: skip
+
+    def one(match: re.Match[str]) -> str:
+        if match[2] not in said:
+            raise TemplateError(f"the form %{match[2]} of a date is not the same everywhere")
+        return said[match[2]].lstrip("0") if match[1] else said[match[2]]
+
+    return re.sub(r"%(-?)(.)", one, form)
+
+
+class Template:
+    """A chat template, compiled once."""
+
+    def __init__(self, text: str, marks: Mapping[str, Any], *, special: Sequence[str], date: str | None) -> None:
+        """`marks` are the tokenizer's own by name (bos_token, ...), `special` all texts that are special tokens."""
+        self.marks, self.special = dict(marks), sorted(special, key=len, reverse=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        del environment.filters["random"], environment.globals["lipsum"]
+        environment.globals["raise_exception"] = _refuse
+        try:
+            tree = environment.parse(text)
+            self.variables = meta.find_undeclared_variables(tree)
+            if "strftime_now" in self.variables and date is None:
+                raise RecipeError(
+                    "the tokenizer's chat template asks for today's date, so the texts would change from day to day. "
+                    "Set data.date, say to 2026-01-31."
+                )
+            if date is not None:
+                day = datetime.date.fromisoformat(date)
+                environment.globals["strftime_now"] = lambda form: strftime(day, form)
+            self.names = self.variables | _names(tree)
+            self.template = environment.from_string(text)
+        except TemplateError as error:
+            raise RecipeError(f"the tokenizer's chat template cannot be used: {error}. Mend it.") from error
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.special)) or "(?!)")
+
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        """What may end a turn: a special token, with space before it; a start mark ends none."""
+        bos, eos = self.marks.get("bos_token"), self.marks.get("eos_token")
+        ends = [s for s in self.special if s != bos or s == eos]
+        return re.compile(r"\s*(?:" + ("|".join(map(re.escape, ends)) or "(?!)") + ")")
+
+    # ---- what is read ----
+
+    def require_read(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> None:
+        """ValueError for a key that the template does not read: it would be dropped in silence."""
+        for key in extra:
+            if key not in self.variables:
+                raise ValueError(f"the chat template does not read the column {key}")
+        for message in messages:
+            for key in message:
+                aliases = REASONING if key in REASONING else (key,)
+                if key not in SAID and not self.names.intersection(aliases):
+                    raise ValueError(f"the chat template does not read {key} of a message")
+
+    def render(self, messages: Sequence[Message], extra: Mapping[str, Any], *, opened: bool = False) -> str:
+        """The conversation, with marks; `opened` adds the header of an assistant's turn. TemplateError, TypeError or
+        ValueError when the template refuses it."""
+        context = {**self.marks, "tools": None, "documents": None, **extra}
+        aliased = [_aliased(m) for m in messages]
+        return self.template.render({**context, "messages": aliased, "add_generation_prompt": opened})
+
+    # ---- the whole conversation ----
+
+    def write(self, messages: Sequence[Message], extra: Mapping[str, Any], *, answers: bool) -> Rendered:
+        """A conversation as text; with `answers`, where they are. ValueError where they cannot be told."""
+        flags = [learned(m) for m in messages]
+        spoken = [{k: v for k, v in m.items() if k not in FLAGS} for m in messages]
+        for message in messages:
+            require_learned(message, answers=answers)
+        self.require_read(spoken, extra)
+        _require_unmarked([spoken, extra])
+        marked = [self._mark_special(m) for m in spoken]
+        more = self._mark_special(dict(extra))
+        whole = self.render(marked, more)
+        text, plain = _take_out(whole.replace(OPEN, "").replace(CLOSE, ""), TEXT, END)
+        if text != MARKS.sub("", self.render(spoken, extra)):
+            raise ValueError("the chat template changes a text that looks like one of its own marks")
+        if not answers:
+            return Rendered(text, [(0, len(text))], plain)
+        wanted = [n for n, m in enumerate(spoken) if _is_answer(m) and flags[n] is not False]
+        spans = self._tagged(whole, spoken, wanted) if OPEN in whole else [
+            self._answer(marked, more, whole, n) for n in wanted]  # fmt: skip
+        unmarked = MARKS.sub("", whole)
+        assert unmarked == text
+        return Rendered(text, sorted(_without(whole, span) for span in spans), plain)
+
+    def _mark_special(self, value: Any) -> Any:
+        """The same value with the special tokens in its texts marked as text."""
+        if isinstance(value, str):
+            return self._special.sub(lambda match: TEXT + match[0] + END, value)
+        if isinstance(value, dict):
+            return {k: v if k == "role" else self._mark_special(v) for k, v in value.items()}
+        return [self._mark_special(v) for v in value] if isinstance(value, list) else value
+
+    # ---- where the answers are ----
+
+    def _tagged(self, whole: str, messages: Sequence[Message], wanted: list[int]) -> list[Span]:
+        spans = [match.span() for match in re.finditer(f"{OPEN}[^{CLOSE}]*{CLOSE}", whole)]
+        turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+        if len(spans) == len(turns):
+            return [span for n, span in zip(turns, spans, strict=True) if n in wanted]
+        if turns == wanted:
+            return spans
+        raise ValueError("the chat template marks other turns than the assistant's as generated")
+
+    def _answer(self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int) -> Span:
+        """Where the answer of message `n` and the mark that ends it stand in the whole conversation."""
+        marks = self._content(messages, extra, whole, n)
+        start = self._start(messages, extra, whole, n, marks)
+        end = None if start is None else self._end(messages, extra, whole, n)
+        if start is None and set(messages[n]) <= {*SAID}:
+            start = marks[0]
+        if end is None and marks[1] is not None and "tool_calls" not in messages[n]:
+            ends = self._ends.match(whole, marks[1])
+            end = ends.end() if ends else marks[1] + len(whole[marks[1] :]) - len(whole[marks[1] :].lstrip())
+        if start is None or end is None or start > end:
+            raise ValueError(
+                f"the chat template rewrites what comes before or in message {n + 1}, so that the answer cannot be "
+                "told from the rest"
+            )
+        return start, end
+
+    def _content(
+        self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int
+    ) -> tuple[int | None, int | None]:
+        """Where the content of message `n` begins and ends, each None where the template leaves no trace of it."""
+        content = messages[n].get("content", "")
+        core = content.strip()
+        if not core:
+            return None, None
+        at = content.index(core)
+        marked = {**messages[n], "content": content[:at] + OPEN + core + CLOSE + content[at + len(core) :]}
+        found = self._try([*messages[:n], marked, *messages[n + 1 :]], extra)
+        if found is None or found.replace(OPEN, "").replace(CLOSE, "") != whole:
+            return None, None
+        start = found.index(OPEN) if found.count(OPEN) == 1 else None
+        end = found.replace(OPEN, "").index(CLOSE) if found.count(CLOSE) == 1 else None
+        return start, end
+
+    def _start(
+        self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int,
+        content: tuple[int | None, int | None],
+    ) -> int | None:  # fmt: skip
+        """Behind the header that opens the turn: what comes before the turn, and what both a bare opening of it (or,
+        where the template knows none, another answer) and this turn begin with."""
+        before = self._try(messages[:n], extra)
+        if before is None or not whole.startswith(before):
+            return None
+        if "add_generation_prompt" in self.variables:
+            other = self._try(messages[:n], extra, opened=True)
+        else:
+            other = self._try([*messages[:n], {"role": "assistant", "content": OPEN}], extra)
+            other = other.partition(OPEN)[0] if other and OPEN in other else None
+        if other is None or not other.startswith(before):
+            return None
+        start = next(
+            (k for k, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), min(len(whole), len(other))
+        )
+        return start if content[0] is None else min(start, content[0])
+
+    def _end(self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int) -> int | None:
+        """Behind the mark that ends the turn; without one, behind all that the template writes after the turn."""
+        until = self._try(messages[: n + 1], extra)
+        if until is None or not whole.startswith(until):
+            return None
+        bare = until.rstrip()
+        return len(bare) if any(bare.endswith(mark) for mark in self.special) else len(until)
+
+    def _try(self, messages: Sequence[Message], extra: Mapping[str, Any], *, opened: bool = False) -> str | None:
+        """A part of the conversation, None where the template refuses it."""
+        try:
+            return self.render(messages, extra, opened=opened)
+        except (TemplateError, TypeError, ValueError):
+            return None
+
+
+def _aliased(message: Message) -> Message:
+    """A message with its reasoning under both names that templates read, as transformers passes it."""
+    found = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
+
+
+def _names(tree: nodes.Template) -> set[str]:
+    """Every attribute, and every constant text, that a template names."""
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    return attributes | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+
+
+def _is_answer(message: Message) -> bool:
+    """Whether an assistant says anything in a message."""
+    values = [value for key, value in message.items() if key not in ("role", "name")]
+    said = any(value.strip() if isinstance(value, str) else value for value in values)
+    return message["role"] == "assistant" and bool(said)
+
+
+def _require_unmarked(value: Any) -> None:
+    if MARKS.search(json.dumps(value, ensure_ascii=False, default=str)):
+        raise ValueError("it holds one of the characters U+FDD0 to U+FDEF, which no text may hold")
+
+
+def _without(text: str, span: Span) -> Span:
+    """A span where all marks are taken out of the text."""
+    start, end = (at - len(MARKS.findall(text[:at])) for at in span)
+    return start, end
+
+
+def _take_out(text: str, opens: str, closes: str) -> tuple[str, list[Span]]:
+    """A text without the marks of one kind, and the spans that they marked."""
+    spans = [match.span() for match in re.finditer(f"{opens}[^{closes}]*{closes}", text)]
+    return MARKS.sub("", text), [_without(text, span) for span in spans]

@@ -1,0 +1,196 @@
+"""What a document is: text, a conversation, or a prompt and its completion, told by the columns of a record.
+
+Nothing of a record is dropped in silence: a key is part of the text, or of what a chat template may write, or known to
+say something about the record; any other is refused by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from btx.data.readers import NUL, SHAPES
+
+Message = dict[str, Any]
+Span = tuple[int, int]  # characters of a text, from the first to behind the last
+
+FLAGS = ("weight", "train", "ignore")  # of a message: whether it is learned
+SAID = ("role", "content")
+ABOUT = {  # columns that say something of a record and are no part of it
+    *("id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "prompt_id", "conversation_id", "message_id"),
+    *("url", "source", "dataset", "origin", "file", "path", "meta", "metadata", "split", "version", "license"),
+    *(
+        "timestamp",
+        "date",
+        "created",
+        "created_at",
+        "lang",
+        "language",
+        "category",
+        "topic",
+        "tags",
+        "score",
+        "quality",
+    ),
+    *("num_tokens", "token_count", "length", "turn", "turns", "num_turns", "model", "author", "title"),
+}
+WANTED = "; ".join(" and ".join(shape) for shape in SHAPES)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its pieces in order, each with whether it is an answer that is to be learned."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    messages: tuple[Message, ...] = ()  # kept for tokenizers with a chat template
+    extra: dict[str, Any] = field(default_factory=dict)  # columns beside the messages, such as tools
+    source: str = ""  # name of the source document that this is a piece of; none: it is one itself
+    where: str = field(default="", compare=False)  # file and line, for messages
+
+    @cached_property
+    def text(self) -> str:
+        """All pieces as one text."""
+        return "".join(text for text, _ in self.pieces)
+
+    @cached_property
+    def rank(self) -> int:
+        """Where its text stands in the order of hashes."""
+        return rank_of(self.text)
+
+    def shortened(self, limit: int) -> Document:
+        """Its first `limit` bytes, less a character that the limit would split; a conversation stays whole, since how
+        much text its template makes of it is not known here."""
+        if self.messages or len(self.text) <= limit // 4:
+            return self
+        return Document(((cut(self.text, limit), True),), source=self.source)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody says anything in it."""
+        if any(value for m in self.messages for key, value in m.items() if key not in (*SAID, "name", *FLAGS)):
+            return False
+        said = [m["content"] for m in self.messages] or [text for text, _ in self.pieces]
+        return not any(text.strip() for text in said)
+
+    def require_plain(self, *, answers: bool) -> None:
+        """ValueError for what cannot be written without a chat template: it would be dropped in silence."""
+        for key in self.extra:
+            raise ValueError(f"the tokenizer has no chat template, so the column {key} cannot be written")
+        for message in self.messages:
+            for key in message:
+                if key not in (*SAID, *FLAGS):
+                    raise ValueError(f"the tokenizer has no chat template, so {key} of a message cannot be written")
+            require_learned(message, answers=answers)
+
+
+def parse(record: Any, ignore: Sequence[str] = ()) -> Document:
+    """A document from a record, its shape told by the columns; ValueError naming the columns found.
+
+    What stands beside a `text` says something of it and is no part of it. Beside messages, or prompt and completion, a
+    column must be known to be of that kind (ABOUT), be one that a chat template may read, or be among `ignore`.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object with {WANTED}, found {type(record).__name__}")
+    record = {key: value for key, value in record.items() if key not in ignore}
+    if "text" in record:
+        return Document(((_string(record, "text"), True),))
+    more = {k: v for k, v in record.items() if k not in ABOUT and v is not None}
+    if "messages" in record:
+        return _conversation(record["messages"], {k: v for k, v in more.items() if k != "messages"}, ignore)
+    if "prompt" in record and "completion" in record:
+        for key in more:
+            if key not in ("prompt", "completion"):
+                raise ValueError(
+                    f"the column {key} beside prompt and completion is part of neither; write it into the prompt, or "
+                    "name it under data.ignore"
+                )
+        return Document(((_string(record, "prompt"), False), (_string(record, "completion"), True)))
+    raise ValueError(f"no usable columns: found {', '.join(sorted(map(str, record))) or 'none'}; wanted {WANTED}")
+
+
+def _string(record: dict[str, Any], key: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be text, found {type(value).__name__}")
+    return _usable(value)
+
+
+def _usable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(NUL)
+    text.encode()  # half of a surrogate pair is no character
+    return text
+
+
+def _conversation(messages: Any, extra: dict[str, Any], ignore: Sequence[str]) -> Document:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages must be a list of objects with role and content")
+    for key in ("tools", "documents"):
+        if key in extra and not (isinstance(extra[key], list) and all(isinstance(one, dict) for one in extra[key])):
+            raise ValueError(f"{key} must be a list of objects, found {type(extra[key]).__name__}")
+    spoken = tuple(_message(message, ignore) for message in messages)
+    pieces: list[tuple[str, bool]] = []
+    for message in spoken:
+        said = learned(message)
+        answers = message["role"] == "assistant" and said is not False and bool(message["content"].strip())
+        pieces += [(f"{message['role'].capitalize()}:", False), (f" {message['content']}\n\n", answers)]
+    return Document(tuple(pieces), spoken, extra)
+
+
+def _message(message: Message, ignore: Sequence[str]) -> Message:
+    """A message without what is null (Parquet fills columns so), the texts of its content's parts as one."""
+    found = {k: v for k, v in message.items() if v is not None and k not in ignore}
+    if "content" not in found and len(found.keys() - {"role", "name", *FLAGS}):
+        found["content"] = ""  # as where only a tool is called
+    for key in SAID:
+        if key not in found:
+            raise ValueError(f"a message needs {key}, found {', '.join(sorted(map(str, message))) or 'nothing'}")
+    if isinstance(found["content"], list) and found["content"]:
+        found["content"] = "".join(_part(part) for part in found["content"])
+    for key in SAID:
+        _string(found, key)
+    return found
+
+
+def _part(part: Any) -> str:
+    """The text of a part of a message's content; ValueError for what is no text, such as an image."""
+    part = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {"type": type(part).__name__}
+    if part.get("type") != "text" or set(part) != {"type", "text"}:
+        found = ", ".join(sorted({str(part.get("type")), *map(str, part.keys() - {"type", "text"})}))
+        raise ValueError(f"content must be text or parts of type text, found {found}")
+    return _string(part, "text")
+
+
+def learned(message: Message) -> bool | None:
+    """What the flags of a message say of whether it is learned; ValueError for what they cannot say."""
+    found: set[bool] = set()
+    for key in FLAGS:
+        if (value := message.get(key)) is None:
+            continue
+        if value not in (0, 1):
+            raise ValueError(f"{key} of a message must be 0, 1, true or false, found {value!r}")
+        found.add(bool(value) != (key == "ignore"))
+    if len(found) > 1:
+        raise ValueError("a message says that it is to be learned, and that it is not")
+    if True in found and message["role"] != "assistant":
+        raise ValueError(f"a message of {message['role']} is to be learned; only the assistant's are")
+    return found.pop() if found else None
+
+
+def require_learned(message: Message, *, answers: bool) -> None:
+    """ValueError where a message is not to be learned and all are."""
+    if not answers and message["role"] == "assistant" and learned(message) is False:
+        raise ValueError("a message says that it is not to be learned; set data.loss_on: completion")
+
+
+def rank_of(text: str) -> int:
+    """Where a text stands in the order of hashes: the first 128 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16])
+
+
+def cut(text: str, limit: int) -> str:
+    """The first `limit` bytes of a text, less a character that the limit would split."""
+    return text[:limit].encode()[:limit].decode(errors="ignore")

@@ -1,0 +1,151 @@
+"""A domain's documents in three: those to train on, those to choose settings by (select), those to report (test).
+
+`btx.data.heldout` sets the rule by one reading of all files; here they are read again and dealt by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+
+from btx.data.corpus import Counts, in_pieces, read
+from btx.data.documents import Document, rank_of
+from btx.data.heldout import SIDES, Plan, halves, plan
+from btx.recipe.settings import DataSettings
+
+KEPT = 10_000  # held-out documents a side that are stored, those with the smallest hashes; none beyond is trained on
+
+
+@dataclass(frozen=True)
+class Held:
+    """A held-out document, cut to what is scored of it, and the rank of the source document that it is a piece of."""
+
+    document: Document
+    source: int
+
+
+class _Kept:
+    """The held-out documents of one side with the smallest hashes, each text once."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.found = limit, dict[int, Held]()
+
+    def add(self, document: Document) -> None:
+        number = document.rank
+        if number not in self.found:
+            source = rank_of(document.source) if document.source else number
+            self.found[number] = Held(document.shortened(self.limit), source)
+        if len(self.found) > 2 * KEPT:
+            self.found = {n: self.found[n] for n in sorted(self.found)[:KEPT]}
+
+    def sorted(self) -> list[Held]:
+        """One piece of every source document in the order of hashes, then a second one of those that have it, ..."""
+        order: list[tuple[int, int, Held]] = []
+        seen: dict[int, int] = {}
+        for number in sorted(self.found)[:KEPT]:
+            held = self.found[number]
+            seen[held.source] = seen.get(held.source, 0) + 1
+            order.append((seen[held.source], held.source, held))
+        return [held for *_, held in sorted(order, key=lambda one: one[:2])]
+
+
+class Split:
+    """A domain's documents: those that `train` passes on, and `test` and `select`, complete once `train` has ended.
+
+    `valid` are its own held-out files, half of which (by hash) are for select; without them the documents of `sources`
+    are split by a `Plan`. What is held out is not trained on, also where the same text stands in `sources` again, nor
+    are the documents of `apart`, other domains' held-out files, and those that a domain of `beside`, which shares files
+    with this one, holds out of them.
+    """
+
+    def __init__(
+        self, sources: list[str], valid: list[str], settings: DataSettings, *, apart: Sequence[str] = (),
+        beside: Sequence[Sequence[str]] = (),
+    ) -> None:  # fmt: skip
+        self.counts, self.valid_counts = Counts(), Counts()
+        self.left_out = 0  # documents of `sources` that are held out by a file or elsewhere
+        self.sources, self.valid, self.settings = sources, valid, settings
+        self.known = {d.rank for d in self._read([*valid, *apart])}
+        self.beside = [self._plan(other) for other in beside]
+        if valid:
+            self.plan = halves(self._read(valid), settings)
+        else:
+            self.plan = self._plan(sources, self.known)
+        self.kept = {side: _Kept(settings.valid_bytes) for side in SIDES}
+
+    def _read(self, sources: Sequence[str], counts: Counts | None = None) -> Iterator[Document]:
+        skip = self.settings.on_bad_line == "skip"
+        counts = Counts() if counts is None else counts
+        return read(list(sources), skip_bad=skip, counts=counts, ignore=self.settings.ignore)
+
+    def _plan(self, sources: Sequence[str], known: Set[int] = frozenset()) -> Plan:
+        documents = (d for d in self._read(sources) if d.rank not in known)
+        return plan(documents, self.settings, pieced=any(map(in_pieces, sources)))
+
+    def train(self) -> Iterator[Document]:
+        """The documents to train on, in order."""
+        for document in self._read(self.valid, self.valid_counts):
+            self._hold(document)
+        for document in self._read(self.sources, self.counts):
+            if document.rank in self.known:
+                self.left_out += 1
+            elif self.valid or not self._hold(document):
+                if any(other.keeps(document) for other in self.beside):
+                    self.left_out += 1
+                else:
+                    yield document
+
+    def _hold(self, document: Document) -> bool:
+        side = self.plan.side(document)
+        if side:
+            self.kept[side].add(replace(document, source="") if self.plan.by_piece else document)
+        return side is not None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of scores on these documents must know."""
+        if not (self.plan.by_piece and self.test):
+            return []
+        return [
+            f"{self.plan.sources} source documents are too few to hold whole ones out, so pieces of them are: what is "
+            "scored comes from the same files as what is trained on, or chosen by. Give the domain more files, or a "
+            "record for each text"
+        ]
+
+    @property
+    def test(self) -> list[Held]:
+        """The documents that reports are made on, in the order of hashes."""
+        return self.kept["test"].sorted()
+
+    @property
+    def select(self) -> list[Held]:
+        """The documents that settings are chosen on, in the order of hashes."""
+        return self.kept["select"].sorted()
+
+    def survey(
+        self, size: Callable[[Document], int], *, enough: int, look: Callable[[Document], object] | None = None
+    ) -> int:
+        """Read everything, and sum the sizes of the documents to train on up to `enough`; `look` is called with all
+        others, held-out ones among them, to raise what is wrong with them."""
+        total = 0
+        for document in self.train():
+            if total < enough:
+                total += size(document)
+            elif look:
+                look(document)
+        if look:
+            for held in (*self.test, *self.select):
+                look(held.document)
+        return total
+
+    def summary(self, files: int, valid_files: int) -> str:
+        """What was read, in words."""
+        seen, kept = self.counts, self.valid_counts
+        said = f"{seen.documents} documents, {seen.empty} empty, {seen.bad} bad lines in {files} files"
+        if seen.first_bad:
+            said += f" (first {seen.first_bad.rstrip('.')})"
+        if valid_files:
+            said += (
+                f"; {kept.documents} documents, {kept.empty} empty, {kept.bad} bad lines in {valid_files} valid files"
+            )
+        return f"{said}; {len(self.test) + len(self.select)} held out"

@@ -1,0 +1,138 @@
+"""The model card of an export: front matter that hubs read, and what a user of the model wants to know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from btx import __version__
+from btx.checkpoints.validate import read_config
+from btx.export.portable import notes
+from btx.models.flops import parameters
+
+if TYPE_CHECKING:
+    from btx.steps.export import Export
+
+
+def table(rows: dict[str, dict[str, float]], corner: str, digits: int = 3) -> str:
+    """A Markdown table of numbers: one line a row, the columns of the first row."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {n} | {' | '.join(f'{row[c]:.{digits}f}' for c in columns)} |" for n, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _front(step: Export) -> str:
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": step.base_model,
+        "tags": ["btx", "branch-train-mix", "mixture-of-experts", "merge"],
+    }
+    if step.settings.license:
+        front["license"] = step.settings.license
+    return "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n"
+
+
+def _experts(step: Export) -> str:
+    merge = step.evaluate.finetune.merge
+    lines = ["| model | made by | SHA-256 |", "|---|---|---|"]
+    for name, model in merge.models.items():
+        lines.append(f"| {name} | {model.kind} | `{model.digest}` |")
+    return "\n".join(lines)
+
+
+def _data(step: Export) -> str:
+    lines = ["| data | training tokens at hand | held-out documents |", "|---|---|---|"]
+    from btx.graph.artifact import read_manifest
+
+    for name, tokens in step.evaluate.finetune.tokens.items():
+        facts = read_manifest(tokens.folder)["facts"]
+        lines.append(f"| {name} | {facts['train_tokens']:,} | {facts['valid_documents']} |")
+    return "\n".join(lines)
+
+
+def card(step: Export, folder: Path, results: dict[str, Any]) -> str:
+    """The whole card, Markdown with front matter, of what is in `folder`."""
+    config = read_config(folder)
+    finetune = step.evaluate.finetune
+    count = parameters(config)
+    per_token = config["num_experts_per_tok"]
+    shares = {
+        d: dict(zip(results["experts"], r["mean"], strict=True)) for d, r in results["routing"]["finetuned"].items()
+    }
+    recipe = yaml.safe_dump(
+        {"merge": finetune.merge.settings.identity(), "finetune": finetune.settings.identity()}, sort_keys=False
+    )
+    parts = "their feed-forward blocks" if not finetune.merge.settings.attention else (
+        "their feed-forward blocks and their attention's query and output projections")  # fmt: skip
+    return f"""{_front(step)}
+# {step.title}
+
+A Mixture of Experts ({config["model_type"]}, {len(results["experts"])} experts, {per_token} a token; {count.total:,}
+parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: copies of one
+seed were trained on one domain each, {parts} became the experts, every other tensor was averaged, and
+the whole was finetuned with a learned token-level router.
+
+```python
+from transformers import pipeline
+print(pipeline("text-generation", model="PATH")("Once", max_new_tokens=40)[0]["generated_text"])
+```
+
+## Evaluation
+
+Bits per byte on held-out documents ({results["split"]}), lower is better.
+
+{table({m: {**row, "mean": results["mean"][m]} for m, row in results["bits_per_byte"].items()}, "model")}
+
+## Routing
+
+Share of the token-choices per expert, mean over layers, on held-out text.
+
+{table(shares, "domain")}
+
+## Parents
+
+{_experts(step)}
+
+## Data
+
+{_data(step)}
+
+## Recipe
+
+```yaml
+{recipe}```
+
+## Where it loads
+
+{chr(10).join(notes(config, step.settings.layout, folder))}
+
+`SHA256SUMS` has the digest of every file but `btx.json`, which
+has them too; `proof.json` has the logits of probe prompts; `btx check FOLDER` compares both.
+"""
+
+
+def changed_card(did: str, parent: str, rows: dict[str, dict[str, float]], loads: list[str]) -> str:
+    """The card of what a verb of `btx moe` made of a mixture; `loads` are the notes on where it does."""
+    front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": parent,
+                            "tags": ["btx", "mixture-of-experts"]}, sort_keys=False)  # fmt: skip
+    measured = f"Bits per byte on held-out documents:\n\n{table(rows, 'domain')}" if rows else "Nothing was measured."
+    return f"""---
+{front}---
+
+# {parent}, changed
+
+Made of {parent} by `{did}` (btx {__version__}). Tensors that the verb does not change have the bits they had.
+
+{measured}
+
+## Where it loads
+
+{chr(10).join(loads)}
+
+`SHA256SUMS` has the digest of every file but `btx.json`, `proof.json` the logits of probe prompts; `btx check FOLDER`
+compares both.
+"""

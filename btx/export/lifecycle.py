@@ -1,0 +1,249 @@
+"""What happens to a Mixture of Experts after the merge: experts taken out, put in, exchanged, or taken out to be dense.
+
+Folders are read and written block by block, like the merge. Whatever is not asked to change keeps its bits: the shared
+tensors, the other experts, and their rows of every router.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btx.checkpoints.reader import Checkpoint
+from btx.checkpoints.writer import Row, write_weights
+from btx.errors import ArtifactError, RecipeError
+from btx.export.mixture import EXPERTS, Masked, Moe, Source, patterns
+from btx.graph.artifact import write_json
+from btx.merge.layout import BESIDE_SHARED
+from btx.models.families import DOWN, LAYER, Family
+from btx.models.native import RECORDED, config_difference
+from btx.models.target import class_name, moe_config
+
+
+def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
+    """A dense model's feed-forward blocks as an expert; ArtifactError when they do not fit.
+
+    Beside a shared expert that is not zero, its output is halved as the merge does.
+    """
+    for layer in moe.layers:
+        for kind in moe.family.expert:
+            entry = dense.entries.get(f"model.layers.{layer}.{kind}")
+            if entry is None or entry.shape != moe.shape(kind):
+                seen = "missing" if entry is None else "x".join(map(str, entry.shape))
+                raise ArtifactError(
+                    f"the expert {name} ({dense.folder}): model.layers.{layer}.{kind} is {seen}, the experts of "
+                    f"{moe.checkpoint.folder} are {'x'.join(map(str, moe.shape(kind)))}. Use a model trained from the "
+                    "same seed."
+                )
+    halved = any(bool(block.any()) for name in _shared_outputs(moe) for block in moe.checkpoint.blocks(name))
+
+    def source(prefix: str, kind: str) -> Iterator[torch.Tensor]:
+        for block in dense.blocks(prefix + kind):
+            yield block * BESIDE_SHARED if halved and kind == DOWN else block
+
+    return source
+
+
+def _shared_outputs(moe: Moe) -> list[str]:
+    """The output projections of the shared experts, where the family has them."""
+    shared = moe.family.shared
+    return [f"model.layers.{layer}.{shared.names[DOWN]}" for layer in moe.layers] if shared else []
+
+
+def write_changed(
+    out: Path, moe: Moe, experts: Mapping[str, int | Source], routers: Callable[[int], torch.Tensor],
+    top_k: int | None = None,
+) -> None:  # fmt: skip
+    """Write the folder with other experts: by name, an old one's number or where a new one comes from.
+
+    `routers(layer)` gives the router (number of experts, D). Old experts keep the order of their tensors in the file.
+    """
+    count = len(experts)
+    if count < 1:
+        raise RecipeError(
+            f"{moe.checkpoint.folder} would have no expert left. Use `btx moe extract` for a dense model."
+        )
+    sources = [moe.expert(e) if isinstance(e, int) else e for e in experts.values()]
+    origin = [e if isinstance(e, int) else None for e in experts.values()]
+    write_weights(out, list(_rows(moe, sources, origin, routers)))
+    chosen = min(top_k or int(moe.config["num_experts_per_tok"]), count)
+    write_json(out / "config.json", {**moe.config, moe.count_field: count, "num_experts_per_tok": chosen})
+    write_json(out / EXPERTS, {"experts": list(experts)})
+
+
+def _rows(
+    moe: Moe, sources: Sequence[Source], origin: Sequence[int | None], routers: Callable[[int], torch.Tensor]
+) -> Iterator[Row]:
+    kinds = patterns(moe.family)
+    for name, entry in moe.checkpoint.entries.items():
+        dtype = moe.checkpoint.flat(name, 0, 0).dtype
+        match = LAYER.fullmatch(name)
+        prefix, rest = (name.removesuffix(match[2]), match[2]) if match else ("", name)
+        kind, number = next(((k, m) for k, p in kinds.items() if (m := p.fullmatch(rest))), (None, None))
+        if match and rest == moe.family.router:
+            layer = int(match[1])
+            shape = (len(sources), entry.shape[1])
+            yield Row(name, dtype, shape, partial(_router, routers, layer, dtype))
+        elif kind is None or number is None:
+            yield Row(name, dtype, entry.shape, partial(moe.checkpoint.blocks, name))
+        elif moe.family.stacked:
+            together = [k for k in moe.family.expert if moe.family.expert[k] == moe.family.expert[kind]]
+            yield Row(name, dtype, (len(sources), *entry.shape[1:]),
+                      partial(_cast, [(s, k) for s in sources for k in together], prefix, dtype))  # fmt: skip
+        else:
+            for place in _places(origin, int(number["e"]), moe.count):
+                published = prefix + moe.family.expert[kind].format(e=place)
+                yield Row(published, dtype, entry.shape, partial(_cast, [(sources[place], kind)], prefix, dtype))
+
+
+def _places(origin: Sequence[int | None], old: int, count: int) -> list[int]:
+    """Where the expert that was number `old` goes; after the last old one, the new ones too."""
+    places = [place for place, e in enumerate(origin) if e == old]
+    if old == count - 1:
+        places += [place for place, e in enumerate(origin) if e is None]
+    return places
+
+
+def _cast(sources: list[tuple[Source, str]], prefix: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for source, kind in sources:
+        for block in source(prefix, kind):
+            yield block.to(dtype)
+
+
+def _router(routers: Callable[[int], torch.Tensor], layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [routers(layer).to(dtype)]
+
+
+def remove(out: Path, moe: Moe, names: Sequence[str]) -> None:
+    """Write the folder without some experts and their rows of the routers."""
+    gone = {moe.index(name) for name in names}
+    kept = [e for e in range(moe.count) if e not in gone]
+    write_changed(out, moe, {moe.names[e]: e for e in kept}, lambda layer: moe.router(layer)[kept])
+
+
+def replace(out: Path, moe: Moe, name: str, source: Source) -> None:
+    """Write the folder with another model's feed-forward blocks in the place of an expert, whose router rows stay."""
+    number = moe.index(name)
+    experts: dict[str, int | Source] = {n: e for e, n in enumerate(moe.names)}
+    experts[moe.names[number]] = source
+    write_changed(out, moe, experts, moe.router)
+
+
+def require_new(moe: Moe, name: str) -> None:
+    """RecipeError for a name that an expert has already, or that could be taken for a number or a path."""
+    if name in moe.names:
+        raise RecipeError(
+            f"{moe.checkpoint.folder} has an expert {name!r} already. Use `btx moe replace`, or another name."
+        )
+    if name.isdecimal() or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise RecipeError(f"--name {name!r} is no name of an expert: use letters, digits, '-', '_' and '.', no number.")
+
+
+def add(out: Path, moe: Moe, name: str, source: Source, rows: Callable[[int], torch.Tensor]) -> None:
+    """Write the folder with one more expert, the last; `rows(layer)` gives its row (D,) of each router."""
+    require_new(moe, name)
+    experts: dict[str, int | Source] = {n: e for e, n in enumerate(moe.names)}
+    old = moe.router
+    write_changed(out, moe, {**experts, name: source},
+                  lambda layer: torch.cat([old(layer), rows(layer)[None].to(old(layer).dtype)]))  # fmt: skip
+
+
+def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
+    """Write experts whole, with their rows of the routers and their places, so that `unmask` can put them back."""
+    out.mkdir()
+    places = sorted({moe.index(name) for name in names})
+    rows: list[Row] = []
+    for layer in moe.layers:
+        prefix = f"model.layers.{layer}."
+        for e, k in product(places, moe.family.expert):
+            dtype = moe.dtype(e, prefix, k)
+            rows.append(
+                Row(f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(_cast, [(moe.expert(e), k)], prefix, dtype))
+            )
+        router = moe.router(layer)[places]
+        rows.append(Row(moe.family.router_name(layer), router.dtype, tuple(router.shape), partial(list, [router])))
+    write_weights(out, rows)
+    kept = {"places": places, "names": [moe.names[e] for e in places], "top_k": moe.config["num_experts_per_tok"]}
+    write_json(out / "config.json", {"model_type": moe.config["model_type"], **kept})
+
+
+def unmask(out: Path, moe: Moe, away: Masked) -> None:
+    """Write the mixture with kept experts back in their places, router rows too."""
+    places, total = away.places, moe.count + len(away.places)
+    stay = [e for e in range(total) if e not in places]
+    experts: dict[str, int | Source] = {}
+    for place in range(total):
+        if place in stay:
+            experts[moe.names[stay.index(place)]] = stay.index(place)
+        else:
+            experts[away.names[places.index(place)]] = partial(away.pieces, place)
+
+    def routers(layer: int) -> torch.Tensor:
+        now = moe.router(layer)
+        whole = now.new_empty(total, now.shape[1])
+        whole[stay], whole[places] = now, away.checkpoint.read(moe.family.router_name(layer)).to(now.dtype)
+        return whole
+
+    write_changed(out, moe, experts, routers, top_k=away.top_k)
+
+
+def extract(out: Path, moe: Moe, name: str) -> None:
+    """Write one expert and the shared tensors as a dense model: what the mixture computes when only it is chosen."""
+    number, family = moe.index(name), moe.family
+    source = moe.expert(number)
+    if moe.dense and moe.width != moe.config["intermediate_size"]:
+        raise ArtifactError(
+            f"{moe.checkpoint.folder}: its experts are {moe.width} wide, its layers without experts "
+            f"{moe.config['intermediate_size']}, and no {family.dense} model has two widths. Nothing can be extracted."
+        )
+    idle = {*family.shared.names.values(), family.shared.gate} if family.shared else {*()}
+    kinds = patterns(family)
+    rows: list[Row] = []
+    for tensor, entry in moe.checkpoint.entries.items():
+        match = LAYER.fullmatch(tensor)
+        prefix, rest = (tensor.removesuffix(match[2]), match[2]) if match else ("", tensor)
+        dtype = moe.checkpoint.flat(tensor, 0, 0).dtype
+        if rest == family.router:
+            for k in kinds:
+                own = moe.dtype(number, prefix, k)
+                rows.append(Row(prefix + k, own, moe.shape(k), partial(_cast, [(source, k)], prefix, own)))
+        elif rest in idle:
+            _require_zero(moe, tensor)
+        elif not any(p.fullmatch(rest) for p in kinds.values()):
+            rows.append(Row(tensor, dtype, entry.shape, partial(moe.checkpoint.blocks, tensor)))
+    config = dense_config(family, moe.config)
+    write_weights(out, rows)
+    config.save_pretrained(out)
+
+
+def dense_config(family: Family, moe: dict[str, Any]) -> Any:
+    """The native dense config of a model of one expert of a Mixture of Experts; `moe` is its parsed config.json."""
+    from transformers import AutoConfig
+
+    source = AutoConfig.for_model(**moe).to_dict()
+    known = AutoConfig.for_model(family.dense).to_dict().keys() | set(family.carried)
+    kept = {k: v for k, v in source.items() if k in known and k not in (*RECORDED, "intermediate_size")}
+    config = AutoConfig.for_model(family.dense, **kept, intermediate_size=source[family.width_field])
+    config.dtype = source.get("dtype")
+    config.architectures = [class_name(config)]
+    return config
+
+
+def _require_zero(moe: Moe, tensor: str) -> None:
+    if tensor.endswith("down_proj.weight") and any(bool(block.any()) for block in moe.checkpoint.blocks(tensor)):
+        raise ArtifactError(
+            f"{moe.checkpoint.folder}: {tensor} is not zero, so every token also visits a shared expert, which no "
+            f"{moe.family.dense} model has a place for. Only folders whose shared expert is zero can be made dense."
+        )
+
+
+def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
+    """Config fields that decide and in which a dense model, made a mixture, would differ from this one."""
+    made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where, dense_layers=moe.dense)
+    return config_difference(moe.config, made.to_dict(), where, carried=moe.family.carried, names=("the mixture", "it"))

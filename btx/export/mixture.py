@@ -1,0 +1,225 @@
+"""A Mixture-of-Experts folder as `btx moe` reads it: its experts by name, its routers, and what was masked beside it.
+
+All that is read later is looked at when a folder is opened: numbers in its config, names of its experts, and that every
+router and expert is there with its shape. So a damaged folder ends in a sentence before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btx.checkpoints.reader import Checkpoint
+from btx.checkpoints.validate import DTYPES
+from btx.errors import ArtifactError, RecipeError, nearest
+from btx.models.families import DOWN, LAYER, MOE, UP, Family
+
+EXPERTS = "experts.json"  # of a folder: the experts' names, in order
+Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+class Moe:
+    """An open Mixture-of-Experts folder: its family, its experts by name, its routers.
+
+    Where the folder holds the experts fused, `layout` is `fused` and the family has the names in memory, under which a
+    changed folder is written too.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
+        if config["model_type"] not in MOE:
+            raise ArtifactError(
+                f"{checkpoint.folder} is a {config['model_type']}, no Mixture of Experts that btx writes "
+                f"({', '.join(MOE)})."
+            )
+        self.checkpoint, self.config = checkpoint, config
+        family = MOE[config["model_type"]]
+        if family.attention:
+            raise ArtifactError(
+                f"{checkpoint.folder} is a {family.moe}, whose attention is made of experts too, and `btx moe` "
+                "changes feed-forward experts only. Merge it again, with merge.experts: one."
+            )
+        rests = {match[2] for name in checkpoint.entries if (match := LAYER.fullmatch(name))}
+        self.layout = "fused" if family.fused.expert[DOWN] in rests else "published"
+        self.family: Family = family.fused if self.layout == "fused" else family
+        fields = (self.family.experts_field, "num_local_experts")
+        self.count_field = next((f for f in fields if f in config), fields[0])
+        self.count = _number(checkpoint, self.count_field)
+        self.width = _number(checkpoint, self.family.width_field)
+        self.hidden = _number(checkpoint, "hidden_size")
+        self._depth = _number(checkpoint, "num_hidden_layers")
+        self._dense = _dense_layers(checkpoint, self.family)
+        _number(checkpoint, "num_experts_per_tok", self.count)
+        patterns_ = [p for f in (family, family.fused) for p in patterns(f).values()]
+        _require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
+        self.layers = list(self._sparse())  # with experts
+        self.dense = [n for n in range(self._depth) if n in self._dense]
+        if not self.layers:
+            raise ArtifactError(f"{checkpoint.folder} has experts in no layer. Fetch the folder again.")
+        self.names = expert_names(checkpoint.folder, self.count)
+
+    def _sparse(self) -> Iterator[int]:
+        """The layers with experts, as the config has it, which may claim any number."""
+        return (n for n in range(self._depth) if n not in self._dense)
+
+    def _shapes(self) -> Shapes:
+        """Every router and expert tensor, with its shape."""
+        together = Counter(self.family.expert.values())
+        for layer in self._sparse():
+            yield self.family.router_name(layer), (self.count, self.hidden)
+            for kind, name in self.family.expert.items():
+                published, (rows, columns) = f"model.layers.{layer}.{name}", self.shape(kind)
+                if self.family.stacked:
+                    yield published, (self.count, together[name] * rows, columns)
+                else:
+                    yield from ((published.format(e=e), (rows, columns)) for e in range(self.count))
+
+    def index(self, name: str) -> int:
+        """The number of an expert, by its name or by that number; RecipeError for one that is not there."""
+        if name in self.names:
+            return self.names.index(name)
+        if name.isdecimal() and int(name) < self.count:
+            return int(name)
+        raise RecipeError(f"{self.checkpoint.folder} has no expert {name!r}; {nearest(name, self.names)}")
+
+    def expert(self, number: int) -> Source:
+        """Where an expert's tensors come from."""
+        return partial(self._pieces, number)
+
+    def _pieces(self, number: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
+        name = prefix + self.family.expert[kind]
+        if not self.family.stacked:
+            return self.checkpoint.blocks(name.format(e=number))
+        size = self.checkpoint.entries[name].count // self.count
+        start = number * size
+        if kind != DOWN:  # gate above up
+            size //= 2
+            start += size * (kind == UP)
+        return self.checkpoint.blocks(name, start, start + size)
+
+    def dtype(self, number: int, prefix: str, kind: str) -> torch.dtype:
+        """The dtype of an expert's tensor."""
+        return DTYPES[self.checkpoint.entries[(prefix + self.family.expert[kind]).format(e=number)].dtype]
+
+    def router(self, layer: int) -> torch.Tensor:
+        """A layer's router weight (E, D)."""
+        return self.checkpoint.read(self.family.router_name(layer))
+
+    def shape(self, kind: str) -> tuple[int, int]:
+        """Shape of one expert's tensor."""
+        return (self.hidden, self.width) if kind == DOWN else (self.width, self.hidden)
+
+
+class Masked:
+    """Experts that were switched off in a mixture, as they lie beside it: their places, names and tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, moe: Moe) -> None:
+        config: dict[str, Any] = checkpoint.config
+        places, names = config.get("places"), config.get("names")
+        if not (isinstance(places, list) and isinstance(names, list) and len(places) == len(names) > 0):
+            raise self._damaged(checkpoint, "it does not name a place for every expert")
+        total = moe.count + len(places)
+        if not all(type(p) is int and 0 <= p < total for p in places) or len(set(places)) < len(places):
+            raise self._damaged(checkpoint, f"places {places!r:.80} are no places among {total} experts")
+        if not all(isinstance(n, str) for n in names) or len({*names, *moe.names}) < total:
+            raise self._damaged(checkpoint, f"names {names!r:.80} are not names of experts, each its own")
+        if config["model_type"] != moe.config["model_type"]:
+            raise self._damaged(checkpoint, f"it is of a {config['model_type']}")
+        self.checkpoint, self.places, self.names = checkpoint, [int(p) for p in places], [str(n) for n in names]
+        self.top_k = _number(checkpoint, "top_k", total)
+        _require_shapes(checkpoint, self._shapes(moe), lambda _rest: True)
+
+    @staticmethod
+    def _damaged(checkpoint: Checkpoint, why: str) -> ArtifactError:
+        return ArtifactError(f"{checkpoint.folder}/config.json is damaged: {why}. Mask the experts again.")
+
+    def _shapes(self, moe: Moe) -> Shapes:
+        for layer in moe.layers:
+            yield moe.family.router_name(layer), (len(self.places), moe.hidden)
+            yield from ((f"model.layers.{layer}.{e}.{k}", moe.shape(k)) for e in self.places for k in moe.family.expert)
+
+    def pieces(self, place: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
+        """A tensor of the expert that belongs to a place."""
+        return self.checkpoint.blocks(f"{prefix}{place}.{kind}")
+
+
+def patterns(family: Family) -> dict[str, re.Pattern[str]]:
+    """The published name of each kind of expert tensor as a pattern, the gate before the up that may share it."""
+    return {k: re.compile(re.escape(n).replace(r"\{e\}", r"(?P<e>\d+)")) for k, n in family.expert.items()}
+
+
+def _number(checkpoint: Checkpoint, field: str, most: int | None = None) -> int:
+    """A whole number above zero out of the config; ArtifactError for anything else."""
+    value = checkpoint.config.get(field)
+    if type(value) is int and 1 <= value <= (most or value):
+        return value
+    allowed = f"from 1 to {most}" if most else "above 0"
+    raise ArtifactError(
+        f"{checkpoint.folder}/config.json has {field} = {value!r:.80}, where a whole number {allowed} belongs. "
+        "Fetch the folder again."
+    )
+
+
+def _dense_layers(checkpoint: Checkpoint, family: Family) -> set[int]:
+    """The layers without experts that the config names."""
+    found = checkpoint.config.get("mlp_only_layers") or []
+    step = checkpoint.config.get("decoder_sparse_step", 1)
+    if not isinstance(found, list) or not all(type(n) is int for n in found) or (found and not family.dense_layers):
+        raise ArtifactError(
+            f"{checkpoint.folder}/config.json has mlp_only_layers = {found!r:.80}, where a list of layers of a class "
+            "that has such layers belongs. Fetch the folder again."
+        )
+    if family.dense_layers and step != 1:
+        raise ArtifactError(
+            f"{checkpoint.folder}/config.json has decoder_sparse_step = {step!r:.80}; btx writes 1, and names layers "
+            "without experts under mlp_only_layers. Do so in it too."
+        )
+    return {*found}
+
+
+def _require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[str], bool]) -> None:
+    """ArtifactError unless these tensors are there with these shapes, and no other that belongs to them.
+
+    `belongs` tells it by a name below `model.layers.L.`. A config that claims too much ends at the first missing one.
+    """
+    names = set()
+    for name, shape in wanted:
+        entry = checkpoint.entries.get(name)
+        if entry is None or entry.shape != shape:
+            seen = "missing" if entry is None else "x".join(map(str, entry.shape))
+            raise ArtifactError(
+                f"{checkpoint.folder}: {name} is {seen}, by config.json it should be {'x'.join(map(str, shape))}. "
+                "Fetch the folder again."
+            )
+        names.add(name)
+    for name in checkpoint.entries.keys() - names:
+        if (match := LAYER.fullmatch(name)) and belongs(match[2]):
+            raise ArtifactError(
+                f"{checkpoint.folder}: {name} belongs to no expert that config.json counts. Fetch the folder again."
+            )
+
+
+def expert_names(folder: Path, count: int) -> list[str]:
+    """The experts' names as the folder says them, or their numbers."""
+    path = folder / EXPERTS
+    if not path.is_file():
+        return [str(n) for n in range(count)]
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["experts"]
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError("its experts are no list of names")
+        if len(names) != count:
+            raise ValueError(f"it names {len(names)} experts, config.json {count}")
+        if len(set(names)) < count:
+            raise ValueError("a name stands twice")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}). Fetch the folder again, or remove that file.") from error
+    return list(names)

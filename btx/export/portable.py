@@ -1,0 +1,189 @@
+"""What lets an export load elsewhere: a config that transformers 4 reads too, either layout of the experts, and notes.
+
+transformers 5 writes some fields of a config under new names only. transformers 4 takes its defaults for those that it
+does not find, without a word, so the older names are written beside; transformers 5 finds the same values in both.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from btx.checkpoints.reader import Checkpoint
+from btx.checkpoints.validate import DTYPES
+from btx.checkpoints.writer import Row, copies
+from btx.models.families import DENSE, DOWN, GATE, MOE, UP, Family
+from btx.models.target import BALANCE
+
+TOKENIZER = "tokenizer_config.json"
+OWN_CLASS = "TokenizersBackend"  # what transformers 5 calls a tokenizer that is its tokenizer.json and nothing else
+UNBALANCED = (
+    "Its config states a coefficient of 0 for the balance loss of transformers, and no router logits, so that no "
+    "trainer adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
+    "`router_aux_loss_coef` to train with it."
+)
+OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 understands
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as transformers 5 wrote it, which transformers 4 reads as the same model; other families' as it is.
+
+    `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
+    `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
+    come to differ; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
+    stands for. No balance loss of transformers' own is asked for.
+    """
+    family = MOE.get(config["model_type"])
+    if not family and config["model_type"] not in DENSE:
+        return config
+    found = dict(config)
+    rope = dict(found.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope
+    if found.get("dtype"):
+        found["torch_dtype"] = found["dtype"]
+    if family and "num_local_experts" in found:
+        found[family.experts_field] = found.pop("num_local_experts")
+    if family:
+        found |= {field: 0.0 for field in BALANCE if field in found} | {"output_router_logits": False}
+    if "head_dim" in found and found["head_dim"] is None:
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    return found
+
+
+def portable_tokenizer(folder: Path) -> None:
+    """Give a tokenizer that btx made the class name that transformers 4 knows; never for files of somebody else.
+
+    The inputs are named because transformers 4 would add token types to them, which no model here takes.
+    """
+    path = folder / TOKENIZER
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found.pop("backend", None)
+    found |= {"tokenizer_class": OLD_CLASS, "model_input_names": ["input_ids", "attention_mask"]}
+    path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def rows(source: Checkpoint, layout: str) -> list[Row]:
+    """Every tensor of a Mixture of Experts in a layout: `published` as it is, `fused` as transformers 5 holds it."""
+    family = MOE[source.config["model_type"]]
+    return copies(source) if layout == "published" or family.attention else _fused(source, family)
+
+
+def _fused(source: Checkpoint, family: Family) -> list[Row]:
+    """Experts of a layer as gate_up_proj (E, 2F, D) and down_proj (E, D, F), the router under its name in memory."""
+    found, fused = {row.name: row for row in copies(source)}, family.fused
+    for name in [n for n in found if n.endswith(family.router)]:
+        prefix = name.removesuffix(family.router)
+        router = found.pop(name)
+        count = router.shape[0]
+        for kinds in ((GATE, UP), (DOWN,)):
+            names = [prefix + family.expert[k].format(e=e) for e in range(count) for k in kinds]
+            row = _joined(source, prefix + fused.expert[kinds[0]], list(dict.fromkeys(names)), count)
+            for old in dict.fromkeys(names):
+                del found[old]
+            found[row.name] = row
+        renamed = prefix + fused.router
+        found[renamed] = Row(renamed, router.dtype, router.shape, router.pieces)
+    return list(found.values())
+
+
+def _joined(source: Checkpoint, target: str, names: list[str], count: int) -> Row:
+    """One tensor of `count` experts from the tensors that follow each other in it; one that is stacked stays so."""
+    entry = source.entries[names[0]]
+    shape = entry.shape if len(names) == 1 < len(entry.shape) - 1 else (
+        count, len(names) // count * entry.shape[0], entry.shape[1]
+    )  # fmt: skip
+    return Row(target, DTYPES[entry.dtype], shape, partial(_pieces, source, names))
+
+
+def _pieces(source: Checkpoint, names: list[str]) -> Any:
+    for name in names:
+        yield from source.blocks(name)
+
+
+def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
+    """Sentences on where the folder loads and where it is known not to, for its card."""
+    made = f"transformers 5 (made with {version('transformers')})"
+    family = MOE.get(config["model_type"])
+    if layout == "fused" and not (family and family.attention):  # whose names on disk and in memory are the same
+        return [
+            f"Its experts lie fused, as {made} holds them: it is known to load there only. transformers 4 would draw "
+            "its experts at random, and other tools ask for the published names; export with `layout: published` for "
+            "them.",
+            UNBALANCED,
+        ]
+    found = [*_limits_of_transformers_4(config, folder), *_vllm(config), *_limits_of_llama_cpp(config, folder)]
+    said = [f"It loads in {made} and, as far as nothing else is said below, in transformers 4.57.", *found]
+    return [*said, UNBALANCED] if family else said
+
+
+def _own_head_dim(config: dict[str, Any]) -> bool:
+    heads = config["num_attention_heads"]
+    return bool((config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"])
+
+
+def _rope(config: dict[str, Any]) -> str:
+    return str((config.get("rope_parameters") or {}).get("rope_type", "default"))
+
+
+def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]:
+    kind, found = config["model_type"], []
+    if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
+        found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
+    if kind == "qwen2_moe" and config.get("use_sliding_window"):
+        found.append("transformers 4 computes something else: there, other layers have the sliding window.")
+    if kind == "olmo2" and _rope(config) != "default":
+        found.append(f"transformers 4 refuses its rope scaling ({_rope(config)}) in this family.")
+    path = folder / TOKENIZER
+    named = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if named.get("tokenizer_class") == OWN_CLASS or isinstance(named.get("extra_special_tokens"), list):
+        found.append(
+            f"The tokenizer files are the seed's, byte for byte, and {TOKENIZER} is as transformers 5 writes it, which "
+            f"transformers 4 does not read: `{OLD_CLASS}(tokenizer_file='PATH/tokenizer.json')` does there."
+        )
+    return found
+
+
+def _vllm(config: dict[str, Any]) -> list[str]:
+    """What the source of vLLM 0.33.0 says; tests/numerics/test_names_of_vllm.py has the names and where they stand."""
+    kind, found = config["model_type"], []
+    if kind == "jetmoe":
+        return ["vLLM has no model of its own for this family."]
+    if kind == "flex_olmo":  # registry.py
+        return ["vLLM 0.33.0 has no model of its own for this family and names it among those it runs by transformers."]
+    if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
+        found.append("These tensors do not fit vLLM 0.33.0, which has no head_dim of its own in this family.")
+    elif kind in MOE:
+        found.append("vLLM 0.33.0 reads tensors of these names and shapes; that is from its source, it was not run.")
+    if kind == "qwen2_moe" and len(set(config.get("layer_types") or [])) > 1:
+        found.append("vLLM 0.33.0 computes something else: it leaves out a sliding window that some layers have.")
+    return found
+
+
+def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
+    """What tests/portability/in_llama_cpp.py met in llama-cpp-python 0.3.36."""
+    kind, found = config["model_type"], []
+    llama3 = _rope(config) == "llama3"
+    if kind in ("flex_olmo", "jetmoe"):
+        return ["llama.cpp has no place for its family."]
+    if config.get("mlp_only_layers"):
+        return ["llama.cpp's converter refuses layers without experts in this family."]
+    if kind in ("granite", "granitemoe") and llama3:
+        found.append("llama.cpp's converter refuses its rope scaling (llama3) in this family.")
+    if kind in ("olmo2", "qwen2", "qwen3", "qwen3_moe") and llama3:
+        found.append("llama.cpp leaves out its rope scaling (llama3) in this family and computes something else.")
+    if kind == "qwen2_moe":  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
+        return [
+            "llama.cpp does not compute it: in this family it does not renormalise the chosen gates and gives NaN for "
+            "a shared expert whose gate is zero; with tied embeddings it does not load the file."
+        ]
+    if config.get("sliding_window") and (kind in ("mistral", "mixtral") or config.get("use_sliding_window")):
+        found.append(f"llama.cpp has no sliding window here: it differs beyond {config['sliding_window']} tokens.")
+    if not (folder / "tokenizer.model").is_file():
+        found.append("llama.cpp's converter refuses byte-level tokenizers that it does not know, as those of btx.")
+    return found

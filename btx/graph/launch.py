@@ -1,0 +1,153 @@
+"""From steps that train to the engine's jobs: their command lines, logs, devices, and what their ends mean."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from btx.engines.local import Ended, Job, Local
+from btx.errors import ArtifactError, BtxError, DivergedError, InterruptedRunError, RecipeError, ResourceError
+from btx.graph.step import Step, Tell
+from btx.recipe.paths import expanded
+
+if TYPE_CHECKING:
+    from btx.conversions.pipeline import Graph
+
+BY_CODE = {e.exit_code: e for e in (RecipeError, ArtifactError, DivergedError, ResourceError, InterruptedRunError)}
+PR_SET_PDEATHSIG = 1
+LAUNCHER = "from btx.graph.launch import accelerate_launch; accelerate_launch()"  # for python -c
+
+
+def die_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def accelerate_launch() -> None:
+    """`accelerate launch` in this process, ending with its parent: its processes would outlive btx without it."""
+    die_with_parent()
+    from accelerate.commands.launch import main
+
+    main()
+
+
+ROLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    *(f"{kind}_COMM_WORLD_{what}" for kind in ("OMPI", "MV2") for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+)  # from which accelerate and torch guess that they are one of several processes
+
+
+def own_rank(launched: bool) -> int:
+    """This process's rank: what btx's own launcher set, else 0, and then nothing of the environment says otherwise.
+
+    A pod of Kubernetes or a step of Slurm may have RANK=3 set; believed, it would wait for others without end.
+    """
+    if launched:
+        return int(os.environ.get("RANK", "0"))
+    for name in ROLES:
+        os.environ.pop(name, None)
+    return 0
+
+
+def end_process(code: int = 0) -> None:
+    """End a process of a distributed training, whose work is published or saved, without Python's own clearing up.
+
+    Threads of the collectives that are met by it abort the process now and then (seen with gloo: `terminate called
+    without an active exception`), or are waited for without end, and a step that is done would be reported as failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Launcher:
+    """Starts the training steps of a graph on the local engine."""
+
+    def __init__(self, graph: Graph, recipe: Path, overrides: tuple[str, ...], tell: Tell) -> None:
+        self.graph, self.recipe, self.overrides, self.tell = graph, recipe, overrides, tell
+
+    def __call__(self, steps: list[Step]) -> None:
+        """Run them all; the failures are raised together at the end, each with its log."""
+        run = self.graph.recipe.run
+        devices = _gpus() if run.device != "cpu" else 0
+        slots = run.workers if run.workers != "auto" else max(1, devices if not run.launch else 1)
+        slots = min(slots, len(steps))
+        threads = self._threads(slots) if not devices else []
+        jobs = [self._job(step, threads) for step in steps]
+        _raise(Local(slots, devices=devices).run(jobs, self.tell), jobs)
+
+    def _threads(self, slots: int) -> list[str]:
+        """Share this machine's cores among jobs that run at once."""
+        if slots < 2 or self.graph.recipe.run.threads != "auto":
+            return []
+        return ["--set", f"run.threads={max(1, len(os.sched_getaffinity(0)) // slots)}"]
+
+    def _job(self, step: Step, threads: list[str]) -> Job:
+        config = self.graph.recipe.run.launch
+        start = [sys.executable, "-m"]
+        if config:
+            start = [
+                sys.executable,
+                "-c",
+                LAUNCHER,
+                "--config_file",
+                str(expanded(config, "run.launch").absolute()),
+                "-m",
+            ]
+        sets = [part for text in self.overrides for part in ("--set", text)]
+        told = ["--launched"] if config else []
+        argv = [
+            *start,
+            "btx",
+            "_step",
+            str(self.recipe),
+            *sets,
+            *threads,
+            "--label",
+            step.label,
+            "--key",
+            step.key,
+            *told,
+        ]
+        return Job(step.label, argv, step.log_file, launcher=bool(config))
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _sentence(label: str, end: Ended, log: Path) -> str:
+    """How one job ended, and where to look."""
+    seen = f" Log: {log}" if log.exists() else ""
+    if end.code == InterruptedRunError.exit_code:
+        return f"{label}: {end.error.removeprefix(f'{label} ')}{seen}"
+    if end.code == -signal.SIGKILL:
+        return (
+            f"{label} was killed (signal 9), as the system does when memory runs out. Give it more, lower "
+            f"run.micro_batch or run.workers, or set train.gradient_checkpointing: true.{seen}"
+        )
+    why = end.error.removeprefix(f"{label}: ") or "see its log."
+    return f"{label} failed (exit code {end.code}): {why}{seen}"
+
+
+def _raise(ended: dict[str, Ended], jobs: list[Job]) -> None:
+    failed = {job.label: (ended[job.label], job.log) for job in jobs if ended[job.label].code}
+    if not failed:
+        return
+    kinds = [
+        ResourceError if end.code == -signal.SIGKILL else BY_CODE.get(end.code, BtxError) for end, _ in failed.values()
+    ]
+    real = [kind for kind in kinds if kind is not InterruptedRunError]
+    lines = [_sentence(label, end, log) for label, (end, log) in failed.items()]
+    others = sorted(set(ended) - set(failed))
+    tail = f"\nThe others are done: {', '.join(others)}." if others else ""
+    raise (real or kinds)[0]("\n".join(lines) + tail)

@@ -1,0 +1,99 @@
+"""The router row of an expert that joins later, in closed form: ridge regression at what each router truly sees.
+
+The row w of a layer minimises, over tokens x of the new domain and of the old ones, the two sides counting alike,
+
+    mean (w·x − y)² + λ |w|²,   y = (highest old logit) + margin   for a token of the new domain,
+                                y = (lowest old logit that is chosen) − margin   for one of an old domain,
+
+so that the new expert comes first on its own domain and is not chosen elsewhere, as far as a linear map of x can tell
+the two apart. No training; the old rows stay. Inputs behind a changed layer change, so the fit is done again on the
+model that has the first rows.
+
+Axes: T tokens, E experts, D width of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btx.merge.router_init import RIDGE
+from btx.moe.hooks import find_routers
+
+MARGIN = 1.0  # in logits, at least; or the deviation of the old ones where that is more
+
+
+@dataclass
+class Normal:
+    """The normal equations of one layer: sums of x xᵀ and of x y over tokens, in float64."""
+
+    gram_DD: Tensor
+    moment_D: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, width: int) -> Normal:
+        """Of no token yet."""
+        return cls(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+
+    def add(self, x_TD: Tensor, y_T: Tensor) -> None:
+        """Take in some tokens."""
+        x_TD = x_TD.double()
+        self.gram_DD += x_TD.T @ x_TD
+        self.moment_D += x_TD.T @ y_T.double()
+        self.tokens += len(x_TD)
+
+
+def solve(sides: Iterable[Normal]) -> Tensor:
+    """The row (D,) in float32 that fits both sides; ValueError for a side without a token."""
+    used = list(sides)
+    if not all(side.tokens for side in used):
+        raise ValueError("there is no token of one of the two sides, new domain and old domains")
+    gram = torch.stack([side.gram_DD / side.tokens for side in used]).sum(0)
+    moment = torch.stack([side.moment_D / side.tokens for side in used]).sum(0)
+    ridge = RIDGE * gram.diagonal().mean()
+    row: Tensor = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), moment)
+    return row.float()
+
+
+def targets(old_TE: Tensor, *, k: int, new: bool) -> Tensor:
+    """The wanted logit (T,) of the new expert, from the old ones' logits."""
+    margin = max(MARGIN, float(old_TE.std()))
+    if new:
+        return old_TE.amax(-1) + margin
+    return old_TE.topk(min(k, old_TE.shape[-1]), -1).values[:, -1] - margin
+
+
+@torch.inference_mode()
+def fit_rows(model: Any, new: Iterable[Tensor], old: Iterable[Tensor], *, experts: int) -> list[Tensor]:
+    """The new expert's row (D,) of every layer's router, first layer first.
+
+    `new` and `old` are batches of token ids (B, S); `experts` how many the model has without the new one, which may be
+    among its experts already, the last.
+    """
+    routers = list(find_routers(model).values())
+    width = int(model.config.hidden_size)
+    sums = {side: [Normal.empty(width) for _ in routers] for side in (True, False)}
+    side = True
+
+    def note(layer: int, router: Any, x_TD: Tensor) -> None:
+        old_TE = torch.nn.functional.linear(x_TD, router.weight[:experts]).float()
+        x_TD, old_TE = x_TD.cpu(), old_TE.cpu()
+        sums[side][layer].add(x_TD, targets(old_TE, k=router.top_k, new=side))
+
+    handles = [
+        router.register_forward_pre_hook(lambda module, args, layer=layer: note(layer, module, args[0].flatten(0, -2)))
+        for layer, router in enumerate(routers)
+    ]
+    try:
+        for side, batches in ((True, new), (False, old)):  # noqa: B007 - `note` reads it
+            for ids in batches:
+                model(input_ids=ids.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [solve([sums[True][layer], sums[False][layer]]) for layer in range(len(routers))]

@@ -1,0 +1,1 @@
+"""Native transformers models: families, configs, loading, kernels, and what they cost."""

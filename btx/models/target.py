@@ -1,0 +1,75 @@
+"""The config of the Mixture of Experts that holds a dense model exactly, made field by field.
+
+A field that both classes declare is copied, one that the dense class alone declares must have a value under which it
+does nothing, and anything else is refused by name. Keys that the dense class does not declare are no fields of the
+model: its stock logits do not depend on them, so they are left out, also where the MoE class declares one of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from btx.errors import ArtifactError
+from btx.models.families import DENSE, IDLE_WIDTH, Family, family_of
+from btx.models.native import bookkeeping, declared, native_config, told
+
+BALANCE = ("router_aux_loss_coef", "aux_loss_coef")  # of transformers' own balance loss: 0, so that no trainer adds it
+# unasked to a model that was balanced already
+
+
+def moe_config(
+    dense: dict[str, Any], *, experts: int, top_k: int, width: int, where: str, dense_layers: Sequence[int] = (),
+    shared_width: int = IDLE_WIDTH, attention: bool = False,
+) -> Any:  # fmt: skip
+    """The native MoE config that gives a dense model's logits when all experts are that model.
+
+    `dense` is the parsed config.json; `width` an expert's feed-forward width, `dense_layers` those without experts,
+    `shared_width` that of the shared expert where the family has one, `attention` as in `family_of`. ArtifactError
+    names the field when the dense model uses something that the MoE class does not have.
+    """
+    from transformers import AutoConfig
+
+    family = family_of(dense, where, attention=attention)
+    bookkeeping(dense, where, family.carried)
+    native, empty = native_config(dense, where), AutoConfig.for_model(family.moe)
+    fields = declared(native) | {*family.carried}
+    source = {family.renamed.get(k, k): v for k, v in native.to_dict().items() if k in fields}
+    known = declared(empty) | {*family.carried, *family.derived}
+    _refuse_unknown(family, source, known, where)
+    kept = {k: v for k, v in source.items() if k in known and k not in family.derived}
+    kept |= {**family.fixed, family.experts_field: experts, family.width_field: width, "num_experts_per_tok": top_k}
+    kept |= {field: 0.0 for field in BALANCE if field in known}
+    if dense_layers:
+        kept["mlp_only_layers"] = list(dense_layers)
+    if family.shared:
+        kept[family.shared.width_field] = shared_width
+    return AutoConfig.for_model(family.moe, **kept)
+
+
+def class_name(config: object) -> str:
+    """The stock class of a native config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+
+
+def warnings_of(dense: dict[str, Any], where: str) -> list[str]:
+    """What is to be said of a dense config.json before it is merged: which of its keys are no fields of the model."""
+    kind = dense["model_type"]
+    if kind not in DENSE:
+        return []  # which is refused where it is looked at
+    return told(bookkeeping(dense, where, DENSE[kind].carried), where, kind)
+
+
+def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:
+    for key, value in source.items():
+        if key in known:
+            continue
+        allowed = family.harmless.get(key, ())
+        items = value if isinstance(value, list) else [value]
+        if allowed is not None and any(item not in allowed for item in items):
+            raise ArtifactError(
+                f"{where}: config.json has {key} = {value!r}, which {family.moe} has no place for, so "
+                "the merged model would compute something else."
+            )

@@ -1,0 +1,182 @@
+"""Load-balancing losses, each in its published convention, and the factors between their coefficients.
+
+"alpha = 0.01" is not one number: the conventions differ in what they average and in what carries a gradient,
+by a factor of the number of layers and more. So every loss here is unweighted and is asked for by the name
+of its convention.
+
+Axes: L layers, T tokens, E experts, K chosen experts of a token. A layer is a `Routing` recorded by
+`btx.moe.hooks.Routed`. Means are over the tokens of one forward pass, all of which count, so batches are packed,
+not padded; with `everywhere=over_processes` they are over that pass on all processes, and with a `StepMeans` over all
+passes of an optimiser step. A step's loss is one number, however memory makes it be cut: means over less than the
+step would be another loss, which keeps experts from specialising (Qiu et al., 2501.11873).
+
+| form           | value per layer          | over layers | balanced | collapsed | gradient through      |
+|----------------|--------------------------|-------------|----------|-----------|-----------------------|
+| `btx`          | E Σ u_i p_i, u soft      | sum         | L        | L E / m   | u and p               |
+| `switch`       | E Σ f_i p_i, Σ f_i = 1   | mean        | 1        | E / m     | p                     |
+| `transformers` | E Σ f_i p_i, Σ f_i = K   | pooled      | K        | K E / m   | p                     |
+| `none`         | 0                        |             | 0        | 0         | nothing               |
+
+Balanced: f = u = p = 1/E (times K). Collapsed: every token of every layer spreads evenly over the same m >=
+K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from btx.moe.routing import Routing
+
+Form = Literal["btx", "switch", "transformers", "none"]
+FORMS: tuple[str, ...] = get_args(Form)
+
+
+Everywhere = Callable[[Tensor], Tensor]
+
+
+def here(mean_LE: Tensor) -> Tensor:
+    """The means of this process alone."""
+    return mean_LE
+
+
+def over_processes(mean_LE: Tensor) -> Tensor:
+    """The mean over all processes of torch.distributed, each with as many tokens; forward only, like a constant shift.
+
+    The gradient is that of this process's own mean, unscaled, so that the mean of the processes' gradients, which is
+    what data parallelism takes, is the gradient of the loss over all their tokens.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mean_LE
+    total_LE = mean_LE.detach().clone()
+    dist.all_reduce(total_LE)
+    return mean_LE + (total_LE / dist.get_world_size() - mean_LE.detach())
+
+
+class StepMeans:
+    """Means over all tokens of an optimiser step that is cut into several passes, on all processes.
+
+    The loss is a product of means, so the gradient of one pass's tokens needs the means of all of them. They are
+    taken in passes without gradients before (`observe`); then each pass computes with them, its own tokens alone
+    carrying gradient, and the passes' gradients, weighted with their shares, add up to that of the loss of the step.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._local = True
+
+    def observe(self, form: str, layers: Sequence[Routing], share: float) -> None:
+        """Take in the means of one pass, whose tokens are `share` of the step's on all processes."""
+        place = 0
+
+        def add(mean_LE: Tensor) -> Tensor:
+            nonlocal place
+            term_LE = share * mean_LE.detach().double()
+            if place == len(self._sums):
+                self._sums.append(term_LE)
+            else:
+                self._sums[place] = self._sums[place] + term_LE
+            place += 1
+            return mean_LE
+
+        balance_loss(form, layers, add)
+
+    def everywhere(self) -> Everywhere:
+        """What one pass's loss is computed with; to be asked for anew at each pass."""
+        if self._local and dist.is_initialized() and dist.get_world_size() > 1:
+            for sum_LE in self._sums:
+                dist.all_reduce(sum_LE)
+        self._local = False
+        sums = iter(self._sums)
+        return lambda mean_LE: mean_LE + (next(sums).to(mean_LE.dtype) - mean_LE.detach())
+
+
+def balance_loss(form: str, layers: Sequence[Routing], everywhere: Everywhere = here) -> Tensor:
+    """The unweighted balance loss of convention `form` over the layers of a forward pass, a scalar tensor."""
+    if form not in FORMS:
+        raise ValueError(f"unknown balance loss {form!r}; known: {', '.join(FORMS)}")
+    if not layers:
+        raise ValueError("no layer was given: a balance loss needs the record of at least one MoE layer")
+    if form == "none":
+        return torch.zeros((), device=layers[0].logits_TE.device)
+    return {"btx": btx_loss, "switch": switch_loss, "transformers": transformers_loss}[form](layers, everywhere)
+
+
+def btx_loss(layers: Sequence[Routing], everywhere: Everywhere = here) -> Tensor:
+    """Σ_layers E Σ_i u_i p_i, to be weighted by the paper's α = 0.01 (arXiv 2403.07816, section 3.3).
+
+    u_i is the mean over tokens of the gate weight after top-k, p_i that of the full softmax. Both carry
+    gradient. Summed over layers: at 32 layers it is 32 times what a mean over layers would be.
+    """
+    return _experts(layers) * (everywhere(_means(layers, _gates)) * everywhere(_means(layers, _probs))).sum()
+
+
+def switch_loss(layers: Sequence[Routing], everywhere: Everywhere = here) -> Tensor:
+    """Mean over layers of E Σ_i f_i P_i (Fedus et al., 2101.03961, eq. 4-6), as in Megatron and MegaBlocks.
+
+    f_i is the share of the T · K token-choices that expert i received, a count without gradient; P_i is the
+    mean over tokens of the full softmax. For K = 1 it is the Switch paper's loss to the letter.
+    """
+    share_LE = everywhere(_means(layers, _chosen)) / layers[0].index_TK.shape[1]
+    return _experts(layers) * (share_LE * everywhere(_means(layers, _probs))).sum(1).mean()
+
+
+def transformers_loss(layers: Sequence[Routing], everywhere: Everywhere = here) -> Tensor:
+    """E Σ_i f_i P_i over the pooled tokens of all layers, transformers' `load_balancing_loss_func`.
+
+    f_i is the number of choices of expert i per token, so Σ f_i = K. Pooling hides collapse: layers that
+    each fell on another expert score as if balanced. The library counts the k largest of a softmax in the
+    logits' dtype; here the choices really made are counted and the softmax is float32, the same for top-k
+    routing and float32 logits.
+    """
+    load_E, prob_E = (everywhere(_means(layers, each)).mean(0) for each in (_chosen, _probs))
+    return _experts(layers) * load_E @ prob_E
+
+
+def convert_coefficient(coefficient: float, *, source: str, target: str, layers: int, k: int) -> float:
+    """The coefficient in convention `target` that weighs balanced routing as `coefficient` does in `source`.
+
+    The losses at balance are L (`btx`), 1 (`switch`) and K (`transformers`), and the factor is their ratio:
+    the paper's 0.01 at 32 layers is 0.32 in `switch`. It holds everywhere, in value, between `btx` and
+    `switch` when the gates are 1 (Switch routing), and between `switch` and `transformers` when all layers
+    route alike; otherwise it aligns scales, not losses. ValueError for `none`, which no coefficient turns
+    into a loss.
+    """
+    scale = {"btx": float(layers), "switch": 1.0, "transformers": float(k)}
+    for form in (source, target):
+        if form not in scale:
+            raise ValueError(f"no coefficient converts with form {form!r}; convertible: {', '.join(scale)}")
+    if layers < 1 or k < 1:
+        raise ValueError(f"layers = {layers} and k = {k} must both be at least 1")
+    return coefficient * scale[source] / scale[target]
+
+
+def _experts(layers: Sequence[Routing]) -> int:
+    return layers[0].logits_TE.shape[-1]
+
+
+def _means(layers: Sequence[Routing], each: Callable[[Routing], Tensor]) -> Tensor:
+    """Means over tokens of a (T, E) quantity, stacked: mean_LE."""
+    return torch.stack([each(layer).mean(0) for layer in layers])
+
+
+def _probs(layer: Routing) -> Tensor:
+    """Full softmax prob_TE, float32 or better."""
+    logits_TE = layer.logits_TE
+    return logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+
+
+def _gates(layer: Routing) -> Tensor:
+    """Gate weight of every expert, gate_TE, zero where not chosen; by scatter, so sums keep their order."""
+    gate_TE = torch.zeros_like(_probs(layer))
+    return gate_TE.scatter(1, layer.index_TK, layer.weight_TK.to(gate_TE.dtype))
+
+
+def _chosen(layer: Routing) -> Tensor:
+    """1 where an expert was chosen, chosen_TE, without gradient."""
+    chosen_TE = torch.zeros_like(_probs(layer)).detach()
+    return chosen_TE.scatter(1, layer.index_TK, 1.0)

@@ -1,0 +1,199 @@
+"""A routing rule installed by hooks on a native transformers MoE model, and the record of what routers did.
+
+No modelling file is ours: a router of transformers returns (logits, weights, indices), and a hook on it may
+return others.
+
+Axes: T tokens, E experts, K chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btx.moe.routing import Routing, experts_per_token, route
+
+GATING = "TopKGating"  # of JetMoE, whose routers also sort the tokens by expert
+
+
+def find_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers of a native MoE model by name, first layer first: modules of a `...TopKRouter` class (or Gating)."""
+    routers = {name: m for name, m in model.named_modules() if type(m).__name__.endswith(("TopKRouter", GATING))}
+    if not routers:
+        raise ValueError(
+            f"{type(model).__name__} has no router: none of its modules is a ...TopKRouter, as there is in "
+            "MixtralForCausalLM or Qwen3MoeForCausalLM; a dense model cannot be routed"
+        )
+    return routers
+
+
+def router_labels(model: nn.Module) -> list[str]:
+    """What tables call the routers: the number of their layer, and which of two it is where attention has one too."""
+    places = [name.split(".") for name in find_routers(model)]
+    numbers = [next(part for part in place if part.isdecimal()) for place in places]
+    of_attention = ["self_attention" in place for place in places]
+    return [f"{n} attention" if attention else n for n, attention in zip(numbers, of_attention, strict=True)]
+
+
+class Routed:
+    """A routing rule at work on a native MoE model, and the record of the last forward pass's routing.
+
+    `with Routed(model, "sample_top1", 1) as routed:` puts forward hooks on the model and on each of its
+    routers; leaving the block, or `remove()`, takes them away. In train mode the rule's experts and weights
+    replace the stock ones, in the stock dtype. In eval mode the stock output stays: it is what the rule
+    comes to without its noise. `soft_first_layer` makes the first MoE layer soft in both modes, as the paper
+    does with Sample Top-1; a checkpoint trained so needs this class at inference too, as stock classes would
+    run that layer with their own K.
+
+    `layers` is for balance losses and statistics: one `Routing` a layer, attached to the autograd graph in
+    training. Recording is open only while `model` itself runs forward, so the recompute of gradient
+    checkpointing, which runs in the backward pass, routes the same way but records nothing. Noise is what
+    `noise(layer)` gives, draws from Exp(1) of shape (T, E), where it is set (see `sequence_noise`); else it is drawn
+    from torch's global random state, which that recompute restores.
+
+    FlexOlmo normalises what a block gives, so there the weight of a lone expert (`switch`, `sample_top1`) has
+    no effect and next to no gradient: its router learns from the balance loss alone.
+
+    Set `step` before a forward pass and leave it until that pass's backward is over. Give the outermost
+    wrapper that is called (of peft, say) as `model`. Do not set `output_router_logits` as well: it adds
+    transformers' balance loss.
+    """
+
+    def __init__(self, model: nn.Module, rule: str, k: int, *, soft_first_layer: bool = False) -> None:
+        routers = find_routers(model)
+        for name, router in routers.items():
+            _check_router(name, router, rule, k)
+        self.rule = rule
+        self.k = k
+        self.soft_first_layer = soft_first_layer
+        self.step = 0
+        self.noise: Callable[[int], Tensor] | None = None
+        self.names = list(routers)
+        self._record: dict[int, Routing] = {}
+        self._open = False
+        self._needs_graph = False
+        self._handles = [
+            model.register_forward_pre_hook(self._start),
+            model.register_forward_hook(self._stop, always_call=True),
+        ]
+        for layer, router in enumerate(routers.values()):
+            self._handles.append(router.register_forward_hook(partial(self._route, layer)))
+
+    @property
+    def layers(self) -> list[Routing]:
+        """One `Routing` per MoE layer, in order, of the last forward pass; ValueError before there is one."""
+        if self._open or len(self._record) != len(self.names):
+            raise ValueError(
+                f"{len(self._record)} of {len(self.names)} routers have a record: first call the model that "
+                "was given to Routed, then read `layers`"
+            )
+        return [self._record[layer] for layer in range(len(self.names))]
+
+    def clear(self) -> None:
+        """Forget the last forward pass, and with it the autograd graph that its record keeps alive."""
+        self._record = {}
+
+    def remove(self) -> None:
+        """Take every hook away; the model routes as its stock class does. A second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Routed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _start(self, _model: nn.Module, _args: Any) -> None:
+        self.clear()
+        self._open = True
+        self._needs_graph = torch.is_grad_enabled()
+
+    def _stop(self, _model: nn.Module, _args: Any, _output: Any) -> None:
+        self._open = False
+
+    def _route(self, layer: int, router: nn.Module, _args: Any, output: Any) -> tuple[Any, ...]:
+        sorts = type(router).__name__.endswith(GATING)
+        logits_TE, stock_TK, index_TK = _unsorted(output, self.k) if sorts else output
+        weight_TK = stock_TK
+        if layer == 0 and self.soft_first_layer:
+            index_TK, weight_TK = route(logits_TE, "soft", logits_TE.shape[-1])
+        elif router.training:
+            noise_TE = self.noise(layer).to(logits_TE.device) if self.noise else None
+            index_TK, weight_TK = route(
+                logits_TE, self.rule, self.k, step=self.step, exponential_TE=noise_TE, training=True
+            )
+        if self._open:
+            self._check_graph(router)
+            self._record[layer] = Routing(logits_TE, index_TK, weight_TK)
+        weight_TK = weight_TK.to(stock_TK.dtype)
+        return _sorted(logits_TE, weight_TK, index_TK) if sorts else (logits_TE, weight_TK, index_TK)
+
+    def _check_graph(self, router: nn.Module) -> None:
+        if router.training and self._needs_graph and not torch.is_grad_enabled():
+            raise ValueError(
+                "a layer runs without gradients in a forward pass with them, as in reentrant checkpointing, "
+                "and a balance loss would get none: enable checkpointing with {'use_reentrant': False}"
+            )
+
+
+def sequence_noise(keys: Sequence[int], *, layers: int, length: int, experts: int) -> Tensor:
+    """Draws from Exp(1), (layers, sequences · length, experts), a sequence's from its key alone.
+
+    So a sequence meets the same noise in whatever pass, and on whatever process, it is computed.
+    """
+    drawn = []
+    for key in keys:
+        generator = torch.Generator().manual_seed(key % 2**63)
+        drawn.append(torch.empty(layers, length, experts).exponential_(generator=generator))
+    return torch.cat(drawn, dim=1)
+
+
+def route_in_float32(model: nn.Module) -> None:
+    """Let every router of a model compute in float32, also under autocast and between bfloat16 layers.
+
+    Which experts are chosen hangs on small differences of logits, which bfloat16 keeps to three digits.
+    """
+    for router in find_routers(model).values():
+        router.forward = partial(_in_float32, router.forward)
+
+
+def _in_float32(forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    with torch.autocast(hidden.device.type, enabled=False):
+        output = forward(hidden.float())
+    if len(output) == 3:
+        return output
+    order, tokens, gates, sizes, logits_TE = output  # JetMoE multiplies by the gates in the dtype of its layers
+    return order, tokens, gates.to(hidden.dtype), sizes, logits_TE
+
+
+def _unsorted(output: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, weights, indices) of what a router that sorts gives: where each choice comes from, its gate, sizes."""
+    order, _tokens, gates, sizes, logits_TE = output
+    experts = torch.repeat_interleave(torch.arange(len(sizes), device=order.device),
+                                      torch.tensor(sizes, device=order.device))  # fmt: skip
+    index = torch.empty_like(order).index_copy(0, order, experts)
+    weight = torch.zeros_like(gates).index_copy(0, order, gates)
+    return logits_TE, weight.view(-1, k), index.view(-1, k)
+
+
+def _sorted(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> tuple[Any, ...]:
+    """The inverse of `_unsorted`: choices by expert, their tokens and gates, and how many each expert has."""
+    flat = index_TK.flatten()
+    order = flat.argsort(stable=True)
+    sizes = torch.bincount(flat, minlength=logits_TE.shape[-1]).tolist()
+    return order, order // index_TK.shape[1], weight_TK.flatten()[order], sizes, logits_TE
+
+
+def _check_router(name: str, router: Any, rule: str, k: int) -> None:
+    """Refuse a stock router that in eval mode and after export would not do what is trained."""
+    experts_per_token(rule, k=k, experts=router.num_experts)
+    if router.top_k != k:
+        raise ValueError(f"{name} chooses {router.top_k} experts, not {k}: set num_experts_per_tok = {k}")
+    if not getattr(router, "norm_topk_prob", True):
+        raise ValueError(f"{name} leaves its top-k weights unnormalised: set norm_topk_prob = True")

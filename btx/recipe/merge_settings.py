@@ -1,0 +1,194 @@
+"""The settings of the merge: what a recipe may say under `merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from btx.recipe.fields import Count, Positive, Several, Share, Weight, Whole
+from btx.recipe.settings import Settings, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]
+Group = Literal["attention", "norms", "embeddings", "head"]
+Router = Literal["random", "orthogonal", "activations", "embeddings"]
+ATTENTION = "ffn+attention"
+FROM_DATA = ("activations", "embeddings")
+GROUPS: tuple[str, ...] = get_args(Group)
+WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that weigh the models
+FROM_SEED = ("task_arithmetic", "ties", "dare_ties", "model_stock")  # methods that add up differences from the seed
+OPTIONS = {"density": ("ties", "dare_ties"), "t": ("slerp",), "scale": ("task_arithmetic", "ties", "dare_ties")}
+
+LayerWeights = Weight | Annotated[list[Weight], Field(min_length=1)]
+
+
+class AveragingSettings(Settings):
+    """How tensors of several models become one. All methods but `mean` are mergekit's."""
+
+    method: Method = "mean"
+    weights: dict[str, LayerWeights] = Field(
+        default_factory=dict,
+        description="by model, 1 for one that is not named; a list goes from the first layer to the last, linearly "
+        "between its values, and tensors outside of the layers take its first (as in mergekit)",
+    )
+    density: Annotated[Share, Field(gt=0)] = Field(
+        0.5, description="ties, dare_ties: share of each difference that is kept"
+    )
+    t: Share = Field(0.5, description="slerp: place between the first and the second model")
+    scale: Positive = Field(1.0, description="task_arithmetic, ties, dare_ties: factor of the summed differences")
+
+    @model_validator(mode="after")
+    def _weighed(self) -> AveragingSettings:
+        if self.weights and self.method not in WEIGHED:
+            raise ValueError(f"weights do nothing under method {self.method}; use {', '.join(WEIGHED)}")
+        for name, methods in OPTIONS.items():
+            if name in self.model_fields_set and self.method not in methods:
+                raise ValueError(f"{name} does nothing under method {self.method}; it belongs to {', '.join(methods)}")
+        if "seed" in self.weights and self.method != "linear":
+            raise ValueError(f"{self.method} takes differences from the seed, so a weight of the seed does nothing")
+        return self
+
+    def weight(self, model: str, depth: float) -> float:
+        """A model's weight at a depth from 0, the first layer, to 1, the last."""
+        found = self.weights.get(model, 1.0)
+        if not isinstance(found, list):
+            return found
+        place = depth * (len(found) - 1)
+        low = min(int(place), len(found) - 2) if len(found) > 1 else 0
+        high = min(low + 1, len(found) - 1)
+        return found[low] + (place - low) * (found[high] - found[low])
+
+    def counts(self, models: list[str]) -> bool:
+        """Whether at every depth some of the models that it weighs has a positive weight."""
+        weighed = [name for name in models if self.method == "linear" or name != "seed"]
+        lengths = {len(w) for w in self.weights.values() if isinstance(w, list)} - {1}
+        knots = {0.0, *(knot / (length - 1) for length in lengths for knot in range(length))}
+        return all(any(self.weight(name, depth) for name in weighed) for depth in knots)
+
+
+def _named(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+Averaging = Annotated[AveragingSettings, BeforeValidator(_named)]
+
+
+class SharedSettings(AveragingSettings):
+    """How the tensors that are no experts become one: all alike, or some groups of them otherwise."""
+
+    groups: dict[Group, Averaging] = Field(
+        default_factory=dict,
+        description="what goes otherwise: attention, norms (those of q and k too), embeddings (with a tied head), head",
+    )
+
+    def of(self, tensor: str) -> AveragingSettings:
+        """What holds for a tensor, by its name on disk."""
+        return self.groups.get(group_of(tensor), self)  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def everything(self) -> dict[str, AveragingSettings]:
+        """Each choice by its place in the recipe."""
+        return {"merge.shared": self, **{f"merge.shared.groups.{name}": one for name, one in self.groups.items()}}
+
+
+def group_of(tensor: str) -> str:
+    """The group of a tensor by its name on disk: attention, norms, embeddings, head, or feed_forward."""
+    if tensor.startswith("model.embed_tokens."):
+        return "embeddings"
+    if tensor.startswith("lm_head."):
+        return "head"
+    if "norm." in tensor:
+        return "norms"
+    return "attention" if ".self_attn." in tensor else "feed_forward"
+
+
+class MergeSettings(Settings):
+    """The merge: which models, how the shared tensors are averaged, how feed-forwards become experts."""
+
+    include_seed: bool = Field(True, description="the untouched seed is one more expert, as in the paper")
+    shared: Annotated[SharedSettings, BeforeValidator(_named)] = SharedSettings()
+    experts: Literal["one", "split", "blend", "ffn+attention"] = Field(
+        "one",
+        description="one expert a model; the paper's variants; or attention made of experts too, with keys and values "
+        "shared (BAM; Llama seeds without grouped-query attention, which become JetMoE)",
+    )
+    chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
+    router: Router = Field(
+        "random",
+        description="the fresh router: random or orthogonal rows; or from each domain's data at what the router sees "
+        "(activations), or from its mean input embedding (embeddings): these two load the merged model once, in fp32",
+    )
+    layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
+        "all",
+        description="layers that get experts, counted from 0; alternate: every second one, from layer 1. In the others "
+        "the feed-forward blocks are averaged too (Qwen seeds: other Mixture-of-Experts classes have no such layers)",
+    )
+    copies: Several | dict[str, Several] = Field(
+        1, description="experts made of each model's feed-forward blocks, or by model (1 for one not named)"
+    )
+    reinitialize: Annotated[Share, Field(lt=1)] = Field(
+        0.0,
+        description="share of each expert's hidden units that are drawn anew, others in each expert, from a normal "
+        "distribution like that of the weights they replace (Drop-Upcycling; 0.5 there)",
+    )
+    shared_expert: Literal["none", "average", "seed"] = Field(
+        "none",
+        description="one more expert that every token visits, half of each block's output: the models' average, or the "
+        "seed's own block (Qwen2 seeds: of the others' classes none has one)",
+    )
+    router_tokens: Count = Field(20_000, description="activations, embeddings: tokens of each domain")
+    router_entropy: Annotated[Share, Field(gt=0)] = Field(
+        0.99, description="mean entropy of the fresh router, as a share of log(experts)"
+    )
+    seed: Whole = 0
+    dtype: Literal["seed", "fp32", "bf16", "fp16"] = "seed"
+
+    @model_validator(mode="after")
+    def _owned(self) -> MergeSettings:
+        if self.router in FROM_DATA and self.experts == "blend":
+            raise ValueError(f"router: {self.router} needs experts that belong to a domain, which blended ones do not")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_experts(self) -> MergeSettings:
+        if self.experts == ATTENTION and (self.layers != "all" or self.shared_expert != "none"):
+            raise ValueError(f"experts: {ATTENTION} goes with experts in all layers, and no shared one")
+        if self.experts in ("split", "blend") and (self.copies != 1 or self.reinitialize):
+            raise ValueError(
+                f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize go with experts: one"
+            )
+        many = self.copies if isinstance(self.copies, int) else max(self.copies.values(), default=1)
+        if many > 1 and self.router in FROM_DATA and not self.reinitialize:
+            raise ValueError(
+                f"router: {self.router} gives copies of one model rows that hardly differ; "
+                "use random or orthogonal, or reinitialize some of their units"
+            )
+        return self
+
+    @property
+    def averaging(self) -> MergeSettings:
+        """What of these settings decides the dense average; the rest as if nothing was said."""
+        return MergeSettings(include_seed=self.include_seed, shared=self.shared, dtype=self.dtype)
+
+    @property
+    def attention(self) -> bool:
+        """Whether attention is made of experts too."""
+        return self.experts == ATTENTION
+
+    def owners(self, models: Iterable[str]) -> dict[str, str]:
+        """The name of every MoE expert, in order, with the model it is made of (empty for one blended of all)."""
+        if self.experts == "blend":
+            return {f"blend.{n}": "" for n, _ in enumerate(models)}
+        counts = {m: self.chunks if self.experts == "split" else self._copies_of(m) for m in models}
+        return {f"{m}.{n}" if count > 1 else m: m for m, count in counts.items() for n in range(count)}
+
+    def _copies_of(self, model: str) -> int:
+        return self.copies if isinstance(self.copies, int) else self.copies.get(model, 1)
+
+    def torch_dtype(self, seed: torch.dtype) -> torch.dtype:
+        """The dtype that is written, given the seed's."""
+        return torch_dtype(self.dtype, seed)

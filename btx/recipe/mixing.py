@@ -1,0 +1,33 @@
+"""How much each domain counts in a training on all of them."""
+
+from __future__ import annotations
+
+from btx.errors import RecipeError
+from btx.recipe.recipe import Recipe
+
+
+def both_stages(recipe: Recipe, names: list[str]) -> dict[str, float]:
+    """Tokens of each domain that the experts trained here and the finetuning take together."""
+    finetuned = mix(recipe, names)
+    shares = {n: recipe.finetune.tokens * w / sum(finetuned.values()) for n, w in finetuned.items()}
+    for name, domain in recipe.domains.items():
+        if name in shares and domain.checkpoint is None:
+            shares[name] += float((domain.tokens or 0) * domain.experts)
+    return shares
+
+
+def mix(recipe: Recipe, names: list[str], section: str = "finetune") -> dict[str, float]:
+    """Weights of the domains in the finetuning (or the control): as the recipe says, else by their training tokens."""
+    if said := getattr(recipe, section).mix:
+        for name in said:
+            if name not in names:
+                raise RecipeError(f"{section}.mix names {name}, which has no `data`. Give it some, or leave it out.")
+        weights = {n: float(said.get(n, 0.0)) for n in names}
+        if not sum(weights.values()):
+            raise RecipeError(f"{section}.mix: all weights are zero. Give at least one domain a positive weight.")
+        return weights
+    budgets = {n: d.tokens and d.tokens * d.experts for n, d in recipe.domains.items()}
+    budgets["seed"] = recipe.seed.tokens
+    stated = [b for n in names if (b := budgets[n])]
+    usual = sum(stated) / len(stated) if stated else 1.0
+    return {n: float(budgets[n] or usual) for n in names}

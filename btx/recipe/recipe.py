@@ -1,0 +1,267 @@
+"""The recipe: YAML composed of the steps' own settings. Unknown keys are refused, the nearest one named.
+
+Reading it runs nothing and opens nothing but the file itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from btx.errors import RecipeError, nearest
+from btx.recipe.fields import Count, Several, Text
+from btx.recipe.merge_settings import MergeSettings
+from btx.recipe.messages import SIGNS, sentences
+from btx.recipe.settings import (
+    BuiltinSeed,
+    DataSettings,
+    DenseSettings,
+    EvaluateSettings,
+    ExportSettings,
+    FinetuneSettings,
+    RunSettings,
+    Settings,
+    TrainSettings,
+    steps_of,
+)
+from btx.recipe.strict_yaml import parse_yaml
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+RESERVED = ("seed", "average", "merged", "finetuned", "dense")
+BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
+
+
+class SeedRecipe(Settings):
+    """The checkpoint that everything starts from."""
+
+    checkpoint: Text = Field(description="a local Hugging Face folder, or `builtin`: a small Llama that btx pretrains")
+    data: list[Text] = Field(default_factory=list, description="text of the seed's own kind, for the finetuning")
+    valid: list[Text] = Field(default_factory=list)
+    tokens: Count | None = Field(None, description="its weight in the finetuning mix; default: the domains' mean")
+    builtin: BuiltinSeed = BuiltinSeed()
+    architecture: dict[str, Any] | None = Field(
+        None, description="the seed's config.json, for `btx plan` where the checkpoint is not at hand"
+    )
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether btx makes the seed itself."""
+        return self.checkpoint == "builtin"
+
+    @property
+    def sources(self) -> list[str]:
+        """Its data; a builtin seed has the builtin texts where nothing else is said."""
+        return self.data or (list(BUILTIN_DATA) if self.is_builtin else [])
+
+    @model_validator(mode="after")
+    def _used(self) -> SeedRecipe:
+        idle = "tokens" if self.tokens is not None else "valid" if self.valid else None
+        if idle and not self.sources:
+            raise ValueError(f"`{idle}` says something of the seed's `data`, and there is none")
+        return self
+
+
+class DomainRecipe(Settings):
+    """One domain: text to train an expert on, or an expert that exists."""
+
+    data: list[Text] = Field(default_factory=list)
+    valid: list[Text] = Field(default_factory=list, description="held-out files; default: a share of the documents")
+    tokens: Count | None = Field(None, description="training tokens of the expert, of each if there are several")
+    experts: Several = Field(1, description="how many are trained; the sequences of the data are dealt to them in turn")
+    checkpoint: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="an expert trained elsewhere: a model, or a LoRA adapter; a list of them for several"
+    )
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The experts trained elsewhere."""
+        return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint or []
+
+    def names(self, domain: str) -> list[str]:
+        """What its experts are called: like the domain, or numbered where there are several."""
+        count = len(self.checkpoints) or self.experts
+        return [domain] if count == 1 else [f"{domain}.{n}" for n in range(count)]
+
+    @model_validator(mode="after")
+    def _enough(self) -> DomainRecipe:
+        if self.checkpoint is None and not self.data:
+            raise ValueError("a domain needs `data` to train on, or the `checkpoint` of an expert")
+        if self.checkpoint is None and self.tokens is None:
+            raise ValueError("say how many `tokens` this expert is trained on, such as 400k")
+        if self.valid and not self.data:
+            raise ValueError("`valid` holds documents out of `data`, and there is none")
+        if self.checkpoint is not None and "experts" in self.model_fields_set:
+            raise ValueError("`experts` counts those that are trained here; name several under `checkpoint` as a list")
+        return self
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    seed: SeedRecipe
+    domains: dict[str, DomainRecipe] = Field(min_length=1)
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    merge: MergeSettings = MergeSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    dense: DenseSettings | None = Field(
+        None, description="the control: the dense seed continued on as many tokens as BTX takes; {} takes all of train"
+    )
+    evaluate: EvaluateSettings = EvaluateSettings()
+    export: ExportSettings = ExportSettings()
+    run: RunSettings = RunSettings()
+
+    @property
+    def models(self) -> list[str]:
+        """Names of all models that are merged, in the order of their experts."""
+        return [*self.domain_of, *(["seed"] if self.merge.include_seed else [])]
+
+    @property
+    def domain_of(self) -> dict[str, str]:
+        """The domain of every expert, by the expert's name, in order."""
+        return {expert: name for name, domain in self.domains.items() for expert in domain.names(name)}
+
+    @property
+    def finetuning(self) -> FinetuneSettings:
+        """The finetuning's settings; what they do not say of the optimiser is as in `train`."""
+        return FinetuneSettings.model_validate({**dict(self.finetune), **self._inherited(self.finetune)})
+
+    @property
+    def continuing(self) -> DenseSettings | None:
+        """The settings of the dense control, where there is one; the rest is as in `train`."""
+        return self.dense and DenseSettings.model_validate({**dict(self.dense), **self._inherited(self.dense)})
+
+    @property
+    def tokens_in_all(self) -> int:
+        """What the experts that are trained here and the finetuning take together, in whole steps."""
+        trained = [d for d in self.domains.values() if d.tokens and d.checkpoint is None]
+        apart = sum(steps_of(d.tokens or 0, self.train) * d.experts for d in trained) * self.train.batch_tokens
+        return apart + steps_of(self.finetune.tokens, self.finetuning) * self.finetuning.batch_tokens
+
+    def _inherited(self, section: TrainSettings) -> dict[str, Any]:
+        unset = set(TrainSettings.model_fields) - section.model_fields_set
+        return {name: getattr(self.train, name) for name in unset}
+
+    @field_validator("domains")
+    @classmethod
+    def _names(cls, domains: dict[str, DomainRecipe]) -> dict[str, DomainRecipe]:
+        folded: dict[str, str] = {}
+        for name in domains:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"{name!r} is no domain name: {SIGNS}")
+            if name.lower() in RESERVED:
+                raise ValueError(f"{name!r} names another model of the report; call the domain something else")
+            if name.lower() in folded:
+                raise ValueError(f"{name!r} and {folded[name.lower()]!r} differ in case only; choose clearer names")
+            folded[name.lower()] = name
+        return domains
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        """What spans sections: names, numbers of experts, batches."""
+        for where, mix in {
+            "finetune.mix": self.finetune.mix,
+            "dense.mix": self.dense.mix if self.dense else {},
+        }.items():
+            _refuse_unknown(where, "domain", mix, [*self.domains, "seed"])
+        if isinstance(self.merge.copies, dict):
+            _refuse_unknown("merge.copies", "model", self.merge.copies, self.models)
+        for where, how in self.merge.shared.everything.items():
+            _refuse_unknown(f"{where}.weights", "model", how.weights, self.models)
+            if not how.counts(self.models):
+                raise ValueError(f"{where}.weights: all are zero at some depth; give a model a positive weight")
+        self._enough_experts()
+        self._whole_batches()
+        for name, domain in self.domains.items():
+            if domain.data and not (domain.valid or self.data.holdout):
+                raise ValueError(
+                    f"data.holdout is 0 and domains.{name} has no `valid` files, so there is nothing to "
+                    "evaluate it on; name some, or hold a share out"
+                )
+        if self.evaluate.split == "select" and not self.data.select:
+            raise ValueError("evaluate.split is select, and data.select holds nothing out for it; raise data.select")
+        return self
+
+    def _enough_experts(self) -> None:
+        names = [expert for name, domain in self.domains.items() for expert in domain.names(name)]
+        owned = [e for m in (*names, "seed") for e in self.merge.owners([m])] if self.merge.experts != "blend" else []
+        if twice := [n for one in (names, owned) for n, count in Counter(one).items() if count > 1]:
+            raise ValueError(f"two experts would be called {twice[0]!r}, as those of one kind are numbered; rename one")
+        experts = len(self.merge.owners(self.models))
+        if experts < 2:
+            raise ValueError(
+                "a Mixture of Experts needs two experts or more; add a domain, or set merge.include_seed: true"
+            )
+        if (self.finetune.experts_per_token or 1) > experts:
+            raise ValueError(
+                f"finetune.top_k is {self.finetune.top_k}, but the merge makes {experts} experts "
+                f"({', '.join(self.models)}); choose 1 to {experts}"
+            )
+
+    def _whole_batches(self) -> None:
+        rows: dict[str, TrainSettings] = {"finetune, with what it takes from train": self.finetuning}
+        if control := self.continuing:
+            rows["dense, with what it takes from train"] = control
+        if self.seed.is_builtin:
+            rows["seed.builtin, with train.sequence_length"] = self.train.model_copy(
+                update={"batch_tokens": self.seed.builtin.batch_tokens}
+            )
+        for where, row in rows.items():
+            if row.batch_tokens % row.sequence_length:
+                raise ValueError(
+                    f"{where}: batch_tokens ({row.batch_tokens}) must be a multiple of "
+                    f"sequence_length ({row.sequence_length})"
+                )
+
+
+def _refuse_unknown(where: str, what: str, names: Iterable[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: there is no {what} {name!r}; {nearest(name, known)}")
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """A recipe from a file with `a.b=value` overrides; RecipeError names every field that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}. `btx init NAME` writes one to start from.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}.") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds no recipe: it must be a mapping with name, seed, domains, ...")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "\n".join(sentences(error, Recipe, NAME))) from error
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {text!r} is not of the form a.b=value.")
+    *path, last = key.strip().split(".")
+    if not all((*path, last)):
+        raise RecipeError(f"--set {text!r} has an empty name in its key; write it as a.b=value.")
+    place: Any = raw
+    for done, part in enumerate(path, 1):
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {key}: {'.'.join(path[:done])} is a value, it has nothing below it.")
+    place[last] = parse_yaml(value, f"--set {key}")
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,258 @@
+"""The settings of every step, as strict models: what a recipe may say, with its defaults and its bounds.
+
+A field marked `execution` says how a thing is done (device, workers, paths): it is recorded but decides no result,
+so it is no part of a step's identity. Everything else is. No torch here: a recipe is read in milliseconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from btx.recipe.fields import Bytes, Count, Part, Positive, Share, Text, Weight, Whole, execution
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Settings(BaseModel):
+    """Frozen; unknown keys are refused; text is not taken from numbers, nor numbers from true and false."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, ready for the fingerprint."""
+        dumped = self.model_dump(mode="json")
+        for name, info in type(self).model_fields.items():
+            extra = info.json_schema_extra
+            if isinstance(extra, dict) and extra.get("execution"):
+                del dumped[name]
+            elif isinstance(value := getattr(self, name), Settings):
+                dumped[name] = value.identity()
+        return dumped
+
+
+class BuiltinSeed(Settings):
+    """The seed that btx makes itself when `seed.checkpoint` is `builtin`: a small Llama and its tokenizer."""
+
+    vocab_size: Annotated[Count, Field(gt=256)] = 2048  # every byte, and the end of a text
+    hidden_size: Count = 256
+    intermediate_size: Count = 768
+    layers: Count = 4
+    heads: Count = 4
+    tokens: Count = Field(2_000_000, description="pretraining tokens")
+    learning_rate: Positive = 3e-3
+    batch_tokens: Count = 8192
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> BuiltinSeed:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads})")
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What of its config.json is known before it is made."""
+        return {
+            "model_type": "llama", "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.heads,
+            "tie_word_embeddings": True, "dtype": "float32",
+        }  # fmt: skip
+
+
+class DataSettings(Settings):
+    """How documents are read and which of them are held out."""
+
+    directory: str | None = execution(None, description="what data paths are relative to; default: the recipe's folder")
+    holdout: Part = Field(
+        0.05,
+        description="share of a domain's documents that are held out to report on (test), by hash; 30 at least, where "
+        "these are no more than a fifth; 0: only `valid` files are held out",
+    )
+    select: Part = Field(
+        0.05, description="share held out beside it to choose settings on, likewise; of `valid` files it is half"
+    )
+    valid_bytes: Annotated[Count, Field(ge=4)] = Field(
+        4096, description="a held-out document is cut to this many bytes of text"
+    )
+    loss_on: Literal["all", "completion"] = Field(
+        "all", description="all: plain next-token loss, as in the paper; completion: only answers count"
+    )
+    ignore: list[Text] = Field(
+        default_factory=list, description="columns, and keys of messages, that are left out: [source_url, name]"
+    )
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        None, description="what a chat template that asks for today's date is told, such as 2026-01-31"
+    )
+    on_bad_line: Literal["error", "skip"] = Field("error", description="skip: leave bad lines out and count them")
+
+    @field_validator("date")
+    @classmethod
+    def _day(cls, date: str | None) -> str | None:
+        if date is not None:
+            datetime.date.fromisoformat(date)
+        return date
+
+    @model_validator(mode="after")
+    def _something_left(self) -> DataSettings:
+        if self.holdout + self.select >= 1:
+            raise ValueError(
+                f"holdout ({self.holdout:g}) and select ({self.select:g}) leave nothing to train on; choose less"
+            )
+        return self
+
+
+class TrainSettings(Settings):
+    """One training: the optimiser and its schedule. The defaults are the paper's where it states one."""
+
+    sequence_length: Count = 1024
+    batch_tokens: Count = Field(65_536, description="tokens in one optimiser step, over all devices")
+    learning_rate: Positive = 1e-4
+    min_learning_rate: Share = Field(0.1, description="end of the cosine, as a share of the peak (paper: 0.1)")
+    warmup_steps: Whole | Literal["auto"] = Field(
+        "auto", description="auto: the paper's 100, or a tenth of the steps where that is less"
+    )
+    weight_decay: Weight = 0.1
+    betas: tuple[Part, Part] = (0.9, 0.95)
+    epsilon: Positive = 1e-8
+    clip: Positive = Field(1.0, description="largest gradient norm")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="auto: bf16 on a GPU that has it and on a CPU where it is faster, else fp32; weights, "
+        "optimiser and sums are float32 in both",
+    )
+    gradient_checkpointing: bool = False
+    dtype: Literal["seed", "fp32", "bf16", "fp16"] = Field("seed", description="of the checkpoint that is written")
+    seed: Whole = Field(0, description="of the data order and of every random draw")
+    max_bad_steps: Count = Field(10, description="non-finite steps in a row that end the job (exit code 4)")
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> TrainSettings:
+        if self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length ({self.sequence_length})"
+            )
+        return self
+
+
+def steps_of(tokens: int, settings: TrainSettings) -> int:
+    """Optimiser steps that a budget of tokens buys, at least one."""
+    return max(1, round(tokens / settings.batch_tokens))
+
+
+def torch_dtype(name: str, seed: torch.dtype) -> torch.dtype:
+    """A torch dtype from its name in a recipe; `seed` means the seed's own."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(name, seed)
+
+
+class BalanceSettings(Settings):
+    """The load-balancing loss. A weight means nothing without its convention, so both are stated."""
+
+    form: Literal["btx", "switch", "transformers", "none"] = Field(
+        "btx",
+        description="btx: the paper's, summed over layers; switch: hard counts, mean over layers; "
+        "transformers: load_balancing_loss_func, layers pooled",
+    )
+    weight: Weight = 0.01
+
+
+class FinetuneSettings(TrainSettings):
+    """Training of the merged model, router included."""
+
+    tokens: Count = 1_000_000
+    routing: Literal["top_k", "switch", "soft", "sample_top1"] = "top_k"
+    top_k: Count = Field(2, description="experts a token visits under top_k")
+    soft_first_layer: bool = Field(
+        False,
+        description="sample_top1: the first layer visits all experts, as in the paper; no stock class can hold it, so "
+        "there is no export then",
+    )
+    balance: BalanceSettings = BalanceSettings()
+    trainable: Literal["all", "router", "no_experts"] = "all"
+    mix: dict[str, Weight] = Field(
+        default_factory=dict,
+        description="share of each domain (and of `seed`, its own data); default: by its tokens",
+    )
+    dead_below: Share = Field(0.1, description="an expert with less than this share of its fair load is called dead")
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """What the exported config says; None stands for all experts."""
+        return {"top_k": self.top_k, "soft": None}.get(self.routing, 1)
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> FinetuneSettings:
+        return self  # what is not said here comes from `train`, so the recipe checks the two together
+
+    @model_validator(mode="after")
+    def _soft_first(self) -> FinetuneSettings:
+        if self.soft_first_layer and self.routing != "sample_top1":
+            raise ValueError(f"soft_first_layer belongs to routing sample_top1, not to {self.routing}")
+        return self
+
+
+class DenseSettings(TrainSettings):
+    """The control: the dense seed, continued on all domains."""
+
+    tokens: Count | None = Field(
+        None, description="default: what the experts trained here and the finetuning take together"
+    )
+    mix: dict[str, Weight] = Field(
+        default_factory=dict, description="as finetune.mix; default: the shares of both stages together"
+    )
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> DenseSettings:
+        return self  # what is not said here comes from `train`, so the recipe checks the two together
+
+
+class EvaluateSettings(Settings):
+    """Bits per byte on held-out documents."""
+
+    sequence_length: Count | None = Field(None, description="window; default: train.sequence_length")
+    split: Literal["test", "select"] = Field(
+        "test", description="held-out documents that are scored: test to report, select to choose settings by"
+    )
+    tokens: Count = Field(200_000, description="held-out tokens scored per domain, at most")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of all models of a report; auto: bf16 on a GPU that has it, fp32 on a CPU"
+    )
+    bootstrap: Count = Field(1000, description="resamples of the source documents for the 95 % intervals")
+    seed: Whole = 0
+    batch_tokens: Count = execution(8192)
+
+
+class ExportSettings(Settings):
+    """The published folder."""
+
+    shard_bytes: Count = Field(5 * 10**9, description="largest weight file")
+    layout: Literal["published", "fused"] = Field(
+        "published", description="names of the experts: one by one as published, or fused as transformers 5 holds them"
+    )
+    name: Text | None = Field(None, description="title of the model card; default: the recipe's name")
+    base_model: Text | None = Field(None, description="what the card calls the seed; default: its folder's name")
+    license: Text | None = Field(None, description="for the card's front matter; default: none is claimed")
+
+
+class RunSettings(Settings):
+    """Where and how; nothing here decides a result."""
+
+    directory: Text = execution("runs", description="relative to the working directory")
+    engine: Literal["local"] = execution("local")
+    workers: Count | Literal["auto"] = execution("auto", description="training jobs at once; auto: one a device")
+    device: Literal["auto", "cpu", "cuda"] = execution("auto")
+    kernel: Text = execution("auto", description="expert kernel; see `btx doctor` for those at hand")
+    micro_batch: Count | Literal["auto"] = execution(
+        "auto", description="sequences per device and backward pass; any number gives the same result but for rounding"
+    )
+    threads: Count | Literal["auto"] = execution("auto", description="CPU threads of a job")
+    max_memory: Bytes = execution(2**30, description="of a merge, above the interpreter's own: 1GiB, 4GB, ...")
+    checkpoint_minutes: Positive = execution(10.0, description="time between saved training states")
+    checkpoint_steps: Count | None = execution(None, description="save after this many steps instead")
+    launch: Text | None = execution(None, description="an `accelerate config` file: jobs start by accelerate launch")
+    report_to: list[Text] = execution([], description="trackers of accelerate: tensorboard, wandb, ...")

@@ -1,0 +1,106 @@
+"""What a run prints at its end: the matrix of bits per byte, the routing shares, and how to use the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from btx.graph.artifact import STATES, locked
+from btx.graph.step import undone
+
+
+def show(report: Path, export: Path) -> None:
+    """Print the results of a finished run."""
+    from rich.console import Console
+
+    results = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    console = Console()
+    console.print()
+    console.print("Bits per byte on held-out text (* best)")
+    console.print(matrix(results))
+    console.print("Routing of the finetuned model, mean of layers")
+    console.print(routing(results))
+    console.print(f"Report: {_near(report)}/report.html", soft_wrap=True, highlight=False)
+    console.print(f"Export: {_near(export)}", soft_wrap=True, highlight=False)
+    console.print("\nTo load and sample it:\n", highlight=False)
+    for line in sample_lines(_near(export)):
+        console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
+    console.print()
+
+
+def _near(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def sample_lines(folder: str) -> list[str]:
+    """Two lines of Python that load the export with transformers and sample it."""
+    return [
+        f'from transformers import pipeline; generate = pipeline("text-generation", model="{folder}")',
+        'print(generate("Question: Tom has 12 apples and", max_new_tokens=60)[0]["generated_text"])',
+    ]
+
+
+def matrix(results: dict[str, Any]) -> Any:
+    """Bits per byte, model by domain, the best of each column marked."""
+    from rich.table import Table
+
+    rows, mean = results["bits_per_byte"], results["mean"]
+    domains = list(next(iter(rows.values())))
+    best = {d: min(row[d] for row in rows.values()) for d in domains}
+    table = Table()
+    table.add_column("model")
+    for name in (*domains, "mean"):
+        table.add_column(name, justify="right")
+    for model, row in rows.items():
+        cells = [_cell(row[d], best[d]) for d in domains]
+        table.add_row(model, *cells, _cell(mean[model], min(mean.values())))
+    return table
+
+
+def _cell(value: float, best: float) -> str:
+    return f"[bold]{value:.3f}*[/bold]" if value == best else f"{value:.3f} "
+
+
+def routing(results: dict[str, Any]) -> Any:
+    """Share of the tokens' choices per expert, by domain, in the finetuned model."""
+    from rich.table import Table
+
+    experts = results["experts"]
+    table = Table()
+    table.add_column("held-out text")
+    for name in experts:
+        table.add_column(name, justify="right")
+    for domain, found in results["routing"]["finetuned"].items():
+        table.add_row(domain, *(f"{x:.1%}" for x in found["mean"]))
+    return table
+
+
+def status_table(graph: Any) -> None:
+    """Every step with its state, and its folder where it has one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "state", "folder"):
+        table.add_column(name, overflow="fold")
+    steps = [step for step in graph.steps.values() if step.kind != "given"]
+    todo = {step.label for step in undone(steps)}
+    for step in steps:
+        state = _state(step) if step.label in todo else "done"
+        table.add_row(step.label, state, _near(step.folder) if step.folder.exists() else "")
+    Console(width=None, soft_wrap=True).print(table)
+
+
+def _state(step: Any) -> str:
+    if locked(step.lock_file):
+        return "under way"
+    if step.exists:
+        return "made from other inputs"
+    if step.folder.exists():
+        return "damaged"
+    if saved := sorted((step.work / STATES).glob("step-*")) if step.trains else []:
+        return f"saved at step {int(saved[-1].name.removeprefix('step-'))}"
+    return "to do"

@@ -1,0 +1,1 @@
+"""One training loop, its loss, schedule, state and metrics."""
