@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from btx.checkpoints.names import EMBEDDING, HEAD
 from btx.checkpoints.validate import BUFFERS, CARRIED, DTYPES, Entry, read_config, read_entries
 from btx.errors import ArtifactError
 from btx.graph.artifact import file_digest, fingerprint
-from btx.models.families import EMBEDDING
 
-HEAD = "lm_head.weight"
 TIED = ("jetmoe",)  # model types whose head is tied unless their config says otherwise
 BLOCK = 2**20  # elements of a block: 2 or 4 MB, which stays in a cache from reading to writing
 LARGEST_READ = 2**30  # bytes; the system returns less than 2 GiB at once

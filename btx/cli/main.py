@@ -63,7 +63,7 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
     if todo:
         graph.digests.save()
         with for_person() as person:
-            walk(steps, launch=Launcher(graph, recipe, overrides, person.tell), tell=person.tell)
+            walk(steps, launch=Launcher(recipe, overrides, where=graph.recipe.run, tell=person.tell), tell=person.tell)
     for step in steps:
         if step.kind in ("export", "report"):
             link(graph.root, step)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from btx.data.packed import Tokens
 from btx.errors import RecipeError
-from btx.training.loss import IGNORED
 
+IGNORED = -100  # the target that cross-entropy passes over
 _ROUNDS = 6
 
 

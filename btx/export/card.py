@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -12,8 +13,24 @@ from btx.checkpoints.validate import read_config
 from btx.export.portable import notes
 from btx.models.flops import parameters
 
-if TYPE_CHECKING:
-    from btx.steps.export import Export
+
+@dataclass(frozen=True)
+class About:
+    """What a card says of a model besides what its folder holds.
+
+    `parents` are (name, kind of the step that made it, digest), `data` (name, training tokens at hand, held-out
+    documents), `recipe` the sections that decided, `results` what the evaluation wrote.
+    """
+
+    title: str
+    base_model: str
+    license: str | None
+    layout: str
+    attention: bool  # experts in attention too
+    parents: list[tuple[str, str, str]]
+    data: list[tuple[str, int, int]]
+    recipe: dict[str, Any]
+    results: dict[str, Any]
 
 
 def table(rows: dict[str, dict[str, float]], corner: str, digits: int = 3) -> str:
@@ -24,52 +41,41 @@ def table(rows: dict[str, dict[str, float]], corner: str, digits: int = 3) -> st
     return "\n".join(lines)
 
 
-def _front(step: Export) -> str:
+def _front(about: About) -> str:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": step.base_model,
+        "base_model": about.base_model,
         "tags": ["btx", "branch-train-mix", "mixture-of-experts", "merge"],
     }
-    if step.settings.license:
-        front["license"] = step.settings.license
+    if about.license:
+        front["license"] = about.license
     return "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n"
 
 
-def _experts(step: Export) -> str:
-    merge = step.evaluate.finetune.merge
+def _experts(about: About) -> str:
     lines = ["| model | made by | SHA-256 |", "|---|---|---|"]
-    for name, model in merge.models.items():
-        lines.append(f"| {name} | {model.kind} | `{model.digest}` |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {name} | {kind} | `{digest}` |" for name, kind, digest in about.parents)])
 
 
-def _data(step: Export) -> str:
+def _data(about: About) -> str:
     lines = ["| data | training tokens at hand | held-out documents |", "|---|---|---|"]
-    from btx.graph.artifact import read_manifest
-
-    for name, tokens in step.evaluate.finetune.tokens.items():
-        facts = read_manifest(tokens.folder)["facts"]
-        lines.append(f"| {name} | {facts['train_tokens']:,} | {facts['valid_documents']} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {name} | {tokens:,} | {documents} |" for name, tokens, documents in about.data)])
 
 
-def card(step: Export, folder: Path, results: dict[str, Any]) -> str:
+def card(about: About, folder: Path) -> str:
     """The whole card, Markdown with front matter, of what is in `folder`."""
-    config = read_config(folder)
-    finetune = step.evaluate.finetune
+    config, results = read_config(folder), about.results
     count = parameters(config)
     per_token = config["num_experts_per_tok"]
     shares = {
         d: dict(zip(results["experts"], r["mean"], strict=True)) for d, r in results["routing"]["finetuned"].items()
     }
-    recipe = yaml.safe_dump(
-        {"merge": finetune.merge.settings.identity(), "finetune": finetune.settings.identity()}, sort_keys=False
-    )
-    parts = "their feed-forward blocks" if not finetune.merge.settings.attention else (
+    recipe = yaml.safe_dump(about.recipe, sort_keys=False)
+    parts = "their feed-forward blocks" if not about.attention else (
         "their feed-forward blocks and their attention's query and output projections")  # fmt: skip
-    return f"""{_front(step)}
-# {step.title}
+    return f"""{_front(about)}
+# {about.title}
 
 A Mixture of Experts ({config["model_type"]}, {len(results["experts"])} experts, {per_token} a token; {count.total:,}
 parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: copies of one
@@ -95,11 +101,11 @@ Share of the token-choices per expert, mean over layers, on held-out text.
 
 ## Parents
 
-{_experts(step)}
+{_experts(about)}
 
 ## Data
 
-{_data(step)}
+{_data(about)}
 
 ## Recipe
 
@@ -108,7 +114,7 @@ Share of the token-choices per expert, mean over layers, on held-out text.
 
 ## Where it loads
 
-{chr(10).join(notes(config, step.settings.layout, folder))}
+{chr(10).join(notes(config, about.layout, folder))}
 
 `SHA256SUMS` has the digest of every file but `btx.json`, which
 has them too; `proof.json` has the logits of probe prompts; `btx check FOLDER` compares both.

@@ -31,14 +31,13 @@ from btx.export.portable import notes, portable_config
 from btx.export.proof import PROOF, SUMS, check_sums, make_proof, write_sums
 from btx.graph.artifact import publish, unwritable, write_json
 from btx.graph.step import versions
-from btx.merge.lineage import distance
+from btx.merge.lineage import LEAST_COSINE, distance
 from btx.merge.router_fit import fit_rows
 from btx.models import model
 from btx.models.families import MOE
 from btx.models.target import warnings_of
 from btx.probes.bits_per_byte import Document, bits_per_byte, nats
 from btx.recipe.settings import DataSettings, RunSettings
-from btx.steps.branch import LEAST_COSINE
 
 Say = Callable[[str], None]
 MASKED = "masked"  # folder beside a mixture that holds what was switched off

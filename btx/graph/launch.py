@@ -7,15 +7,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from btx.engines.local import Ended, Job, Local
 from btx.errors import ArtifactError, BtxError, DivergedError, InterruptedRunError, RecipeError, ResourceError
 from btx.graph.step import Step, Tell
 from btx.recipe.paths import expanded
-
-if TYPE_CHECKING:
-    from btx.conversions.pipeline import Graph
+from btx.recipe.settings import RunSettings
 
 BY_CODE = {e.exit_code: e for e in (RecipeError, ArtifactError, DivergedError, ResourceError, InterruptedRunError)}
 PR_SET_PDEATHSIG = 1
@@ -68,14 +65,14 @@ def end_process(code: int = 0) -> None:
 
 
 class Launcher:
-    """Starts the training steps of a graph on the local engine."""
+    """Starts the training steps of a recipe on the local engine."""
 
-    def __init__(self, graph: Graph, recipe: Path, overrides: tuple[str, ...], tell: Tell) -> None:
-        self.graph, self.recipe, self.overrides, self.tell = graph, recipe, overrides, tell
+    def __init__(self, recipe: Path, overrides: tuple[str, ...], *, where: RunSettings, tell: Tell) -> None:
+        self.recipe, self.overrides, self.where, self.tell = recipe, overrides, where, tell
 
     def __call__(self, steps: list[Step]) -> None:
         """Run them all; the failures are raised together at the end, each with its log."""
-        run = self.graph.recipe.run
+        run = self.where
         devices = _gpus() if run.device != "cpu" else 0
         slots = run.workers if run.workers != "auto" else max(1, devices if not run.launch else 1)
         slots = min(slots, len(steps))
@@ -85,12 +82,12 @@ class Launcher:
 
     def _threads(self, slots: int) -> list[str]:
         """Share this machine's cores among jobs that run at once."""
-        if slots < 2 or self.graph.recipe.run.threads != "auto":
+        if slots < 2 or self.where.threads != "auto":
             return []
         return ["--set", f"run.threads={max(1, len(os.sched_getaffinity(0)) // slots)}"]
 
     def _job(self, step: Step, threads: list[str]) -> Job:
-        config = self.graph.recipe.run.launch
+        config = self.where.launch
         start = [sys.executable, "-m"]
         if config:
             start = [

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from btx.checkpoints.layouts import holds_weights
-from btx.checkpoints.reader import BLOCK, HEAD, Checkpoint, Tensors, count_non_finite
+from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.reader import BLOCK, Checkpoint, Tensors, count_non_finite
 from btx.checkpoints.token_map import MODEL_FILES, tokenizer_digest
 from btx.checkpoints.validate import DTYPES, read_header, refuse_links, refuse_scripts
 from btx.checkpoints.writer import Row
 from btx.errors import ArtifactError
 from btx.merge.lora_config import CONFIG, LoraOptions
-from btx.models.families import EMBEDDING
 
 WEIGHTS, PICKLE, TOKENIZER = "adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"
 PREFIX = "base_model.model."

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from btx.checkpoints.reader import BLOCK, HEAD, Checkpoint
+from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.reader import BLOCK, Checkpoint
 from btx.errors import ResourceError
 from btx.merge.vocabulary import Joint
-from btx.models.families import EMBEDDING, LAYER
+from btx.models.families import LAYER
 from btx.recipe.merge_settings import (
     GROUPS,
     OPTIONS,

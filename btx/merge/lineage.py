@@ -9,6 +9,8 @@ import torch
 from btx.checkpoints.reader import Checkpoint
 from btx.errors import ArtifactError
 
+LEAST_COSINE = 0.3  # between all matrices of an expert and the seed; strangers have about 0
+
 
 def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
     """ArtifactError with the list of what differs unless two checkpoints have the same tensors and shapes."""

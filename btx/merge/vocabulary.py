@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from btx.checkpoints.reader import HEAD, Checkpoint, carry_files
+from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.reader import Checkpoint, carry_files
 from btx.checkpoints.token_map import difference, same_files, token_map
 from btx.checkpoints.validate import read_config
 from btx.data.packed import load_tokenizer
 from btx.errors import ArtifactError
 from btx.graph.artifact import write_json
-from btx.models.families import EMBEDDING
 from btx.recipe.merge_settings import AveragingSettings
 
 FILE = "vocabulary.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from btx.checkpoints.names import EMBEDDING
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.writer import Progress, Resume, Row, write_weights
 from btx.errors import ArtifactError, RecipeError
@@ -23,7 +24,6 @@ from btx.merge.layout import Experts, layout
 from btx.merge.vocabulary import Joint
 from btx.models.families import (
     DOWN,
-    EMBEDDING,
     IDLE_WIDTH,
     KEY,
     LAYER,

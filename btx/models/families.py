@@ -1,7 +1,7 @@
 """Which dense family becomes which Mixture-of-Experts family, as data.
 
-A family is here only when N copies of a dense model make an MoE with the same logits ("exact"). `btx.models.target` makes the
-config of such an MoE by what is said here.
+A family is here only when N copies of a dense model make an MoE with the same logits ("exact").
+`btx.models.target` makes the config of such an MoE by what is said here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from btx.models.native import native_config
 
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{kind}_proj.weight" for kind in "qkvo")
-EMBEDDING = "model.embed_tokens.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 ANY = None
 IDLE_WIDTH = 128  # of a shared expert of zeros: small, and a multiple of what kernels and tensor parallelism ask for

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from btx.training.loss import IGNORED
+from btx.data.sampler import IGNORED
 
 LOGITS = 2**24  # at once: 64 MiB in float32
 Document = tuple[NDArray[np.int64], int]  # ids led by one of context, bytes of text

@@ -17,8 +17,6 @@ from btx.models.native import config_difference, idle_difference, native_config
 if TYPE_CHECKING:
     from btx.checkpoints.reader import Checkpoint
 
-LEAST_COSINE = 0.3  # between all matrices of an expert and the seed; strangers have about 0
-
 
 class Branch(Step):
     """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes."""
@@ -115,8 +113,7 @@ def require_complete(checkpoint: Checkpoint) -> None:
     from transformers import AutoModelForCausalLM
 
     from btx.checkpoints.layouts import ANEW
-    from btx.checkpoints.reader import HEAD
-    from btx.models.families import EMBEDDING
+    from btx.checkpoints.names import EMBEDDING, HEAD
 
     if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
         raise ArtifactError(
@@ -185,7 +182,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
     from btx.checkpoints.reader import opened, require_finite
     from btx.checkpoints.token_map import tokenizer_digest
-    from btx.merge.lineage import distance, require_same
+    from btx.merge.lineage import LEAST_COSINE, distance, require_same
     from btx.merge.padded import same_width
     from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_ids_as_stated, require_rows
     from btx.models.families import family_of

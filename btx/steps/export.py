@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.graph.artifact import write_json
+from btx.graph.artifact import read_manifest, write_json
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import ExportSettings
 from btx.steps.evaluate import Evaluate
+
+if TYPE_CHECKING:
+    from btx.export.card import About
 
 
 class Export(Step):
@@ -30,9 +33,24 @@ class Export(Step):
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         tensors = write_model(self.evaluate.finetune.folder, out, self.settings)
         write_json(out / "experts.json", {"experts": results["experts"]})
-        (out / "README.md").write_text(card(self, out, results), encoding="utf-8")
+        (out / "README.md").write_text(card(self._about(results), out), encoding="utf-8")
         write_sums(out)
         return {"tensors": tensors}
+
+    def _about(self, results: dict[str, Any]) -> About:
+        """What the card says of the model."""
+        from btx.export.card import About
+
+        finetune = self.evaluate.finetune
+        merge = finetune.merge
+        facts = {name: read_manifest(tokens.folder)["facts"] for name, tokens in finetune.tokens.items()}
+        return About(
+            title=self.title, base_model=self.base_model, license=self.settings.license, layout=self.settings.layout,
+            attention=merge.settings.attention,
+            parents=[(name, model.kind, model.digest) for name, model in merge.models.items()],
+            data=[(name, about["train_tokens"], about["valid_documents"]) for name, about in facts.items()],
+            recipe={"merge": merge.settings.identity(), "finetune": finetune.settings.identity()}, results=results,
+        )  # fmt: skip
 
 
 def write_model(source: Path, out: Path, settings: ExportSettings) -> int:

@@ -48,8 +48,8 @@ def fit(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
-    `prepare(model)` may freeze parameters and return a watch (see `btx.training.loop.Watch`). Files of the tokenizer are
-    carried over from `like`.
+    `prepare(model)` may freeze parameters and return a watch (see `btx.training.loop.Watch`). Files of the tokenizer
+    are carried over from `like`.
     """
     import torch
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from btx.data.sampler import Batch, Stream
+from btx.data.sampler import IGNORED, Batch, Stream
 from btx.errors import DivergedError, InterruptedRunError, RecipeError
 from btx.models.families import MOE
 from btx.moe.hooks import find_routers
@@ -28,7 +28,7 @@ from btx.recipe.precision import automatic
 from btx.recipe.settings import RunSettings, TrainSettings
 from btx.signals import Stop
 from btx.training.cast_once import CastOnce, embed_in_bfloat16
-from btx.training.loss import IGNORED, linear_cross_entropy, output_head, without_head
+from btx.training.loss import linear_cross_entropy, output_head, without_head
 from btx.training.metrics import Metrics
 from btx.training.schedule import learning_rate, micro_batches, share
 from btx.training.state import load_state, save_state

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from btx.data.sampler import IGNORED
 from btx.models.families import DENSE, MOE
 
-IGNORED = -100  # the target that cross-entropy passes over
 CHUNK = 2**25  # logits made at once, at most: 128 MiB in float32
 ON_GPU = 4  # times as many there, where products of few rows leave most of it idle (docs/benchmarks)
 

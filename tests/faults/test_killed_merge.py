@@ -54,7 +54,7 @@ def written(folder: Path) -> dict[str, int]:
 def test_a_killed_merge_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", SHARD)
+    monkeypatch.setattr(writer, "SHARD_BYTES", SHARD)
     folders = [save_model(tmp_path / str(i), config_of("qwen2"), noise=0.05 * i) for i in range(2)]
     merge(folders, tmp_path / "undisturbed", tmp_path / "other", None)
     assert in_child(folders, tmp_path / "first", tmp_path / "work", kill_at) == -signal.SIGKILL

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from btx.data.sampler import IGNORED
 from btx.models.target import moe_config
 from btx.training import loss
-from btx.training.loss import IGNORED, linear_cross_entropy, output_head, without_head
+from btx.training.loss import linear_cross_entropy, output_head, without_head
 from tests.conftest import config_of
 
 

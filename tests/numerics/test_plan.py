@@ -36,7 +36,7 @@ def with_tokens(world: World) -> None:
 
 @pytest.mark.parametrize("change", [wider, with_tokens])
 def test_experts_at_hand_are_counted_as_they_are(world: World, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("btx.steps.branch.LEAST_COSINE", -1.0)
+    monkeypatch.setattr("btx.merge.lineage.LEAST_COSINE", -1.0)
     change(world)
     world.set("domains.math", {"checkpoint": "seed", "data": ["data/math.jsonl"]})
     graph = graph_of(world.write(), ())

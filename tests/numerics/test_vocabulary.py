@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from btx.checkpoints.names import EMBEDDING, HEAD
 from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError
-from btx.merge.vocabulary import HEAD, Joint, Vocabulary, added_tokens, is_extended, write_joint
+from btx.merge.vocabulary import Joint, Vocabulary, added_tokens, is_extended, write_joint
 from btx.merge.write import write_average, write_moe
-from btx.models.families import EMBEDDING
 from btx.recipe.merge_settings import MergeSettings
 from tests.conftest import config_of, save_model
 from tests.faults.world import edit_json
