@@ -13,71 +13,8 @@ BTX = sorted((ROOT / "btx").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-# Lower floors never import upward; a module may import those of its own floor and of the floors below.
-FLOORS = (
-    {"cli", "__main__"},
-    {"launch", "command", "show", "doctor", "template", "bench", "plan", "moe"},
-    {"pipeline", "texts", "walk", "checks", "recipe", "mixing"},
-    {"steps", "card"},
-    {"step", "pictures", "proof"},
-    {"probes", "model"},
-    {
-        "loop",
-        "loss",
-        "schedule",
-        "gguf",
-        "cast_once",
-        "state",
-        "metrics",
-        "stream",
-        "tokens",
-        "split",
-        "chat",
-        "paths",
-        "documents",
-        "encoder",
-        "heldout",
-        "token_map",
-        "corpus",
-        "readers",
-        "merge",
-        "shards",
-        "portable",
-        "routed",
-        "balance",
-        "experts",
-    },
-    {
-        "builtin",
-        "arithmetic",
-        "checkpoint",
-        "safety",
-        "layouts",
-        "families",
-        "target",
-        "native",
-        "routing",
-        "precision",
-        "fields",
-        "messages",
-        "artifact",
-        "settings",
-        "digests",
-        "flops",
-        "signals",
-        "strict_yaml",
-        "progress",
-        "engines",
-    },
-    {"errors", "terminal", "__init__", ""},
-)
-
-
-def floor(module: str) -> int:
-    """Index of a top-level module of btx, 0 the highest."""
-    found = [n for n, names in enumerate(FLOORS) if module in names]
-    assert found, f"btx.{module} has no floor: say in tests/test_layout.py where it belongs"
-    return found[0]
+PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+ROOMS = re.findall(r"^\| `(\w+)` \|", PAGE, re.M)  # from the highest down
 
 
 def imports(path: Path) -> set[str]:
@@ -92,20 +29,47 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def module_of(path: Path) -> str:
+    """The full name of a file's module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_every_room_has_its_line_on_the_page() -> None:
+    found = {path.relative_to(ROOT / "btx").parts[0].removesuffix(".py") for path in BTX}
+    assert found - {"__init__", "__main__"} == set(ROOMS)
+    assert len(ROOMS) == len(set(ROOMS))
+
+
 @pytest.mark.parametrize("path", BTX, ids=lambda p: str(p.relative_to(ROOT)))
-def test_lower_floors_never_import_upward(path: Path) -> None:
+def test_rooms_import_only_those_below(path: Path) -> None:
     own = path.relative_to(ROOT / "btx").parts[0].removesuffix(".py")
     for name in imports(path):
-        if name.split(".")[0] == "btx":
-            other = name.split(".")[1] if "." in name else ""
-            if not (ROOT / "btx" / other).exists() and not (ROOT / "btx" / f"{other}.py").exists():
-                continue  # a name of btx/__init__.py
-            assert floor(other) >= floor(own), f"{own} imports btx.{other}"
+        parts = name.split(".")
+        room = parts[1] if len(parts) > 1 and parts[0] == "btx" else ""
+        if room not in ROOMS or room == own or own == "__main__":
+            continue
+        assert own in ROOMS, f"{own} imports {name}"
+        assert ROOMS.index(room) > ROOMS.index(own), f"{own} imports {name}, which is above it"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {module_of(path): path for path in BTX}
+    below = {name: imports(path) & modules.keys() - {name, "btx"} for name, path in modules.items()}
+    while leaves := {name for name, others in below.items() if not others}:
+        below = {name: others - leaves for name, others in below.items() if name not in leaves}
+    assert not below, f"circles among {sorted(below)}"
+
+
+def test_every_path_and_room_that_the_page_names_is_there() -> None:
+    for name in re.findall(r"`((?:btx|kernels|tests|docs)/[\w./]*)`", PAGE):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([^)]+)\)", PAGE):
+        assert (ROOT / "docs" / name).exists(), name
 
 
 def test_only_experts_imports_the_kernels() -> None:
     users = [p.name for p in BTX if any(n.split(".")[0] == "btx_kernels" for n in imports(p))]
-    assert users == ["experts.py"]
+    assert users == ["kernels.py"]
 
 
 def test_kernels_import_neither_btx_nor_transformers() -> None:
@@ -155,7 +119,5 @@ def test_the_readme_opens_with_the_two_commands_and_its_tree_is_true() -> None:
         if name:
             matches = [p for p in ROOT.rglob(name.rstrip("/")) if ".venv" not in p.parts]
             assert matches, f"the README's tree names {name}, which is not there"
-    for path in BTX:
-        parts = path.relative_to(ROOT / "btx").parts
-        if len(parts) == 1 and not path.name.startswith("__"):
-            assert path.name in block[1], f"the README's tree does not name {path.name}"
+    for room in ROOMS:
+        assert re.search(rf"^  {room}(/|\.py) ", block[1], re.M), f"the README's tree does not name {room}"
