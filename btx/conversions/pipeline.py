@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from btx.conversions.checks import check_inputs
+from btx.conversions.place import check_place
 from btx.data import corpus
 from btx.data.texts import Texts
 from btx.errors import ArtifactError, RecipeError, nearest
@@ -32,7 +32,7 @@ from btx.steps.merge import Average, Merge, check_method
 from btx.steps.pretrain import Pretrain
 from btx.steps.report import Report
 from btx.steps.tokenizer import Tokenizer
-from btx.steps.tokens import TokensStep
+from btx.steps.tokens import Reads, TokensStep
 from btx.steps.train import Train
 from btx.steps.vocabulary import VocabularyStep
 
@@ -261,10 +261,23 @@ class Graph:
         return [s for s in wanted.values() if not isinstance(s, Given)]
 
     def check(self, steps: list[Step]) -> None:
-        """Look at all input of the steps that are still to be done; what is wrong is raised, nothing is written."""
+        """Look at all input of the steps that are still to be done; what is wrong is raised, nothing is written.
+
+        Documents are read last, since that takes longest.
+        """
+        check_place(self.recipe.run, self.root)
         merge = self.steps["merge"]
         assert isinstance(merge, Merge)
-        check_inputs(steps, merge, self.recipe, self.root)
+        labels = {step.label for step in steps}
+        if merge.label not in labels and any(isinstance(step, Train) for step in steps):
+            merge.check_layout()  # a merge that cannot be had is told before experts are trained for it
+        asked: dict[str, int] = {}
+        for step in steps:
+            for label, length in step.asks.items():
+                asked[label] = max(length, asked.get(label, 0))
+        looked_at = {step.label: step for step in (*steps, *(self.steps[label] for label in asked))}
+        for step in sorted(looked_at.values(), key=lambda step: isinstance(step, Reads)):
+            step.check(asked.get(step.label, 0))
 
 
 def resolved(recipe: Recipe) -> Recipe:

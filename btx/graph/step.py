@@ -59,6 +59,14 @@ class Step(BaseModel):
         raise NotImplementedError
 
     @property
+    def asks(self) -> dict[str, int]:
+        """By the label of a parent, how many tokens of text it must have at least for this step."""
+        return {}
+
+    def check(self, asked: int) -> None:
+        """Raise what is wrong with its own input, before anything is written; `asked` is the most that children ask."""
+
+    @property
     def label(self) -> str:
         """How people and the command call it: kind, or kind:name."""
         return f"{self.kind}:{self.name}" if self.name else self.kind

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.errors import ArtifactError
+from btx.checkpoints.validate import read_config
+from btx.errors import ArtifactError, RecipeError
 from btx.graph.artifact import write_json
 from btx.graph.step import Step, Tell
 from btx.models.families import LAYER
 from btx.models.native import config_difference, idle_difference, native_config
+from btx.steps.given import Given
 
 if TYPE_CHECKING:
     from btx.checkpoints.reader import Checkpoint
@@ -31,6 +33,11 @@ class Branch(Step):
         for warning in lineage["warnings"]:
             tell({"label": self.label, "warning": warning})
         return {"family": lineage["family"], "becomes": lineage["becomes"]}
+
+    def check(self, asked: int) -> None:
+        """Look at the seed."""
+        if isinstance(self.seed, Given):  # a builtin one is yet to be made
+            self.examine()
 
     def examine(self) -> dict[str, Any]:
         """Read the seed whole, refuse what cannot be merged; returns the lineage. Writes nothing.
@@ -84,6 +91,11 @@ class Descent(Step):
             tell({"label": self.label, "warning": warning})
         return {"experts": list(lineage)}
 
+    def check(self, asked: int) -> None:
+        """Look at the experts."""
+        if isinstance(self.seed, Given):  # a builtin one is yet to be made
+            self.examine()
+
     def examine(self) -> dict[str, Any]:
         """Read the experts whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
         return self.lineage
@@ -97,6 +109,17 @@ class Descent(Step):
     def lineage(self) -> dict[str, Any]:
         """What `examine` found."""
         return {name: check_expert(self.seed.folder, step.folder, name) for name, step in self.given.items()}
+
+
+def require_positions(seed: Step, setting: str, length: int) -> None:
+    """RecipeError when a sequence is longer than the positions that a seed was made for."""
+    if not isinstance(seed, Given):
+        return  # a builtin one is made for it
+    most = native_config(read_config(seed.folder), str(seed.folder)).max_position_embeddings
+    if length > most:
+        raise RecipeError(
+            f"{setting} is {length}, the seed {seed.folder} has max_position_embeddings {most}. Choose at most that."
+        )
 
 
 def check_buildable(config: dict[str, Any], where: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import TrainSettings
-from btx.steps.branch import Branch
+from btx.steps.branch import Branch, require_positions
 from btx.steps.tokens import TokensStep
 
 
@@ -21,6 +21,16 @@ class Dense(Step):
     weights: dict[str, float]
     budget: int
     train: TrainSettings
+
+    @property
+    def asks(self) -> dict[str, int]:
+        """A sequence of each data that counts."""
+        length = self.train.sequence_length
+        return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
+
+    def check(self, asked: int) -> None:
+        """Whether the seed has as many positions as a sequence."""
+        require_positions(self.branch.seed, "dense.sequence_length", self.train.sequence_length)
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Train and save."""

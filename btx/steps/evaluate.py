@@ -13,6 +13,7 @@ from btx.errors import RecipeError
 from btx.graph.artifact import write_json
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import EvaluateSettings
+from btx.steps.branch import require_positions
 from btx.steps.dense import Dense
 from btx.steps.finetune import Finetune
 from btx.steps.merge import SEED, Average
@@ -50,6 +51,11 @@ class Evaluate(Step):
             "finetuned": self.finetune,
             **({"dense": self.dense} if self.dense else {}),
         }
+
+    def check(self, asked: int) -> None:
+        """Whether the seed has as many positions as a sequence."""
+        section = "evaluate" if self.settings.sequence_length else "train"
+        require_positions(self.average.branch.seed, f"{section}.sequence_length", self.length)
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Measure and write."""

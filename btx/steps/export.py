@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from btx.errors import RecipeError
 from btx.graph.artifact import read_manifest, write_json
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import ExportSettings
@@ -24,6 +25,15 @@ class Export(Step):
     settings: ExportSettings
     title: str
     base_model: str
+
+    def check(self, asked: int) -> None:
+        """Whether a stock class can hold the model that was finetuned."""
+        if self.evaluate.finetune.settings.soft_first_layer:
+            raise RecipeError(
+                "finetune.soft_first_layer: no stock class can hold a layer that visits all experts beside others that "
+                "visit one, so the export would be another model than the one measured. Leave it out, or stop before "
+                "the export: --until evaluate."
+            )
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Copy, describe, prove."""

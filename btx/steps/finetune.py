@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from btx.errors import RecipeError
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import FinetuneSettings
+from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
 from btx.steps.tokens import TokensStep
 
@@ -29,6 +31,23 @@ class Finetune(Step):
     tokens: dict[str, TokensStep]
     weights: dict[str, float]
     settings: FinetuneSettings
+
+    @property
+    def asks(self) -> dict[str, int]:
+        """A sequence of each data that counts."""
+        length = self.settings.sequence_length
+        return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
+
+    def check(self, asked: int) -> None:
+        """Whether the seed has as many positions as a sequence, and the merged model's class does what is asked."""
+        require_positions(self.merge.branch.seed, "finetune.sequence_length", self.settings.sequence_length)
+        if not self.merge.settings.attention:
+            return
+        why = f"merge.experts: {self.merge.settings.experts} makes a model whose class"
+        if self.settings.gradient_checkpointing:
+            raise RecipeError(f"{why} has no gradient checkpointing. Set finetune.gradient_checkpointing: false.")
+        if self.where.kernel not in ("auto", "eager"):
+            raise RecipeError(f"{why} computes its experts by loops of its own. Set run.kernel: auto.")
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Train and save."""

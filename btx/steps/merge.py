@@ -14,6 +14,8 @@ from btx.graph.artifact import STATES, fingerprint, write_json
 from btx.graph.step import HASHED, Step, Tell
 from btx.recipe.merge_settings import FROM_DATA, MergeSettings
 from btx.steps.branch import Branch, Descent
+from btx.steps.given import Given
+from btx.steps.pretrain import Pretrain
 from btx.steps.tokens import TokensStep
 from btx.steps.vocabulary import VocabularyStep
 
@@ -119,6 +121,41 @@ class Merge(Models):
     tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, where the router is made from data
     domains: dict[str, str] = Field(default_factory=dict)  # of models whose name is another than their domain's
 
+    def check(self, asked: int) -> None:
+        """Whether the averaging fits into the memory that it is given, and experts can be made as the recipe says."""
+        from btx.checkpoints.reader import opened
+        from btx.merge.averaging import require_memory
+
+        seed = self.branch.seed
+        if isinstance(seed, Given):
+            with opened(seed.folder) as found:
+                require_memory(found, self.settings.shared, models=len(self.models), limit=self.where.max_memory)
+        self.check_layout()
+
+    def check_layout(self) -> None:
+        """RecipeError when experts cannot be made of the seed's feed-forward blocks as the recipe says."""
+        from btx.checkpoints.token_map import require_carried
+        from btx.checkpoints.validate import read_config
+        from btx.merge.layout import layout
+        from btx.models.families import WITH_ATTENTION
+
+        seed = self.branch.seed
+        if isinstance(seed, Pretrain):
+            config = seed.shape.config
+        else:
+            config = {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
+        width = config["intermediate_size"]
+        layout(self.settings, list(self.models), config, str(seed.folder))
+        if self.settings.attention and isinstance(seed, Given):
+            require_carried(seed.folder, WITH_ATTENTION.moe)
+        for name, step in self.models.items():
+            cut = self.settings.experts in ("split", "blend") and isinstance(step, Given)
+            if cut and width_of(step.folder) != width:
+                raise RecipeError(
+                    f"merge.experts: {self.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
+                    f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
+                )
+
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
         from btx.checkpoints.token_map import carry_tokenizer
@@ -159,6 +196,14 @@ class Merge(Models):
         )  # fmt: skip
         family = MOE[net.config.model_type]
         return overwrite(out, dict(zip(experts.routers(family), routers, strict=True)))
+
+
+def width_of(folder: Path) -> int:
+    """The feed-forward width of a dense checkpoint."""
+    from btx.checkpoints.validate import read_config
+    from btx.models.native import native_config
+
+    return int(native_config(read_config(folder), str(folder)).intermediate_size)
 
 
 def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:

@@ -21,6 +21,11 @@ class Pretrain(Step):
     shape: BuiltinSeed
     train: TrainSettings
 
+    @property
+    def asks(self) -> dict[str, int]:
+        """A sequence."""
+        return {self.tokens.label: self.train.sequence_length}
+
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Pretrain and save."""
         from btx.data.packed import load_tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from btx.errors import RecipeError
 from btx.graph.step import Step, Tell
 from btx.recipe.fields import execution
 from btx.recipe.settings import DataSettings
@@ -54,6 +55,31 @@ class TokensStep(Reads):
         if self.template:
             tokenizer.chat_template = load_tokenizer(self.template.folder).chat_template
         return Encoder(tokenizer, self.data.loss_on, date=self.data.date)
+
+    def check(self, asked: int) -> None:
+        """Read all documents once; RecipeError, with counts, when one is bad or they are too few.
+
+        Where the tokenizer is yet to be made, bytes stand for tokens, of which there are never more.
+        """
+        from btx.data.packed import survey, train_tokens
+
+        if self.done:
+            tokens, counts = train_tokens(self.folder), ""
+        else:
+            split = self.split()
+            tokens = survey(split, self.encoder() if self.tokenizer.folder.is_dir() else None, enough=asked + 1)
+            counts = f" ({split.summary(len(self.sources), len(self.valid))})"
+            if split.counts.documents and not split.test and (self.data.holdout or self.valid):
+                raise RecipeError(
+                    f"{self.label}: there is no document to hold out{counts}. Name `valid` files that have some."
+                )
+        if not tokens:
+            raise RecipeError(f"{self.label}: too little data, there is no document to train on{counts}. Give it more.")
+        if tokens <= asked:
+            raise RecipeError(
+                f"{self.label}: too little data, {tokens} tokens to train on{counts}, where one sequence for each "
+                f"training takes {asked + 1}. Give it more, or a shorter sequence_length."
+            )
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Tokenise all documents."""

@@ -12,7 +12,7 @@ from btx.errors import ResourceError
 from btx.graph.artifact import LOGS
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import TrainSettings, steps_of, torch_dtype
-from btx.steps.branch import Branch
+from btx.steps.branch import Branch, require_positions
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ class Train(Step):
     budget: int
     train: TrainSettings
     part: tuple[int, int] = (0, 1)  # which of how many experts among whom the domain's sequences are dealt
+
+    @property
+    def asks(self) -> dict[str, int]:
+        """A sequence for each expert among whom the domain's are dealt."""
+        return {self.tokens.label: self.train.sequence_length * self.part[1]}
+
+    def check(self, asked: int) -> None:
+        """Whether the seed has as many positions as a sequence."""
+        require_positions(self.branch.seed, "train.sequence_length", self.train.sequence_length)
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Train and save."""
