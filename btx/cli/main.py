@@ -57,6 +57,8 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
     from btx.report.progress import for_person
 
     graph = graph_of(recipe, overrides)
+    if stage == "export" and "export" in graph.steps:
+        graph.export_unmeasured()
     steps = graph.needed(graph.labels(stage, domain))
     todo = undone(steps)
     graph.check(todo)

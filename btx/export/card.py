@@ -19,7 +19,7 @@ class About:
     """What a card says of a model besides what its folder holds.
 
     `parents` are (name, kind of the step that made it, digest), `data` (name, training tokens at hand, held-out
-    documents), `recipe` the sections that decided, `results` what the evaluation wrote.
+    documents), `recipe` the sections that decided, `results` what the evaluation wrote, None where there was none.
     """
 
     title: str
@@ -27,10 +27,11 @@ class About:
     license: str | None
     layout: str
     attention: bool  # experts in attention too
+    experts: list[str]
     parents: list[tuple[str, str, str]]
     data: list[tuple[str, int, int]]
     recipe: dict[str, Any]
-    results: dict[str, Any]
+    results: dict[str, Any] | None
 
 
 def table(rows: dict[str, dict[str, float]], corner: str, digits: int = 3) -> str:
@@ -63,21 +64,38 @@ def _data(about: About) -> str:
     return "\n".join([*lines, *(f"| {name} | {tokens:,} | {documents} |" for name, tokens, documents in about.data)])
 
 
+def _measured(results: dict[str, Any] | None) -> str:
+    if results is None:
+        return "## Evaluation\n\nNothing was measured.\n"
+    rows = {m: {**row, "mean": results["mean"][m]} for m, row in results["bits_per_byte"].items()}
+    routing = results["routing"]["finetuned"]
+    shares = {d: dict(zip(results["experts"], found["mean"], strict=True)) for d, found in routing.items()}
+    return f"""## Evaluation
+
+Bits per byte on held-out documents ({results["split"]}), lower is better.
+
+{table(rows, "model")}
+
+## Routing
+
+Share of the token-choices per expert, mean over layers, on held-out text.
+
+{table(shares, "domain")}
+"""
+
+
 def card(about: About, folder: Path) -> str:
     """The whole card, Markdown with front matter, of what is in `folder`."""
-    config, results = read_config(folder), about.results
+    config = read_config(folder)
     count = parameters(config)
     per_token = config["num_experts_per_tok"]
-    shares = {
-        d: dict(zip(results["experts"], r["mean"], strict=True)) for d, r in results["routing"]["finetuned"].items()
-    }
     recipe = yaml.safe_dump(about.recipe, sort_keys=False)
     parts = "their feed-forward blocks" if not about.attention else (
         "their feed-forward blocks and their attention's query and output projections")  # fmt: skip
     return f"""{_front(about)}
 # {about.title}
 
-A Mixture of Experts ({config["model_type"]}, {len(results["experts"])} experts, {per_token} a token; {count.total:,}
+A Mixture of Experts ({config["model_type"]}, {len(about.experts)} experts, {per_token} a token; {count.total:,}
 parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: copies of one
 seed were trained on one domain each, {parts} became the experts, every other tensor was averaged, and
 the whole was finetuned with a learned token-level router.
@@ -87,17 +105,7 @@ from transformers import pipeline
 print(pipeline("text-generation", model="PATH")("Once", max_new_tokens=40)[0]["generated_text"])
 ```
 
-## Evaluation
-
-Bits per byte on held-out documents ({results["split"]}), lower is better.
-
-{table({m: {**row, "mean": results["mean"][m]} for m, row in results["bits_per_byte"].items()}, "model")}
-
-## Routing
-
-Share of the token-choices per expert, mean over layers, on held-out text.
-
-{table(shares, "domain")}
+{_measured(about.results)}
 
 ## Parents
 

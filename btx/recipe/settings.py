@@ -185,6 +185,12 @@ class FinetuneSettings(TrainSettings):
         """What the exported config says; None stands for all experts."""
         return {"top_k": self.top_k, "soft": None}.get(self.routing, 1)
 
+    @property
+    def rule(self) -> RoutingRule:
+        """What a measurement needs of these settings."""
+        return RoutingRule(routing=self.routing, experts_per_token=self.experts_per_token,
+                           soft_first_layer=self.soft_first_layer)  # fmt: skip
+
     @model_validator(mode="after")
     def _whole_batch(self) -> FinetuneSettings:
         return self  # what is not said here comes from `train`, so the recipe checks the two together
@@ -194,6 +200,14 @@ class FinetuneSettings(TrainSettings):
         if self.soft_first_layer and self.routing != "sample_top1":
             raise ValueError(f"soft_first_layer belongs to routing sample_top1, not to {self.routing}")
         return self
+
+
+class RoutingRule(Settings):
+    """How tokens are routed when a Mixture of Experts is measured; `experts_per_token` None stands for all."""
+
+    routing: Literal["top_k", "switch", "soft", "sample_top1"]
+    experts_per_token: int | None
+    soft_first_layer: bool
 
 
 class DenseSettings(TrainSettings):
@@ -211,10 +225,9 @@ class DenseSettings(TrainSettings):
         return self  # what is not said here comes from `train`, so the recipe checks the two together
 
 
-class EvaluateSettings(Settings):
-    """Bits per byte on held-out documents."""
+class MeasureSettings(Settings):
+    """What of `evaluate` decides a model's scores."""
 
-    sequence_length: Count | None = Field(None, description="window; default: train.sequence_length")
     split: Literal["test", "select"] = Field(
         "test", description="held-out documents that are scored: test to report, select to choose settings by"
     )
@@ -222,9 +235,20 @@ class EvaluateSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of all models of a report; auto: bf16 on a GPU that has it, fp32 on a CPU"
     )
+    batch_tokens: Count = execution(8192)
+
+
+class EvaluateSettings(MeasureSettings):
+    """Bits per byte on held-out documents."""
+
+    sequence_length: Count | None = Field(None, description="window; default: train.sequence_length")
     bootstrap: Count = Field(1000, description="resamples of the source documents for the 95 % intervals")
     seed: Whole = 0
-    batch_tokens: Count = execution(8192)
+
+    @property
+    def measure(self) -> MeasureSettings:
+        """What of these settings decides a model's scores."""
+        return MeasureSettings(**{name: getattr(self, name) for name in MeasureSettings.model_fields})
 
 
 class ExportSettings(Settings):

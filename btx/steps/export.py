@@ -11,6 +11,8 @@ from btx.graph.artifact import read_manifest, write_json
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import ExportSettings
 from btx.steps.evaluate import Evaluate
+from btx.steps.finetune import Finetune
+from btx.steps.measure import experts_of
 
 if TYPE_CHECKING:
     from btx.export.card import About
@@ -20,15 +22,16 @@ class Export(Step):
     """A checkpoint folder for others: published (or fused) names, tokenizer, card, SHA256SUMS, proof."""
 
     kind: ClassVar[str] = "export"
-    version: ClassVar[int] = 3
-    evaluate: Evaluate
+    version: ClassVar[int] = 4
+    model: Finetune
+    evaluate: Evaluate | None  # whose figures the card has; it does without
     settings: ExportSettings
     title: str
     base_model: str
 
     def check(self, asked: int) -> None:
         """Whether a stock class can hold the model that was finetuned."""
-        if self.evaluate.finetune.settings.soft_first_layer:
+        if self.model.settings.soft_first_layer:
             raise RecipeError(
                 "finetune.soft_first_layer: no stock class can hold a layer that visits all experts beside others that "
                 "visit one, so the export would be another model than the one measured. Leave it out, or stop before "
@@ -40,23 +43,22 @@ class Export(Step):
         from btx.export.card import card
         from btx.export.proof import write_sums
 
-        results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
-        tensors = write_model(self.evaluate.finetune.folder, out, self.settings)
-        write_json(out / "experts.json", {"experts": results["experts"]})
-        (out / "README.md").write_text(card(self._about(results), out), encoding="utf-8")
+        tensors = write_model(self.model.folder, out, self.settings)
+        write_json(out / "experts.json", {"experts": experts_of(self.model.folder)})
+        (out / "README.md").write_text(card(self._about(), out), encoding="utf-8")
         write_sums(out)
         return {"tensors": tensors}
 
-    def _about(self, results: dict[str, Any]) -> About:
+    def _about(self) -> About:
         """What the card says of the model."""
         from btx.export.card import About
 
-        finetune = self.evaluate.finetune
-        merge = finetune.merge
+        finetune, merge = self.model, self.model.merge
+        results = self.evaluate and json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         facts = {name: read_manifest(tokens.folder)["facts"] for name, tokens in finetune.tokens.items()}
         return About(
             title=self.title, base_model=self.base_model, license=self.settings.license, layout=self.settings.layout,
-            attention=merge.settings.attention,
+            attention=merge.settings.attention, experts=experts_of(finetune.folder),
             parents=[(name, model.kind, model.digest) for name, model in merge.models.items()],
             data=[(name, about["train_tokens"], about["valid_documents"]) for name, about in facts.items()],
             recipe={"merge": merge.settings.identity(), "finetune": finetune.settings.identity()}, results=results,

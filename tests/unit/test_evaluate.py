@@ -15,9 +15,11 @@ from btx.conversions.pipeline import Graph
 from btx.data.packed import Encoder, Tokens, load_tokenizer, write_tokens
 from btx.data.split import Split
 from btx.errors import RecipeError
+from btx.graph.artifact import MANIFEST
 from btx.recipe.recipe import load_recipe
-from btx.recipe.settings import DataSettings, EvaluateSettings, RunSettings
+from btx.recipe.settings import DataSettings, EvaluateSettings, MeasureSettings, RoutingRule, RunSettings
 from btx.steps.evaluate import Evaluate
+from btx.steps.measure import Measure
 from tests.conftest import tokenizer_into, write_project
 from tests.faults.world import write_jsonl
 
@@ -34,70 +36,91 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def step(texts: Path, models: dict[str, Any], **settings: Any) -> Evaluate:
-    """An evaluation of models that are named alone."""
+RULE = RoutingRule(routing="top_k", experts_per_token=1, soft_first_layer=False)
 
-    class Named(Evaluate):
-        @property
-        def models(self) -> Any:
-            return models
 
-        def _experts(self) -> list[str]:
-            return ["a"]
+def model(root: Path, name: str, digest: str) -> Any:
+    """A step that has published something."""
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    (folder / "experts.json").write_text('{"experts": ["a"]}')
+    return SimpleNamespace(digest=digest, folder=folder)
 
-    return Named.model_construct(
-        tokens={"d": SimpleNamespace(folder=texts)}, own={}, length=64, where=RunSettings(device="cpu"), name=None,
-        settings=EvaluateSettings(bootstrap=10, **settings),
+
+def measure(
+    texts: Path, root: Path, name: str, digest: str, *, rule: RoutingRule | None = None, **settings: Any
+) -> Any:
+    """A measurement of a model that is named alone."""
+    return Measure.model_construct(
+        model=model(root, name, digest), tokens={"d": SimpleNamespace(folder=texts, digest="texts")}, own={}, length=64,
+        where=RunSettings(device="cpu"), name=name, settings=MeasureSettings(**settings), rule=rule, root=root,
     )  # fmt: skip
 
 
-def model(digest: str, kind: str = "train") -> Any:
-    """A step that has published something."""
-    return SimpleNamespace(digest=digest, kind=kind, folder=Path(digest))
+def published(step: Any) -> None:
+    """Run a step and publish what it made, as far as others look at it."""
+    step.__dict__["key"] = f"{step.name:0<64}"
+    step.folder.mkdir(parents=True)
+    facts = step.run(step.folder, step.folder, lambda _event: None)
+    (step.folder / MANIFEST).write_text(json.dumps({"facts": facts, "files": {}}))
+
+
+def evaluation(texts: Path, measures: dict[str, Any], **settings: Any) -> Evaluate:
+    """A report of measurements."""
+    return Evaluate.model_construct(
+        measures=measures, tokens={"d": SimpleNamespace(folder=texts)}, where=RunSettings(device="cpu"), name=None,
+        settings=EvaluateSettings(bootstrap=10, **settings),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("side", ["test", "select"])
 def test_models_of_the_same_content_are_scored_once_on_the_side_asked_for(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Any
 ) -> None:
-    models = {"seed": model("x"), "expert:a": model("y"), "average": model("x"), "merged": model("z", "merge"),
-              "finetuned": model("z", "finetune")}  # fmt: skip
+    digests = {"seed": "x", "expert-a": "y", "average": "x", "merged": "z", "finetuned": "z", "other": "z"}
     calls: list[tuple[str, bool]] = []
     wanted = Tokens(texts).valid(10**9, side)
 
-    def measure(_self: Evaluate, folder: Path, documents: Any, *, routed: bool) -> Any:
-        calls.append((folder.name, routed))
+    def score(self: Measure, folder: Path, documents: Any) -> Any:
+        calls.append((folder.name, self.rule is not None))
         assert [ids.tolist() for ids, _ in documents["d"]] == [ids.tolist() for ids, _ in wanted]
-        return {"d": np.full(len(documents["d"]), float(ord(folder.name)))}, {"d": {}} if routed else {}
+        return {"d": np.full(len(documents["d"]), float(ord(digests[folder.name])))}, {"d": {}} if self.rule else {}
 
-    monkeypatch.setattr(Evaluate, "_measure", measure)
-    step(texts, models, split=side).run(tmp_path, tmp_path, lambda _event: None)
-    assert calls == [("x", False), ("y", False), ("z", True)]
+    monkeypatch.setattr(Measure, "_measure", score)
+    rules = {"merged": RULE, "finetuned": RULE, "other": RULE.model_copy(update={"experts_per_token": 2})}
+    measures = {name: measure(texts, tmp_path, name, digest, rule=rules.get(name), split=side)
+                for name, digest in digests.items()}  # fmt: skip
+    for one in measures.values():
+        published(one)
+    assert calls == [("seed", False), ("expert-a", False), ("merged", True), ("other", True)]
+    evaluation(texts, measures, split=side).run(tmp_path, tmp_path, lambda _event: None)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["split"] == side
     assert results["bits_per_byte"]["average"] == results["bits_per_byte"]["seed"]
     assert results["bits_per_byte"]["seed"] != results["bits_per_byte"]["merged"]
-    assert set(results["routing"]) == {"merged", "finetuned"}
+    assert set(results["routing"]) == {"merged", "finetuned", "other"}
+    assert results["experts"] == ["a"]
     assert results["held_out"]["d"]["sources"] == results["held_out"]["d"]["documents"] == len(wanted) >= 30
 
 
 def test_few_documents_are_warned_of_and_none_is_refused(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Evaluate, "_measure", lambda _self, _folder, documents, *, routed: (
+    monkeypatch.setattr(Measure, "_measure", lambda _self, _folder, documents: (
         {"d": np.ones(len(documents["d"]))}, {}))  # fmt: skip
     said: list[Any] = []
-    step(texts, {"seed": model("x")}, tokens=20).run(tmp_path, tmp_path, said.append)
-    assert any("held-out source documents" in event.get("warning", "") for event in said)
-    said.clear()
-    step(texts, {"seed": model("x")}).run(tmp_path, tmp_path, said.append)
-    assert not any("warning" in event for event in said)
+    for count, name in ((20, "few"), (10**6, "many")):
+        said.clear()
+        one = measure(texts, tmp_path, name, "x", tokens=count)
+        published(one)
+        evaluation(texts, {"seed": one}, tokens=count).run(tmp_path, tmp_path, said.append)
+        assert any("held-out source documents" in event.get("warning", "") for event in said) == (name == "few")
     (tmp_path / "tokens.json").write_text(json.dumps(
         {**json.loads((texts / "tokens.json").read_text()), "select": []}))  # fmt: skip
     for file in ("train.bin", "valid.bin"):
         (tmp_path / file).write_bytes((texts / file).read_bytes())
     with pytest.raises(RecipeError, match=r"domain d has no held-out document .*\(select\)"):
-        step(tmp_path, {"seed": model("x")}, split="select").run(tmp_path, tmp_path, said.append)
+        measure(tmp_path, tmp_path, "none", "x", split="select").documents()
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -113,7 +136,7 @@ def test_all_models_of_a_report_are_loaded_in_the_precision_of_its_settings(
 
     monkeypatch.setattr("btx.models.model.load", load)
     monkeypatch.setattr("btx.probes.bits_per_byte.nats", lambda _net, rows, **_how: np.ones(len(rows)))
-    step(texts, {}, precision=precision)._measure(tmp_path, {"d": []}, routed=False)
+    measure(texts, tmp_path, "seed", "x", precision=precision)._measure(tmp_path, {"d": []})
     assert asked == [dtype]
 
 

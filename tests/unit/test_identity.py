@@ -10,10 +10,11 @@ import pytest
 
 from btx.cli.main import graph_of
 from btx.recipe.merge_settings import MergeSettings
-from btx.recipe.settings import RunSettings, Settings, TrainSettings
+from btx.recipe.settings import EvaluateSettings, RunSettings, Settings, TrainSettings
 from tests.faults.world import World
 
-LABELS = ("tokens:math", "branch", "train:math", "average", "merge", "finetune", "evaluate", "export", "report")
+LABELS = ("tokens:math", "branch", "train:math", "average", "merge", "finetune", "measure:finetuned",
+          "evaluate", "export", "report")  # fmt: skip
 
 
 def keys(world: World) -> dict[str, str]:
@@ -73,9 +74,12 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "finetune.balance": ({"form": "switch"}, "finetune"),
     "finetune.mix": ({"math": 1, "law": 2}, "finetune"),
     "finetune.tokens": (96, "finetune"),
-    "evaluate.tokens": (9, "evaluate"),
-    "evaluate.split": ("select", "evaluate"),
-    "evaluate.precision": ("bf16", "evaluate"),
+    "evaluate.tokens": (9, "measure:finetuned"),
+    "evaluate.split": ("select", "measure:finetuned"),
+    "evaluate.precision": ("bf16", "measure:finetuned"),
+    "evaluate.bootstrap": (10, "evaluate"),
+    "evaluate.seed": (1, "evaluate"),
+    "evaluate.sequence_length": (8, "measure:finetuned"),
     "export.license": ("mit", "export"),
 }
 
@@ -112,6 +116,7 @@ def test_a_builtin_seed_depends_on_no_setting_that_it_overrides_or_has_no_use_fo
 def test_every_setting_of_training_and_merge_is_tried() -> None:
     assert {f"train.{name}" for name in TrainSettings.model_fields} <= set(CHANGES)
     assert {f"merge.{name}" for name in MergeSettings.model_fields} <= set(CHANGES)
+    assert {f"evaluate.{name}" for name in EvaluateSettings.model_fields} - {"evaluate.batch_tokens"} <= set(CHANGES)
 
 
 def test_the_order_of_the_experts_counts(world: World) -> None:

@@ -1,0 +1,46 @@
+"""One dense expert a domain: the seed trained on it, or a checkpoint that was trained elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from btx.conversions.sources import Sources, Start
+from btx.graph.step import Step
+from btx.steps.branch import Descent
+from btx.steps.given import Given
+from btx.steps.train import Train
+from btx.steps.vocabulary import VocabularyStep
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts by name, in the recipe's order, and what was looked at of those that were trained elsewhere."""
+
+    steps: dict[str, Step]
+    descent: Descent | None
+    vocabulary: VocabularyStep | None  # where some have tokens of their own
+
+    def fields(self, start: Start) -> dict[str, Any]:
+        """What the steps that merge them say of them."""
+        return {"branch": start.branch, "descent": self.descent, "experts": self.steps, "vocabulary": self.vocabulary}
+
+
+def build(sources: Sources, start: Start) -> Experts:
+    """The experts of a recipe."""
+    recipe = sources.recipe
+    elsewhere = {
+        expert: sources.expert(expert, name, path, start.seed)
+        for name, domain in recipe.domains.items()
+        for expert, path in zip(domain.names(name), domain.checkpoints, strict=False)
+    }
+    given = {name: step for name, step in elsewhere.items() if isinstance(step, Given)}
+    descent = sources.add(Descent(seed=start.seed, given=given, **sources.place("given"))) if given else None
+    steps: dict[str, Step] = {}
+    for expert, name in recipe.domain_of.items():
+        domain = recipe.domains[name]
+        steps[expert] = elsewhere.get(expert) or sources.add(
+            Train(branch=start.branch, tokens=start.tokens[name], budget=domain.tokens, train=recipe.train,
+                  part=(domain.names(name).index(expert), domain.experts), **sources.place(expert))
+        )  # fmt: skip
+    return Experts(steps, descent, sources.vocabulary(start.seed, given))

@@ -1,0 +1,141 @@
+"""What every conversion is built from: the seed, experts from elsewhere, and tokens of the domains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from btx.data import corpus
+from btx.data.texts import Texts
+from btx.errors import ArtifactError
+from btx.graph.artifact import fingerprint
+from btx.graph.digests import Digests
+from btx.graph.step import Step
+from btx.recipe.recipe import Recipe
+from btx.recipe.settings import DataSettings
+from btx.steps.adapted import Adapted
+from btx.steps.branch import Branch
+from btx.steps.given import Given
+from btx.steps.pretrain import Pretrain
+from btx.steps.tokenizer import Tokenizer
+from btx.steps.tokens import TokensStep
+from btx.steps.vocabulary import VocabularyStep
+
+S = TypeVar("S", bound=Step)
+ANSWERS = "@answers"  # behind the name of the seed's tokens where only answers are learned, other than pretraining did
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every conversion of a recipe starts from."""
+
+    seed: Step
+    tokenizer: Step  # whose folder has the seed's tokenizer
+    branch: Branch
+    tokens: dict[str, TokensStep]  # of the domains that have data, by the seed's tokenizer
+    documents: dict[str, tuple[list[str], list[str]]]  # files and held-out files of those, and of the seed's own data
+
+
+class Sources:
+    """Makes these steps, and registers every step by its label, parents before children."""
+
+    def __init__(self, recipe: Recipe, base: Path, *, root: Path, digests: Digests) -> None:
+        self.recipe, self.base, self.root, self.digests = recipe, base, root, digests
+        self.texts = Texts(recipe, base, digests)
+        self.steps: dict[str, Step] = {}
+
+    def add(self, step: S) -> S:
+        """A step of the graph, by its label."""
+        self.steps[step.label] = step
+        return step
+
+    def place(self, name: str | None = None) -> dict[str, object]:
+        """What every step has besides its own fields."""
+        return {"root": self.root, "where": self.recipe.run, "name": name}
+
+    def start(self) -> Start:
+        """The seed verified, and the tokens of the domains."""
+        seed, tokenizer = self.seed()
+        documents = {name: (d.data, d.valid) for name, d in self.recipe.domains.items() if d.data}
+        tokens = {name: self.tokens(name, *files, tokenizer) for name, files in documents.items()}
+        if self.recipe.seed.sources:
+            documents["seed"] = self.recipe.seed.sources, self.recipe.seed.valid
+        return Start(seed, tokenizer, self.add(Branch(seed=seed, **self.place())), tokens, documents)
+
+    def seed(self) -> tuple[Step, Step]:
+        """The seed's step, and the step whose folder has its tokenizer."""
+        seed = self.recipe.seed
+        if not seed.is_builtin:
+            given = self.given("seed", seed.checkpoint)
+            return given, given
+        plain = self.recipe.data.model_copy(update={"loss_on": "all"})  # pretraining learns every token
+        read = {"data": DataSettings(**plain.model_dump(exclude={"valid_bytes", "date"}))}  # by a tokenizer's training
+        reads = {**self.texts.reads("seed", seed.sources, seed.valid), **read}
+        tokenizer = self.add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self.place()))
+        tokens = self.tokens("seed", seed.sources, seed.valid, tokenizer, data_settings=plain)
+        own = {"learning_rate": seed.builtin.learning_rate, "batch_tokens": seed.builtin.batch_tokens}
+        train = self.recipe.train.model_copy(update=own)
+        return self.add(
+            Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=train, **self.place())
+        ), tokenizer
+
+    def given(self, name: str, checkpoint: str, domain: str | None = None) -> Given:
+        """A checkpoint folder of the recipe, its header and config checked, its content hashed."""
+        from btx.checkpoints.reader import Checkpoint
+
+        key = f"domains.{domain}.checkpoint" if domain else "seed.checkpoint"
+        try:
+            path = (self.base / Path(checkpoint).expanduser()).resolve()
+            found, hint = path.is_dir(), corpus.hint(path)
+        except (OSError, RuntimeError) as error:  # an unknown ~user, a name too long, a folder closed to us
+            raise ArtifactError(f"{key}: {checkpoint:.200} cannot be looked up: {error}. Correct the path.") from error
+        if not found:
+            raise ArtifactError(
+                f"{key}: there is no folder {path}{hint}. A checkpoint is a local Hugging Face folder; "
+                "relative paths start at the recipe."
+            )
+        checkpoint_ = Checkpoint(path)
+        return Given(content=checkpoint_.digest(self.digests), path=path, **self.place(name))
+
+    def expert(self, name: str, domain: str, checkpoint: str, seed: Step) -> Step:
+        """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
+        from btx.merge.adapter import WEIGHTS, is_adapter
+        from btx.merge.lora_config import CONFIG
+
+        try:
+            path = (self.base / Path(checkpoint).expanduser()).resolve()
+            found = is_adapter(path)
+        except (OSError, RuntimeError):
+            found = False
+        if not found:
+            return self.given(name, checkpoint, domain)
+        files = [path / file for file in (CONFIG, WEIGHTS) if (path / file).is_file()]
+        content = fingerprint([[file.name, self.digests(file)] for file in files])
+        return self.add(Adapted(seed=seed, content=content, path=path, **self.place(name)))
+
+    def vocabulary(self, seed: Step, given: dict[str, Given]) -> VocabularyStep | None:
+        """What makes one tokenizer of several, where an expert has tokens of its own."""
+        from btx.merge.vocabulary import is_extended
+
+        if not isinstance(seed, Given):
+            return None
+        experts = {name: step for name, step in given.items() if is_extended(seed.path, step.path)}
+        return self.add(VocabularyStep(seed=seed, experts=experts, **self.place())) if experts else None
+
+    def tokens(
+        self, name: str, data: list[str], valid: list[str], tokenizer: Step, suffix: str = "",
+        template: Step | None = None, data_settings: DataSettings | None = None,
+    ) -> TokensStep:  # fmt: skip
+        """The tokens of some data by a tokenizer, once for all who ask."""
+        data_settings = data_settings or self.recipe.data
+        if name == "seed" and self.recipe.seed.is_builtin and data_settings.loss_on != "all":
+            suffix += ANSWERS
+        label = f"tokens:{name}{suffix}"
+        if label in self.steps:
+            found = self.steps[label]
+            assert isinstance(found, TokensStep)
+            return found
+        reads = self.texts.reads("seed" if name == "seed" else f"domains.{name}", data, valid)
+        reads["data"] = data_settings
+        return self.add(TokensStep(tokenizer=tokenizer, template=template, **reads, **self.place(name + suffix)))
