@@ -26,7 +26,7 @@ from btx.bench import forget_peak, resident
 from btx.errors import RecipeError, ResourceError, nearest
 
 if TYPE_CHECKING:
-    from btx.checkpoints.writer import Row
+    from btx.checkpoints.writer import TensorSpec
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
@@ -156,7 +156,7 @@ def make_models(place: Path, shape: dict[str, Any], count: int, *, sparse: bool)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from btx.checkpoints.writer import Row, write_weights
+    from btx.checkpoints.writer import TensorSpec, write_weights
 
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).state_dict()
@@ -166,7 +166,9 @@ def make_models(place: Path, shape: dict[str, Any], count: int, *, sparse: bool)
         (folder / "config.json").write_text(json.dumps(shape))
         _write_tokenizer(folder, shape["vocab_size"])
         noise = torch.randn(2**20, generator=torch.Generator().manual_seed(number)).mul_(0.02).bfloat16()
-        rows = [Row(n, torch.bfloat16, tuple(t.shape), partial(_tiled, noise, t.numel())) for n, t in state.items()]
+        rows = [
+            TensorSpec(n, torch.bfloat16, tuple(t.shape), partial(_tiled, noise, t.numel())) for n, t in state.items()
+        ]
         (_write_sparse if sparse else write_weights)(folder, rows)
     return folders
 
@@ -178,7 +180,7 @@ def _tiled(noise: Any, count: int) -> Iterator[Any]:
         yield piece
 
 
-def _write_sparse(out: Path, rows: list[Row]) -> None:
+def _write_sparse(out: Path, rows: list[TensorSpec]) -> None:
     """Matrices of zeros that take no disk; norms as they are."""
     import torch
 

@@ -37,7 +37,7 @@ Progress = Callable[[Path, int, int], None]  # takes the file at work, bytes of 
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorSpec:
     """One tensor to be written, and how to make it: flat or shaped pieces that follow each other in row-major order."""
 
     name: str
@@ -59,21 +59,21 @@ class Resume:
     made_from: str
 
 
-def whole(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Row:
+def whole(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
     """A row that is one tensor, at hand on whatever device, cast and brought over when its turn comes."""
-    return Row(name, dtype, tuple(tensor.shape), lambda: [tensor.to("cpu", dtype)])
+    return TensorSpec(name, dtype, tuple(tensor.shape), lambda: [tensor.to("cpu", dtype)])
 
 
-def copies(source: Checkpoint) -> list[Row]:
+def copies(source: Checkpoint) -> list[TensorSpec]:
     """A row for every tensor of a checkpoint, as it is."""
     return [
-        Row(name, DTYPES[entry.dtype], entry.shape, partial(source.blocks, name))
+        TensorSpec(name, DTYPES[entry.dtype], entry.shape, partial(source.blocks, name))
         for name, entry in source.entries.items()
     ]
 
 
 def write_weights(
-    out: Path, rows: list[Row], *, shard_bytes: int | None = None, resume: Resume | None = None,
+    out: Path, rows: list[TensorSpec], *, shard_bytes: int | None = None, resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write rows into safetensors shards in `out`; returns the SHA-256 of each. One shard is `model.safetensors`.
@@ -97,7 +97,7 @@ def write_weights(
     return digests
 
 
-def write_index(out: Path, shards: dict[str, list[Row]]) -> None:
+def write_index(out: Path, shards: dict[str, list[TensorSpec]]) -> None:
     """Say which tensor lies in which file, where there are several."""
     if len(shards) > 1:
         weight_map = {row.name: file for file, some in shards.items() for row in some}
@@ -106,9 +106,9 @@ def write_index(out: Path, shards: dict[str, list[Row]]) -> None:
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def shards_of(rows: list[Row], limit: int) -> dict[str, list[Row]]:
+def shards_of(rows: list[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
     """Rows by file name, in order; a file has `limit` bytes at most, or one tensor that is larger."""
-    shards: list[list[Row]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for row in rows:
         if shards[-1] and filled + row.nbytes > limit:
@@ -121,7 +121,7 @@ def shards_of(rows: list[Row], limit: int) -> dict[str, list[Row]]:
     return dict(zip(names, shards, strict=True))
 
 
-def _kept(out: Path, file: str, rows: list[Row], resume: Resume, tell: Callable[[int], None]) -> str:
+def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, tell: Callable[[int], None]) -> str:
     """A shard as an earlier attempt left it, or written anew and left for a later one; linked into `out`."""
     resume.folder.mkdir(parents=True, exist_ok=True)
     done, record = resume.folder / file, resume.folder / f"{file}.json"
@@ -152,7 +152,7 @@ def _finished(done: Path, record: Path, about: str) -> str | None:
     return None
 
 
-def header_of(rows: list[Row]) -> bytes:
+def header_of(rows: list[TensorSpec]) -> bytes:
     """The first bytes of a file, which say where each tensor lies."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -165,7 +165,7 @@ def header_of(rows: list[Row]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, rows: list[Row], tell: Callable[[int], None]) -> str:
+def _write_shard(path: Path, rows: list[TensorSpec], tell: Callable[[int], None]) -> str:
     """Write one file and bring it to the disk; returns its SHA-256."""
     digest = hashlib.sha256()
     with (
@@ -186,7 +186,7 @@ def _write_shard(path: Path, rows: list[Row], tell: Callable[[int], None]) -> st
     return digest.hexdigest()
 
 
-def _blocks(rows: list[Row]) -> Iterator[tuple[memoryview, int]]:
+def _blocks(rows: list[TensorSpec]) -> Iterator[tuple[memoryview, int]]:
     """All rows' bytes, with how many they are up to there."""
     done = 0
     for row in rows:
@@ -195,7 +195,7 @@ def _blocks(rows: list[Row]) -> Iterator[tuple[memoryview, int]]:
             yield data, done
 
 
-def _checked(row: Row) -> Iterator[memoryview]:
+def _checked(row: TensorSpec) -> Iterator[memoryview]:
     """A row's pieces as bytes: none with a NaN or an infinity, and as many as were planned."""
     seen = 0
     for piece in row.pieces():

@@ -52,7 +52,7 @@ def graph_of(recipe: Path, overrides: tuple[str, ...]) -> Graph:
 def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str | None) -> None:
     """Do whatever is not done of what a stage needs, and say what came out."""
     from btx.graph.launch import Launcher
-    from btx.graph.scheduler import link, walk
+    from btx.graph.scheduler import link, run_steps
     from btx.graph.step import undone
     from btx.report.progress import for_person
 
@@ -65,7 +65,9 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
     if todo:
         graph.digests.save()
         with for_person() as person:
-            walk(steps, launch=Launcher(recipe, overrides, where=graph.recipe.run, tell=person.tell), tell=person.tell)
+            run_steps(
+                steps, launch=Launcher(recipe, overrides, where=graph.recipe.run, tell=person.tell), tell=person.tell
+            )
     for step in steps:
         if step.kind in ("export", "report"):
             link(graph.root, step)

@@ -50,7 +50,7 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
     )
 
 
-def evened(recipe: Recipe, base: Path, dense: Config) -> Config:
+def merged_shape(recipe: Recipe, base: Path, dense: Config) -> Config:
     """The seed's config as the merge evens it out with experts at hand: the widest blocks, all added tokens."""
     from btx.merge.adapter import is_adapter
     from btx.merge.vocabulary import is_extended, join
@@ -113,7 +113,7 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
     for name, domain in recipe.domains.items():
         if domain.tokens and not domain.checkpoint:
             found += [_row(f"train:{n}", dense, domain.tokens, recipe.train, dtype) for n in domain.names(name)]
-    moe = merged_config(recipe, evened(recipe, base, dense))
+    moe = merged_config(recipe, merged_shape(recipe, base, dense))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     if not any(domain.data for domain in recipe.domains.values()):

@@ -7,8 +7,8 @@ from typing import Any
 
 from btx.conversions.sources import Sources, Start
 from btx.graph.step import Step
-from btx.steps.branch import Descent
-from btx.steps.given import Given
+from btx.steps.branch import VerifyExperts
+from btx.steps.given import ExternalCheckpoint
 from btx.steps.train import Train
 from btx.steps.vocabulary import VocabularyStep
 
@@ -18,7 +18,7 @@ class Experts:
     """The experts by name, in the recipe's order, and what was looked at of those that were trained elsewhere."""
 
     steps: dict[str, Step]
-    descent: Descent | None
+    descent: VerifyExperts | None
     vocabulary: VocabularyStep | None  # where some have tokens of their own
 
     def fields(self, start: Start) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def build(sources: Sources, start: Start) -> Experts:
         for name, domain in recipe.domains.items()
         for expert, path in zip(domain.names(name), domain.checkpoints, strict=False)
     }
-    given = {name: step for name, step in elsewhere.items() if isinstance(step, Given)}
-    descent = sources.add(Descent(seed=start.seed, given=given, **sources.place("given"))) if given else None
+    given = {name: step for name, step in elsewhere.items() if isinstance(step, ExternalCheckpoint)}
+    descent = sources.add(VerifyExperts(seed=start.seed, given=given, **sources.place("given"))) if given else None
     steps: dict[str, Step] = {}
     for expert, name in recipe.domain_of.items():
         domain = recipe.domains[name]

@@ -19,7 +19,7 @@ from btx.recipe.recipe import Recipe
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune
-from btx.steps.given import Given
+from btx.steps.given import ExternalCheckpoint
 from btx.steps.measure import Measure
 from btx.steps.merge import SEED, Merge
 from btx.steps.report import Report
@@ -118,7 +118,7 @@ class Graph:
 
         for label in labels:
             visit(self.steps[label])
-        return [s for s in wanted.values() if not isinstance(s, Given)]
+        return [s for s in wanted.values() if not isinstance(s, ExternalCheckpoint)]
 
     def check(self, steps: list[Step]) -> None:
         """Look at all input of the steps that are still to be done; what is wrong is raised, nothing is written.

@@ -14,9 +14,9 @@ from btx.graph.digests import Digests
 from btx.graph.step import Step
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import DataSettings
-from btx.steps.adapted import Adapted
-from btx.steps.branch import Branch
-from btx.steps.given import Given
+from btx.steps.adapted import MergedLora
+from btx.steps.branch import VerifySeed
+from btx.steps.given import ExternalCheckpoint
 from btx.steps.pretrain import Pretrain
 from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
@@ -32,7 +32,7 @@ class Start:
 
     seed: Step
     tokenizer: Step  # whose folder has the seed's tokenizer
-    branch: Branch
+    branch: VerifySeed
     tokens: dict[str, TokensStep]  # of the domains that have data, by the seed's tokenizer
     documents: dict[str, tuple[list[str], list[str]]]  # files and held-out files of those, and of the seed's own data
 
@@ -61,7 +61,7 @@ class Sources:
         tokens = {name: self.tokens(name, *files, tokenizer) for name, files in documents.items()}
         if self.recipe.seed.sources:
             documents["seed"] = self.recipe.seed.sources, self.recipe.seed.valid
-        return Start(seed, tokenizer, self.add(Branch(seed=seed, **self.place())), tokens, documents)
+        return Start(seed, tokenizer, self.add(VerifySeed(seed=seed, **self.place())), tokens, documents)
 
     def seed(self) -> tuple[Step, Step]:
         """The seed's step, and the step whose folder has its tokenizer."""
@@ -80,7 +80,7 @@ class Sources:
             Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=train, **self.place())
         ), tokenizer
 
-    def given(self, name: str, checkpoint: str, domain: str | None = None) -> Given:
+    def given(self, name: str, checkpoint: str, domain: str | None = None) -> ExternalCheckpoint:
         """A checkpoint folder of the recipe, its header and config checked, its content hashed."""
         from btx.checkpoints.reader import Checkpoint
 
@@ -96,7 +96,7 @@ class Sources:
                 "relative paths start at the recipe."
             )
         checkpoint_ = Checkpoint(path)
-        return Given(content=checkpoint_.digest(self.digests), path=path, **self.place(name))
+        return ExternalCheckpoint(content=checkpoint_.digest(self.digests), path=path, **self.place(name))
 
     def expert(self, name: str, domain: str, checkpoint: str, seed: Step) -> Step:
         """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
@@ -112,13 +112,13 @@ class Sources:
             return self.given(name, checkpoint, domain)
         files = [path / file for file in (CONFIG, WEIGHTS) if (path / file).is_file()]
         content = fingerprint([[file.name, self.digests(file)] for file in files])
-        return self.add(Adapted(seed=seed, content=content, path=path, **self.place(name)))
+        return self.add(MergedLora(seed=seed, content=content, path=path, **self.place(name)))
 
-    def vocabulary(self, seed: Step, given: dict[str, Given]) -> VocabularyStep | None:
+    def vocabulary(self, seed: Step, given: dict[str, ExternalCheckpoint]) -> VocabularyStep | None:
         """What makes one tokenizer of several, where an expert has tokens of its own."""
         from btx.merge.vocabulary import is_extended
 
-        if not isinstance(seed, Given):
+        if not isinstance(seed, ExternalCheckpoint):
             return None
         experts = {name: step for name, step in given.items() if is_extended(seed.path, step.path)}
         return self.add(VocabularyStep(seed=seed, experts=experts, **self.place())) if experts else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from btx.checkpoints.reader import Checkpoint
-from btx.checkpoints.writer import Row, write_weights
+from btx.checkpoints.writer import TensorSpec, write_weights
 from btx.errors import ArtifactError, RecipeError
 from btx.export.mixture import EXPERTS, Masked, Moe, Source, patterns
 from btx.graph.artifact import write_json
@@ -79,7 +79,7 @@ def write_changed(
 
 def _rows(
     moe: Moe, sources: Sequence[Source], origin: Sequence[int | None], routers: Callable[[int], torch.Tensor]
-) -> Iterator[Row]:
+) -> Iterator[TensorSpec]:
     kinds = patterns(moe.family)
     for name, entry in moe.checkpoint.entries.items():
         dtype = moe.checkpoint.flat(name, 0, 0).dtype
@@ -89,17 +89,17 @@ def _rows(
         if match and rest == moe.family.router:
             layer = int(match[1])
             shape = (len(sources), entry.shape[1])
-            yield Row(name, dtype, shape, partial(_router, routers, layer, dtype))
+            yield TensorSpec(name, dtype, shape, partial(_router, routers, layer, dtype))
         elif kind is None or number is None:
-            yield Row(name, dtype, entry.shape, partial(moe.checkpoint.blocks, name))
+            yield TensorSpec(name, dtype, entry.shape, partial(moe.checkpoint.blocks, name))
         elif moe.family.stacked:
             together = [k for k in moe.family.expert if moe.family.expert[k] == moe.family.expert[kind]]
-            yield Row(name, dtype, (len(sources), *entry.shape[1:]),
+            yield TensorSpec(name, dtype, (len(sources), *entry.shape[1:]),
                       partial(_cast, [(s, k) for s in sources for k in together], prefix, dtype))  # fmt: skip
         else:
             for place in _places(origin, int(number["e"]), moe.count):
                 published = prefix + moe.family.expert[kind].format(e=place)
-                yield Row(published, dtype, entry.shape, partial(_cast, [(sources[place], kind)], prefix, dtype))
+                yield TensorSpec(published, dtype, entry.shape, partial(_cast, [(sources[place], kind)], prefix, dtype))
 
 
 def _places(origin: Sequence[int | None], old: int, count: int) -> list[int]:
@@ -158,16 +158,18 @@ def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
     """Write experts whole, with their rows of the routers and their places, so that `unmask` can put them back."""
     out.mkdir()
     places = sorted({moe.index(name) for name in names})
-    rows: list[Row] = []
+    rows: list[TensorSpec] = []
     for layer in moe.layers:
         prefix = f"model.layers.{layer}."
         for e, k in product(places, moe.family.expert):
             dtype = moe.dtype(e, prefix, k)
             rows.append(
-                Row(f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(_cast, [(moe.expert(e), k)], prefix, dtype))
+                TensorSpec(f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(_cast, [(moe.expert(e), k)], prefix, dtype))
             )
         router = moe.router(layer)[places]
-        rows.append(Row(moe.family.router_name(layer), router.dtype, tuple(router.shape), partial(list, [router])))
+        rows.append(
+            TensorSpec(moe.family.router_name(layer), router.dtype, tuple(router.shape), partial(list, [router]))
+        )
     write_weights(out, rows)
     kept = {"places": places, "names": [moe.names[e] for e in places], "top_k": moe.config["num_experts_per_tok"]}
     write_json(out / "config.json", {"model_type": moe.config["model_type"], **kept})
@@ -204,7 +206,7 @@ def extract(out: Path, moe: Moe, name: str) -> None:
         )
     idle = {*family.shared.names.values(), family.shared.gate} if family.shared else {*()}
     kinds = patterns(family)
-    rows: list[Row] = []
+    rows: list[TensorSpec] = []
     for tensor, entry in moe.checkpoint.entries.items():
         match = LAYER.fullmatch(tensor)
         prefix, rest = (tensor.removesuffix(match[2]), match[2]) if match else ("", tensor)
@@ -212,11 +214,11 @@ def extract(out: Path, moe: Moe, name: str) -> None:
         if rest == family.router:
             for k in kinds:
                 own = moe.dtype(number, prefix, k)
-                rows.append(Row(prefix + k, own, moe.shape(k), partial(_cast, [(source, k)], prefix, own)))
+                rows.append(TensorSpec(prefix + k, own, moe.shape(k), partial(_cast, [(source, k)], prefix, own)))
         elif rest in idle:
             _require_zero(moe, tensor)
         elif not any(p.fullmatch(rest) for p in kinds.values()):
-            rows.append(Row(tensor, dtype, entry.shape, partial(moe.checkpoint.blocks, tensor)))
+            rows.append(TensorSpec(tensor, dtype, entry.shape, partial(moe.checkpoint.blocks, tensor)))
     config = dense_config(family, moe.config)
     write_weights(out, rows)
     config.save_pretrained(out)

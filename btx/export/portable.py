@@ -14,7 +14,7 @@ from typing import Any
 
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.validate import DTYPES
-from btx.checkpoints.writer import Row, copies
+from btx.checkpoints.writer import TensorSpec, copies
 from btx.models.families import DENSE, DOWN, GATE, MOE, UP, Family
 from btx.models.target import BALANCE
 
@@ -68,13 +68,13 @@ def portable_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def rows(source: Checkpoint, layout: str) -> list[Row]:
+def rows(source: Checkpoint, layout: str) -> list[TensorSpec]:
     """Every tensor of a Mixture of Experts in a layout: `published` as it is, `fused` as transformers 5 holds it."""
     family = MOE[source.config["model_type"]]
     return copies(source) if layout == "published" or family.attention else _fused(source, family)
 
 
-def _fused(source: Checkpoint, family: Family) -> list[Row]:
+def _fused(source: Checkpoint, family: Family) -> list[TensorSpec]:
     """Experts of a layer as gate_up_proj (E, 2F, D) and down_proj (E, D, F), the router under its name in memory."""
     found, fused = {row.name: row for row in copies(source)}, family.fused
     for name in [n for n in found if n.endswith(family.router)]:
@@ -88,17 +88,17 @@ def _fused(source: Checkpoint, family: Family) -> list[Row]:
                 del found[old]
             found[row.name] = row
         renamed = prefix + fused.router
-        found[renamed] = Row(renamed, router.dtype, router.shape, router.pieces)
+        found[renamed] = TensorSpec(renamed, router.dtype, router.shape, router.pieces)
     return list(found.values())
 
 
-def _joined(source: Checkpoint, target: str, names: list[str], count: int) -> Row:
+def _joined(source: Checkpoint, target: str, names: list[str], count: int) -> TensorSpec:
     """One tensor of `count` experts from the tensors that follow each other in it; one that is stacked stays so."""
     entry = source.entries[names[0]]
     shape = entry.shape if len(names) == 1 < len(entry.shape) - 1 else (
         count, len(names) // count * entry.shape[0], entry.shape[1]
     )  # fmt: skip
-    return Row(target, DTYPES[entry.dtype], shape, partial(_pieces, source, names))
+    return TensorSpec(target, DTYPES[entry.dtype], shape, partial(_pieces, source, names))
 
 
 def _pieces(source: Checkpoint, names: list[str]) -> Any:

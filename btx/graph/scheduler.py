@@ -1,4 +1,4 @@
-"""The walk over a graph of steps: what is not done is run, parents first, and what is published gets its short name."""
+"""The scheduler: what is not done is run, parents first, and what is published gets its short name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from btx.graph.step import Step, Tell, undone
 Launch = Callable[[list[Step]], None]
 
 
-def walk(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
+def run_steps(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
     """Run what is not done, parents first; trainings that depend on nothing unfinished go to `launch` together.
 
     Returns how many steps were run. An error of one training leaves the others running and is raised at the end.

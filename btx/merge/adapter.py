@@ -20,7 +20,7 @@ from btx.checkpoints.names import EMBEDDING, HEAD
 from btx.checkpoints.reader import BLOCK, Checkpoint, Tensors, count_non_finite
 from btx.checkpoints.token_map import MODEL_FILES, tokenizer_digest
 from btx.checkpoints.validate import DTYPES, read_header, refuse_links, refuse_scripts
-from btx.checkpoints.writer import Row
+from btx.checkpoints.writer import TensorSpec
 from btx.errors import ArtifactError
 from btx.merge.lora_config import CONFIG, LoraOptions
 
@@ -148,7 +148,7 @@ class Adapter:
                 if self.options.selects(module, known) and f"{module}.weight" not in self.factors:
                     raise self.options.refused("init_lora_weights", f"and there are no factors of {module}")
 
-    def rows(self, seed: Checkpoint) -> list[Row]:
+    def rows(self, seed: Checkpoint) -> list[TensorSpec]:
         """The tensors of the dense model: those of the seed, changed where the adapter says so."""
         found = []
         for name, entry in seed.entries.items():
@@ -157,7 +157,7 @@ class Adapter:
                 make = partial(self._replaced, name, DTYPES[entry.dtype])
             elif name in self.factors:
                 make = partial(self._adapted, seed, name)
-            found.append(Row(name, DTYPES[entry.dtype], entry.shape, make))
+            found.append(TensorSpec(name, DTYPES[entry.dtype], entry.shape, make))
         return found
 
     def _replaced(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -1,7 +1,7 @@
 """The tensors that are no experts: one out of those of all models, by the mean or by one of mergekit's methods.
 
-Pure functions of tensors, and `Shared`, which feeds them from open checkpoints: block by block where a method goes
-element by element, a whole tensor of each model where it must see it whole.
+Pure functions of tensors, and `SharedTensors`, which feeds them from open checkpoints: block by block where a method
+goes element by element, a whole tensor of each model where it must see it whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from btx.checkpoints.names import EMBEDDING, HEAD
 from btx.checkpoints.reader import BLOCK, Checkpoint
 from btx.errors import ResourceError
-from btx.merge.vocabulary import Joint
+from btx.merge.vocabulary import JointVocabulary
 from btx.models.families import LAYER
 from btx.recipe.merge_settings import (
     GROUPS,
@@ -77,13 +77,15 @@ def average(
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedTensors:
     """The tensors that are no experts, made out of all models' ones."""
 
     models: Mapping[str, Checkpoint]
     base: Checkpoint
     settings: MergeSettings
-    joint: Joint | None = None  # where some models have tokens of their own; `models` and `base` are trimmed then
+    joint: JointVocabulary | None = (
+        None  # where some models have tokens of their own; `models` and `base` are trimmed then
+    )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -168,7 +168,7 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
     return found
 
 
-class Trimmed(Checkpoint):
+class TruncatedView(Checkpoint):
     """A view of an open checkpoint whose embedding and head end with the seed's tokens; nothing is copied."""
 
     def __init__(self, whole: Checkpoint, rows: int, vocab_size: int) -> None:
@@ -188,7 +188,7 @@ class Trimmed(Checkpoint):
         self.whole.close()
 
 
-class Joint:
+class JointVocabulary:
     """The rows behind the seed's tokens, of open models that were brought to one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, models: Mapping[str, Checkpoint], base: Checkpoint) -> None:
@@ -197,9 +197,9 @@ class Joint:
         for name, model in (*models.items(), ("the seed", base)):
             require_rows(model, vocabulary.common, name)
 
-    def trimmed(self, model: Checkpoint) -> Trimmed:
+    def trimmed(self, model: Checkpoint) -> TruncatedView:
         """A model with the rows that all have; its config states the size of the merged vocabulary."""
-        return Trimmed(model, self.vocabulary.common, self.size)
+        return TruncatedView(model, self.vocabulary.common, self.size)
 
     def rows(self, name: str, how: AveragingSettings) -> Iterator[torch.Tensor]:
         """The rows (D,) of the embedding or the head behind the seed's tokens, in fp32, in order.

@@ -17,11 +17,11 @@ import torch
 
 from btx.checkpoints.names import EMBEDDING
 from btx.checkpoints.reader import Checkpoint
-from btx.checkpoints.writer import Progress, Resume, Row, write_weights
+from btx.checkpoints.writer import Progress, Resume, TensorSpec, write_weights
 from btx.errors import ArtifactError, RecipeError
-from btx.merge.averaging import Shared
+from btx.merge.averaging import SharedTensors
 from btx.merge.layout import Experts, layout
-from btx.merge.vocabulary import Joint
+from btx.merge.vocabulary import JointVocabulary
 from btx.models.families import (
     DOWN,
     IDLE_WIDTH,
@@ -42,17 +42,17 @@ SEED = "seed"
 
 def write_average(
     out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings,
-    resume: Resume | None = None, progress: Progress | None = None, joint: Joint | None = None,
+    resume: Resume | None = None, progress: Progress | None = None, joint: JointVocabulary | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write the dense average of all models (feed-forward blocks too) as weights in `out`; returns files' SHA-256."""
-    shared_ = Shared(models, base, settings, joint)
-    rows = [Row(n, shared_.dtype, shared_.shape(n), partial(shared_.pieces, n)) for n in base.entries]
+    shared_ = SharedTensors(models, base, settings, joint)
+    rows = [TensorSpec(n, shared_.dtype, shared_.shape(n), partial(shared_.pieces, n)) for n in base.entries]
     return write_weights(out, rows, resume=resume, progress=progress)
 
 
 def write_moe(
     out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, top_k: int,
-    resume: Resume | None = None, progress: Progress | None = None, joint: Joint | None = None,
+    resume: Resume | None = None, progress: Progress | None = None, joint: JointVocabulary | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write the merged Mixture of Experts (config and weights, published names) into `out`; returns files' SHA-256.
 
@@ -66,7 +66,7 @@ def write_moe(
             f"finetune.top_k is {top_k}, but the merge makes {experts.count} experts. Choose 1 to {experts.count}."
         )
     config = experts.config(base.config, top_k, str(base.folder))
-    shared_ = Shared(models, base, settings, joint)
+    shared_ = SharedTensors(models, base, settings, joint)
     config.dtype = shared_.dtype
     config.architectures = [class_name(config)]
     digests = write_weights(out, moe_rows(family, experts, shared_), resume=resume, progress=progress)
@@ -74,9 +74,9 @@ def write_moe(
     return digests
 
 
-def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
+def moe_rows(family: Family, experts: Experts, shared_: SharedTensors) -> list[TensorSpec]:
     """Every tensor of the Mixture of Experts, in the order of the dense tensors that they are made of."""
-    found: list[Row] = []
+    found: list[TensorSpec] = []
     dtype, models, width = shared_.dtype, list(shared_.models.values()), shared_.base.config["hidden_size"]
     scales = RouterScales(family, shared_)
     for name, entry in shared_.base.entries.items():
@@ -85,7 +85,7 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
             found += attention_rows(family.attention, experts, shared_, int(match[1]), match[2])
             continue
         if not match or match[2] not in family.expert or int(match[1]) in experts.dense:
-            found.append(Row(name, dtype, shared_.shape(name), partial(shared_.pieces, name)))
+            found.append(TensorSpec(name, dtype, shared_.shape(name), partial(shared_.pieces, name)))
             continue
         layer, kind = int(match[1]), match[2]
         prefix = name.removesuffix(kind)
@@ -93,7 +93,7 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
         if kind == DOWN:
             router = family.router_name(layer)
             make = partial(_router, router, experts.count, partial(scales, layer), shared_)
-            found.append(Row(router, dtype, (experts.count, width), make))
+            found.append(TensorSpec(router, dtype, (experts.count, width), make))
             found += _shared_rows(family, experts, prefix, shared_)
     return found
 
@@ -101,7 +101,7 @@ def moe_rows(family: Family, experts: Experts, shared_: Shared) -> list[Row]:
 def _expert_rows(
     family: Family, experts: Experts, models: list[Checkpoint], prefix: str, kind: str, shape: tuple[int, ...],
     dtype: torch.dtype,
-) -> list[Row]:  # fmt: skip
+) -> list[TensorSpec]:  # fmt: skip
     """A dense feed-forward tensor's rows of the MoE: one an expert, or one for all experts of a layer."""
     axis = 1 if kind == DOWN else 0
     one = tuple(experts.expert_width if a == axis else s for a, s in enumerate(shape))
@@ -114,16 +114,17 @@ def _expert_rows(
 
     if not family.stacked:
         return [
-            Row(prefix + published.format(e=e), dtype, one, partial(pieces, [e], [kind])) for e in range(experts.count)
+            TensorSpec(prefix + published.format(e=e), dtype, one, partial(pieces, [e], [kind]))
+            for e in range(experts.count)
         ]
     together = [k for k in family.expert if family.expert[k] == published]  # gate and up lie in one tensor
     if kind != together[0]:
         return []
     stacked = (experts.count, len(together) * one[0], one[1])
-    return [Row(prefix + published, dtype, stacked, partial(pieces, range(experts.count), together))]
+    return [TensorSpec(prefix + published, dtype, stacked, partial(pieces, range(experts.count), together))]
 
 
-def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: Shared) -> list[Row]:
+def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: SharedTensors) -> list[TensorSpec]:
     """The shared expert of a layer, where the family has one: its gate zero, and the rest too if none was asked for."""
     if family.shared is None:
         return []
@@ -133,7 +134,7 @@ def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: Shared)
         of = shared_.pieces if experts.settings.shared_expert == "average" else partial(_cast, shared_.base, dtype)
         makers = {name: partial(of, prefix + kind) for kind, name in family.shared.names.items()}
     shapes = family.shared.shapes(hidden, experts.shared_width or IDLE_WIDTH)
-    return [Row(prefix + n, dtype, s, makers.get(n) or partial(_zeros, s, dtype)) for n, s in shapes.items()]
+    return [TensorSpec(prefix + n, dtype, s, makers.get(n) or partial(_zeros, s, dtype)) for n, s in shapes.items()]
 
 
 def _cast(model: Checkpoint, dtype: torch.dtype, name: str) -> Iterator[torch.Tensor]:
@@ -145,7 +146,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=dtype)]
 
 
-def attention_rows(to: AttentionExperts, experts: Experts, shared_: Shared, layer: int, kind: str) -> list[Row]:
+def attention_rows(
+    to: AttentionExperts, experts: Experts, shared_: SharedTensors, layer: int, kind: str
+) -> list[TensorSpec]:
     """A dense attention tensor's rows of the MoE: queries and outputs are stacked, keys and values lie together."""
     dtype, prefix = shared_.dtype, f"model.layers.{layer}."
     rows, columns = shared_.base.entries[prefix + kind].shape
@@ -154,15 +157,15 @@ def attention_rows(to: AttentionExperts, experts: Experts, shared_: Shared, laye
         return []
     if kind == KEY:
         both = [partial(shared_.pieces, prefix + one) for one in (KEY, VALUE)]
-        return [Row(prefix + name, dtype, (2 * rows, columns), partial(_one_after_another, both))]
+        return [TensorSpec(prefix + name, dtype, (2 * rows, columns), partial(_one_after_another, both))]
     models = [shared_.models[owner] for owner in experts.owners.values()]
     stacked = partial(_one_after_another, [partial(_cast, model, dtype, prefix + kind) for model in models])
-    found = [Row(prefix + name, dtype, (experts.count, rows, columns), stacked)]
+    found = [TensorSpec(prefix + name, dtype, (experts.count, rows, columns), stacked)]
     if kind == OUTPUT:
         hidden, router = shared_.base.config["hidden_size"], prefix + to.router
         make = partial(_router, router, experts.count, partial(_scale, shared_, prefix + to.norm), shared_)
-        found.append(Row(router, dtype, (experts.count, hidden), make))
-        found += [Row(prefix + n, dtype, (hidden,), partial(_zeros, (hidden,), dtype)) for n in to.zeros]
+        found.append(TensorSpec(router, dtype, (experts.count, hidden), make))
+        found += [TensorSpec(prefix + n, dtype, (hidden,), partial(_zeros, (hidden,), dtype)) for n in to.zeros]
     return found
 
 
@@ -171,7 +174,7 @@ def _one_after_another(parts: Iterable[Callable[[], Iterable[torch.Tensor]]]) ->
         yield from part()
 
 
-def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: Shared) -> list[torch.Tensor]:
+def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: SharedTensors) -> list[torch.Tensor]:
     """A router row for every expert, scaled by what the router sees, from a seed that is the layer's own."""
     from btx.moe.routing import init_router
 
@@ -184,7 +187,7 @@ def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: S
     return [made.to(shared_.dtype)]
 
 
-def _scale(shared_: Shared, norm: str) -> torch.Tensor:
+def _scale(shared_: SharedTensors, norm: str) -> torch.Tensor:
     scale = shared_.whole(norm)
     if not scale.any():
         raise ArtifactError(
@@ -202,7 +205,7 @@ class RouterScales:
     they are uncorrelated.
     """
 
-    def __init__(self, family: Family, shared_: Shared) -> None:
+    def __init__(self, family: Family, shared_: SharedTensors) -> None:
         self.family, self.shared = family, shared_
         self._embedding: torch.Tensor | None = None
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from btx.graph.artifact import write_json
 from btx.graph.step import HASHED, Step, Tell
 from btx.recipe.fields import execution
-from btx.steps.given import Given
+from btx.steps.given import ExternalCheckpoint
 
 
-class Adapted(Step):
+class MergedLora(Step):
     """A dense checkpoint: the seed with W + s B A in the place of every W that the adapter changes."""
 
     kind: ClassVar[str] = "adapted"
@@ -21,7 +21,7 @@ class Adapted(Step):
 
     def check(self, asked: int) -> None:
         """Look at the adapter."""
-        if isinstance(self.seed, Given):  # a builtin one is yet to be made
+        if isinstance(self.seed, ExternalCheckpoint):  # a builtin one is yet to be made
             self.examine()
 
     def examine(self) -> None:

@@ -14,13 +14,13 @@ from btx.graph.artifact import write_json
 from btx.graph.step import Step, Tell
 from btx.models.families import LAYER
 from btx.models.native import config_difference, idle_difference, native_config
-from btx.steps.given import Given
+from btx.steps.given import ExternalCheckpoint
 
 if TYPE_CHECKING:
     from btx.checkpoints.reader import Checkpoint
 
 
-class Branch(Step):
+class VerifySeed(Step):
     """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes."""
 
     kind: ClassVar[str] = "branch"
@@ -36,7 +36,7 @@ class Branch(Step):
 
     def check(self, asked: int) -> None:
         """Look at the seed."""
-        if isinstance(self.seed, Given):  # a builtin one is yet to be made
+        if isinstance(self.seed, ExternalCheckpoint):  # a builtin one is yet to be made
             self.examine()
 
     def examine(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Branch(Step):
             }
 
 
-class Descent(Step):
+class VerifyExperts(Step):
     """A report folder with lineage.json: how each expert that was trained elsewhere descends from the seed.
 
     Apart from the seed's, so that no expert is trained again when another one joins.
@@ -93,7 +93,7 @@ class Descent(Step):
 
     def check(self, asked: int) -> None:
         """Look at the experts."""
-        if isinstance(self.seed, Given):  # a builtin one is yet to be made
+        if isinstance(self.seed, ExternalCheckpoint):  # a builtin one is yet to be made
             self.examine()
 
     def examine(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Descent(Step):
 
 def require_positions(seed: Step, setting: str, length: int) -> None:
     """RecipeError when a sequence is longer than the positions that a seed was made for."""
-    if not isinstance(seed, Given):
+    if not isinstance(seed, ExternalCheckpoint):
         return  # a builtin one is made for it
     most = native_config(read_config(seed.folder), str(seed.folder)).max_position_embeddings
     if length > most:
@@ -207,7 +207,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     from btx.checkpoints.token_map import tokenizer_digest
     from btx.merge.lineage import LEAST_COSINE, distance, require_same
     from btx.merge.padded import same_width
-    from btx.merge.vocabulary import Trimmed, added_tokens, common_ids, require_ids_as_stated, require_rows
+    from btx.merge.vocabulary import TruncatedView, added_tokens, common_ids, require_ids_as_stated, require_rows
     from btx.models.families import family_of
     from btx.models.target import warnings_of
 
@@ -227,7 +227,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
             require_ids(other)
             require_ids_as_stated(folder, added, who)
             require_rows(other, common_ids(seed_folder), who)
-            models = {name: Trimmed(one, common_ids(seed_folder), 0) for name, one in models.items()}
+            models = {name: TruncatedView(one, common_ids(seed_folder), 0) for name, one in models.items()}
         wide = same_width(models)
         require_same(wide["seed"], wide["other"], who)
         require_finite(other, f"the expert of domain {name}")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import TrainSettings
-from btx.steps.branch import Branch, require_positions
+from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.tokens import TokensStep
 
 
@@ -16,7 +16,7 @@ class Dense(Step):
 
     kind: ClassVar[str] = "dense"
     trains: ClassVar[bool] = True
-    branch: Branch
+    branch: VerifySeed
     tokens: dict[str, TokensStep]
     weights: dict[str, float]
     budget: int

@@ -9,7 +9,7 @@ from btx.graph.step import Step, Tell
 from btx.recipe.fields import execution
 
 
-class Given(Step):
+class ExternalCheckpoint(Step):
     """A local Hugging Face folder. Its identity is its content; it is read, never written."""
 
     kind: ClassVar[str] = "given"

@@ -13,8 +13,8 @@ from btx.errors import RecipeError
 from btx.graph.artifact import STATES, fingerprint, write_json
 from btx.graph.step import HASHED, Step, Tell
 from btx.recipe.merge_settings import FROM_DATA, MergeSettings
-from btx.steps.branch import Branch, Descent
-from btx.steps.given import Given
+from btx.steps.branch import VerifyExperts, VerifySeed
+from btx.steps.given import ExternalCheckpoint
 from btx.steps.pretrain import Pretrain
 from btx.steps.tokens import TokensStep
 from btx.steps.vocabulary import VocabularyStep
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from btx.checkpoints.writer import Progress, Resume
     from btx.merge.layout import Experts
-    from btx.merge.vocabulary import Joint
+    from btx.merge.vocabulary import JointVocabulary
 
 SEED = "seed"
 TELL_EVERY = 1.0  # seconds
@@ -35,8 +35,8 @@ SEQUENCE, ROWS = 256, 16  # tokens of a sequence and sequences of a batch that a
 class Models(Step):
     """What merge and average share: the seed's lineage and the experts by domain, in the recipe's order."""
 
-    branch: Branch
-    descent: Descent | None  # of the experts that were trained elsewhere
+    branch: VerifySeed
+    descent: VerifyExperts | None  # of the experts that were trained elsewhere
     experts: dict[str, Step]
     settings: MergeSettings
     vocabulary: VocabularyStep | None = None  # where experts have tokens of their own
@@ -52,13 +52,13 @@ class Models(Step):
         seed = {SEED: self.branch.seed} if self.settings.include_seed else {}
         return {**self.experts, **seed}
 
-    def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any, Joint | None]:
+    def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any, JointVocabulary | None]:
         """All models as open, checked checkpoints of one feed-forward width and vocabulary, the seed, and its rest."""
         from btx.checkpoints.reader import one_thread, opened
         from btx.merge.averaging import require_memory
         from btx.merge.lineage import require_same
         from btx.merge.padded import same_width
-        from btx.merge.vocabulary import Joint, Vocabulary
+        from btx.merge.vocabulary import JointVocabulary, Vocabulary
 
         stack.enter_context(one_thread())
         seed = stack.enter_context(opened(self.branch.seed.folder))
@@ -68,7 +68,7 @@ class Models(Step):
         found[SEED], joint = seed, None
         if self.vocabulary:
             known = Vocabulary.read(self.vocabulary.folder)
-            joint = Joint(known, {name: found[name] for name in self.models}, seed)
+            joint = JointVocabulary(known, {name: found[name] for name in self.models}, seed)
             found = {name: joint.trimmed(model) for name, model in found.items()}
         wide = same_width(found)
         for name in self.experts:
@@ -127,7 +127,7 @@ class Merge(Models):
         from btx.merge.averaging import require_memory
 
         seed = self.branch.seed
-        if isinstance(seed, Given):
+        if isinstance(seed, ExternalCheckpoint):
             with opened(seed.folder) as found:
                 require_memory(found, self.settings.shared, models=len(self.models), limit=self.where.max_memory)
         self.check_layout()
@@ -146,10 +146,10 @@ class Merge(Models):
             config = {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
         width = config["intermediate_size"]
         layout(self.settings, list(self.models), config, str(seed.folder))
-        if self.settings.attention and isinstance(seed, Given):
+        if self.settings.attention and isinstance(seed, ExternalCheckpoint):
             require_carried(seed.folder, WITH_ATTENTION.moe)
         for name, step in self.models.items():
-            cut = self.settings.experts in ("split", "blend") and isinstance(step, Given)
+            cut = self.settings.experts in ("split", "blend") and isinstance(step, ExternalCheckpoint)
             if cut and width_of(step.folder) != width:
                 raise RecipeError(
                     f"merge.experts: {self.settings.experts} cuts feed-forward blocks of one width; that of {name} is "

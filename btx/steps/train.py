@@ -12,11 +12,11 @@ from btx.errors import ResourceError
 from btx.graph.artifact import LOGS
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import TrainSettings, steps_of, torch_dtype
-from btx.steps.branch import Branch, require_positions
+from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
-    from btx.training.loop import Watch
+    from btx.training.loop import TrainingHook
 
 OWN = "own"  # what the sampler calls an expert's data: its order hangs on this, and on no label
 
@@ -26,7 +26,7 @@ class Train(Step):
 
     kind: ClassVar[str] = "train"
     trains: ClassVar[bool] = True
-    branch: Branch
+    branch: VerifySeed
     tokens: TokensStep
     budget: int
     train: TrainSettings
@@ -57,7 +57,7 @@ def fit(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
-    `prepare(model)` may freeze parameters and return a watch (see `btx.training.loop.Watch`). Files of the tokenizer
+    `prepare(model)` may freeze parameters and return a hook (`btx.training.loop.TrainingHook`). Files of the tokenizer
     are carried over from `like`.
     """
     import torch
@@ -74,7 +74,7 @@ def fit(
     torch.manual_seed(settings.seed)
     net = model.load(folder, where=step.where, experts_per_token=experts_per_token) if folder else model.fresh(config)
     dtype = torch_dtype(settings.dtype, Checkpoint(folder).dtype if folder else torch.float32)
-    watch: Watch | None = prepare(net) if prepare else None
+    watch: TrainingHook | None = prepare(net) if prepare else None
     count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)
     stream = Stream(
         {n: Tokens(t.folder) for n, t in tokens.items()},

@@ -36,7 +36,7 @@ from btx.training.state import load_state, save_state
 WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's kinds of run in which every process has the whole output head
 
 
-class Watch(Protocol):
+class TrainingHook(Protocol):
     """What a step may add to the loop: an extra loss per micro-batch, and figures per step."""
 
     def begin(self, step: int) -> None:
@@ -88,7 +88,7 @@ class Loop:
 
     def __init__(
         self, model: Any, stream: Stream, settings: TrainSettings, *, where: RunSettings, work: Path, label: str,
-        tell: Callable[[dict[str, Any]], None], watch: Watch | None = None,
+        tell: Callable[[dict[str, Any]], None], watch: TrainingHook | None = None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
@@ -224,7 +224,7 @@ class Loop:
         """Sequences a pass: about 16k tokens, whose hidden states are a few GB in a model of usual width."""
         return max(1, 16_384 // self.settings.sequence_length)
 
-    def _survey(self, watch: Watch, batches: list[Batch]) -> None:
+    def _survey(self, watch: TrainingHook, batches: list[Batch]) -> None:
         """All passes of the step without gradients, for what a loss must know of the whole step before its first."""
         on = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(on), torch.no_grad():  # dropout then draws again what it drew here

@@ -110,7 +110,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 def refused(recipe: Path, runs: Path, code: int, words: Iterable[str], *options: str) -> str:
     """Assert that `btx run` ends with this code, one sentence that has these words, and nothing written."""
     before = sorted(p for p in recipe.parent.rglob("*"))
-    with patch("btx.graph.scheduler.walk", side_effect=AssertionError("the input was accepted")):
+    with patch("btx.graph.scheduler.run_steps", side_effect=AssertionError("the input was accepted")):
         result = CliRunner().invoke(main, ["run", str(recipe), *options])
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     assert isinstance(result.exception, SystemExit)

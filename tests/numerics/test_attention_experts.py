@@ -17,7 +17,7 @@ from btx.errors import ArtifactError, RecipeError
 from btx.export.mixture import Moe
 from btx.export.portable import rows
 from btx.merge.router_init import fresh_routers
-from btx.merge.vocabulary import Joint, write_joint
+from btx.merge.vocabulary import JointVocabulary, write_joint
 from btx.merge.write import write_moe
 from btx.models.families import OUTPUT, QUERY
 from btx.models.kernels import kernel_of
@@ -205,7 +205,7 @@ def test_copies_and_a_joint_vocabulary_go_with_it(tmp_path: Path) -> None:
     vocabulary = write_joint(tmp_path / "out", seed, {})
     with ExitStack() as stack:
         models: dict[str, Checkpoint] = {n: stack.enter_context(opened(seed)) for n in ("a", "seed")}
-        joint = Joint(vocabulary, models, models["seed"])
+        joint = JointVocabulary(vocabulary, models, models["seed"])
         cut = {n: joint.trimmed(m) for n, m in models.items()}
         write_moe(tmp_path / "out", cut, cut["seed"], MergeSettings(experts=FORM, copies={"a": 2}), 2, joint=joint)
     ids = IDS % 289

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from btx.checkpoints.reader import carry_files, opened
-from btx.merge.averaging import Shared
+from btx.merge.averaging import SharedTensors
 from btx.merge.write import RouterScales, write_average, write_moe
 from btx.models.families import DENSE
 from btx.models.model import published
@@ -194,7 +194,7 @@ def test_the_scale_of_what_a_router_sees_is_foretold_from_the_weights(tmp_path: 
         router.register_forward_pre_hook(lambda _m, args: seen.append(float(args[0].square().mean())))
     with opened(seed) as base, torch.inference_mode():
         model(input_ids=ids)
-        scales = RouterScales(DENSE[family], Shared({"a": base}, base, MergeSettings()))
+        scales = RouterScales(DENSE[family], SharedTensors({"a": base}, base, MergeSettings()))
         foretold = [float(scales(layer).square().mean()) for layer in range(4)]
     assert foretold == pytest.approx(seen, rel=0.15)
 

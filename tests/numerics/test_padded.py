@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from btx.checkpoints.reader import carry_files, opened
-from btx.merge.averaging import Shared
+from btx.merge.averaging import SharedTensors
 from btx.merge.padded import Padded, same_width
 from btx.merge.write import write_moe
 from btx.models.families import DENSE, DOWN, GATE
@@ -43,7 +43,7 @@ def test_each_expert_computes_what_its_own_model_does(tmp_path: Path, family: st
     dense = load(folders[expert])
     with ExitStack() as stack, torch.no_grad():
         models = {str(i): stack.enter_context(opened(f)) for i, f in enumerate(folders)}
-        shared = Shared(models, models["0"], MergeSettings())
+        shared = SharedTensors(models, models["0"], MergeSettings())
         for name, parameter in dense.named_parameters():
             if ".mlp." not in name:
                 parameter.copy_(shared.whole(name).view(parameter.shape))

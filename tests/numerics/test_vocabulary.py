@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from btx.checkpoints.names import EMBEDDING, HEAD
 from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError
-from btx.merge.vocabulary import Joint, Vocabulary, added_tokens, is_extended, write_joint
+from btx.merge.vocabulary import JointVocabulary, Vocabulary, added_tokens, is_extended, write_joint
 from btx.merge.write import write_average, write_moe
 from btx.recipe.merge_settings import MergeSettings
 from tests.conftest import config_of, save_model
@@ -55,7 +55,7 @@ def joined(out: Path, seed: Path, experts: dict[str, Path], *, average: bool = F
     vocabulary = write_joint(out, seed, experts)
     with ExitStack() as stack:
         models = {n: stack.enter_context(opened(f)) for n, f in (*experts.items(), ("seed", seed))}
-        joint = Joint(vocabulary, models, models["seed"])
+        joint = JointVocabulary(vocabulary, models, models["seed"])
         cut = {n: joint.trimmed(m) for n, m in models.items()}
         if average:
             write_average(out, cut, cut["seed"], MergeSettings(**settings), joint=joint)
@@ -125,7 +125,7 @@ def test_a_row_that_holds_a_token_elsewhere_is_no_row_without_one(tmp_path: Path
     folders = {n: plain(tmp_path / n, "llama", noise=0.1 * i, rows=310) for i, n in enumerate(("seed", "a"))}
     vocabulary = Vocabulary(TOKENS, {"<x>": TOKENS}, {"a": {"<x>": 305}})
     with opened(folders["seed"]) as seed, opened(folders["a"]) as a:
-        rows = list(Joint(vocabulary, {"a": a, "seed": seed}, seed).rows(EMBEDDING, MergeSettings().shared))
+        rows = list(JointVocabulary(vocabulary, {"a": a, "seed": seed}, seed).rows(EMBEDDING, MergeSettings().shared))
     mine, theirs = (tables(folder)[EMBEDDING] for folder in folders.values())
     assert torch.equal(rows[0], theirs[305])
     assert torch.equal(rows[305 - TOKENS], mine[305])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from btx.checkpoints.layouts import INDEX, SINGLE
 from btx.checkpoints.reader import opened
-from btx.checkpoints.writer import Resume, Row, whole, write_weights
+from btx.checkpoints.writer import Resume, TensorSpec, whole, write_weights
 from btx.errors import ArtifactError
 from btx.graph.artifact import file_digest
 
@@ -61,7 +61,7 @@ def test_a_view_is_written_as_it_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pieces", [[], [torch.zeros(2)] * 2, [torch.zeros(3)], [torch.zeros(2).half()]])
 def test_pieces_that_are_not_as_planned_are_a_bug_of_ours(tmp_path: Path, pieces: list[torch.Tensor]) -> None:
     with pytest.raises(AssertionError):
-        write_weights(tmp_path, [Row("t", torch.float32, (2,), lambda: pieces)])
+        write_weights(tmp_path, [TensorSpec("t", torch.float32, (2,), lambda: pieces)])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -75,7 +75,7 @@ def test_pieces_of_any_cut_are_the_same_bytes_and_the_digest_is_that_of_the_file
     for name, size in (("a", 30), ("b", 7), ("c", 1)):
         (tmp_path / name).mkdir()
         found = write_weights(
-            tmp_path / name, [Row("t", torch.float32, (5, 6), lambda size=size: tensor.flatten().split(size))]
+            tmp_path / name, [TensorSpec("t", torch.float32, (5, 6), lambda size=size: tensor.flatten().split(size))]
         )
         assert found == {SINGLE: file_digest(tmp_path / name / SINGLE)}
     assert len({file_digest(tmp_path / name / SINGLE) for name in "abc"}) == 1
@@ -87,9 +87,9 @@ class Crashing:
     def __init__(self, fails: int | None) -> None:
         self.fails, self.made = fails, [0] * 4
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TensorSpec]:
         """One row a shard."""
-        return [Row(f"t{n}", torch.float32, (8,), lambda n=n: self._make(n)) for n in range(4)]
+        return [TensorSpec(f"t{n}", torch.float32, (8,), lambda n=n: self._make(n)) for n in range(4)]
 
     def _make(self, n: int) -> list[torch.Tensor]:
         self.made[n] += 1
