@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from btx.conversions import average, btx, dense, experts
+from btx.conversions import average, btx, dense, experts, upcycle
 from btx.conversions.place import check_place
 from btx.conversions.sources import Sources, Start
 from btx.errors import RecipeError, nearest
@@ -49,10 +49,11 @@ class Graph:
         merged, finetuned = btx.build(sources, start, made)
         if finetuned is None:
             return
-        control = dense.build(sources, start)
+        others = {"dense": dense.build(sources, start), "upcycled": upcycle.build(sources, start)}
         models = {
             SEED: start.seed, **{f"expert:{name}": step for name, step in made.steps.items()},
-            "average": averaged, "merged": merged, "finetuned": finetuned, **({"dense": control} if control else {}),
+            "average": averaged, "merged": merged, "finetuned": finetuned,
+            **{name: step for name, step in others.items() if step},
         }  # fmt: skip
         evaluate = self._measured(models, start, btx.own_tokens(sources, start, made))
         recipe, place = self.recipe, sources.place()
@@ -145,9 +146,11 @@ def resolved(recipe: Recipe) -> Recipe:
     from btx.recipe.precision import automatic
 
     found = {}
-    for name in ("train", "finetune", "dense", "evaluate"):
+    for name in ("train", "finetune", "dense", "upcycle", "evaluate"):
         section = getattr(recipe, name)
-        if section is None or ("precision" not in section.model_fields_set and name in ("finetune", "dense")):
+        if section is None or (
+            "precision" not in section.model_fields_set and name in ("finetune", "dense", "upcycle")
+        ):
             continue  # which take it from `train`
         if section.precision == "auto":
             found[name] = section.model_copy(update={"precision": automatic(recipe.run.device)})

@@ -27,12 +27,13 @@ from btx.recipe.settings import (
     RunSettings,
     Settings,
     TrainSettings,
+    UpcycleSettings,
     steps_of,
 )
 from btx.recipe.strict_yaml import parse_yaml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-RESERVED = ("seed", "average", "merged", "finetuned", "dense")
+RESERVED = ("seed", "average", "merged", "finetuned", "dense", "upcycled")
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 
 
@@ -113,6 +114,10 @@ class Recipe(Settings):
     dense: DenseSettings | None = Field(
         None, description="the control: the dense seed continued on as many tokens as BTX takes; {} takes all of train"
     )
+    upcycle: UpcycleSettings | None = Field(
+        None,
+        description="sparse upcycling of the seed on as many tokens as BTX takes; {} takes all of train and finetune",
+    )
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     run: RunSettings = RunSettings()
@@ -136,6 +141,15 @@ class Recipe(Settings):
     def continuing(self) -> DenseSettings | None:
         """The settings of the dense control, where there is one; the rest is as in `train`."""
         return self.dense and DenseSettings.model_validate({**dict(self.dense), **self._inherited(self.dense)})
+
+    @property
+    def upcycling(self) -> UpcycleSettings | None:
+        """The settings of sparse upcycling, where there is one; the rest is as in `finetune` and `train`."""
+        if self.upcycle is None:
+            return None
+        rules = set(FinetuneSettings.model_fields) - set(TrainSettings.model_fields) - {"tokens", "mix"}
+        ruled = {name: getattr(self.finetune, name) for name in rules - self.upcycle.model_fields_set}
+        return UpcycleSettings.model_validate({**dict(self.upcycle), **ruled, **self._inherited(self.upcycle)})
 
     @property
     def tokens_in_all(self) -> int:
@@ -168,6 +182,7 @@ class Recipe(Settings):
         for where, mix in {
             "finetune.mix": self.finetune.mix,
             "dense.mix": self.dense.mix if self.dense else {},
+            "upcycle.mix": self.upcycle.mix if self.upcycle else {},
         }.items():
             _refuse_unknown(where, "domain", mix, [*self.domains, "seed"])
         if isinstance(self.merge.copies, dict):
@@ -203,11 +218,18 @@ class Recipe(Settings):
                 f"finetune.top_k is {self.finetune.top_k}, but the merge makes {experts} experts "
                 f"({', '.join(self.models)}); choose 1 to {experts}"
             )
+        if (upcycled := self.upcycling) and (upcycled.experts_per_token or 1) > (upcycled.experts or experts):
+            raise ValueError(
+                f"upcycle.top_k is {upcycled.top_k}, but there are {upcycled.experts or experts} copies; "
+                f"choose 1 to {upcycled.experts or experts}"
+            )
 
     def _whole_batches(self) -> None:
         rows: dict[str, TrainSettings] = {"finetune, with what it takes from train": self.finetuning}
         if control := self.continuing:
             rows["dense, with what it takes from train"] = control
+        if upcycled := self.upcycling:
+            rows["upcycle, with what it takes from train"] = upcycled
         if self.seed.is_builtin:
             rows["seed.builtin, with train.sequence_length"] = self.train.model_copy(
                 update={"batch_tokens": self.seed.builtin.batch_tokens}

@@ -225,6 +225,17 @@ class DenseSettings(TrainSettings):
         return self  # what is not said here comes from `train`, so the recipe checks the two together
 
 
+class UpcycleSettings(FinetuneSettings):
+    """Sparse upcycling: copies of the seed as experts, trained together from the start."""
+
+    tokens: Count | None = Field(  # type: ignore[assignment]
+        None, description="default: what the experts trained here and the finetuning take together"
+    )
+    experts: Annotated[Count, Field(ge=2)] | None = Field(None, description="default: as many as the merge makes")
+    router: Literal["random", "orthogonal"] = "random"
+    reinitialize: Share = Field(0.0, description="share of each copy's hidden units drawn anew (Drop-Upcycling)")
+
+
 class MeasureSettings(Settings):
     """What of `evaluate` decides a model's scores."""
 

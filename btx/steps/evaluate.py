@@ -45,7 +45,7 @@ class Evaluate(Step):
         results = summarise(scores, documents, sources, self.settings)
         results["routing"] = {name: routing for name, (_, routing) in read.items() if routing}
         routed = [measure for measure in self.measures.values() if measure.rule]
-        results["experts"] = experts_of(routed[-1].model.folder) if routed else []
+        results["experts"] = experts_of(routed[0].model.folder) if routed else []
         write_json(out / "results.json", results)
         write_json(
             out / "documents.json", {m: {d: list(map(float, v)) for d, v in row.items()} for m, row in scores.items()}

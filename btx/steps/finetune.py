@@ -27,6 +27,7 @@ class Finetune(Step):
 
     kind: ClassVar[str] = "finetune"
     trains: ClassVar[bool] = True
+    section: ClassVar[str] = "finetune"  # of the recipe, for messages
     merge: Merge
     tokens: dict[str, TokensStep]
     weights: dict[str, float]
@@ -40,12 +41,12 @@ class Finetune(Step):
 
     def check(self, asked: int) -> None:
         """Whether the seed has as many positions as a sequence, and the merged model's class does what is asked."""
-        require_positions(self.merge.branch.seed, "finetune.sequence_length", self.settings.sequence_length)
+        require_positions(self.merge.branch.seed, f"{self.section}.sequence_length", self.settings.sequence_length)
         if not self.merge.settings.attention:
             return
         why = f"merge.experts: {self.merge.settings.experts} makes a model whose class"
         if self.settings.gradient_checkpointing:
-            raise RecipeError(f"{why} has no gradient checkpointing. Set finetune.gradient_checkpointing: false.")
+            raise RecipeError(f"{why} has no gradient checkpointing. Set {self.section}.gradient_checkpointing: false.")
         if self.where.kernel not in ("auto", "eager"):
             raise RecipeError(f"{why} computes its experts by loops of its own. Set run.kernel: auto.")
 

@@ -1,0 +1,49 @@
+"""Sparse upcycling (arXiv 2212.05055): copies of the seed's feed-forward blocks as experts, trained together.
+
+It is BTX without branches: the same class, router, data and number of tokens, and no expert that is trained apart. With
+`reinitialize` it is Drop-Upcycling (arXiv 2502.19261).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from btx.conversions.sources import Sources, Start
+from btx.recipe.merge_settings import MergeSettings
+from btx.recipe.mixing import both_stages, mix
+from btx.recipe.settings import FinetuneSettings
+from btx.steps.finetune import Finetune
+from btx.steps.merge import Merge
+
+
+class Upcycle(Merge):
+    """A Mixture of Experts whose experts are copies of the seed."""
+
+    kind: ClassVar[str] = "upcycle"
+
+
+class Upcycled(Finetune):
+    """The same, trained."""
+
+    kind: ClassVar[str] = "upcycled"
+    section: ClassVar[str] = "upcycle"
+
+
+def build(sources: Sources, start: Start) -> Upcycled | None:
+    """The trained copies, where the recipe asks for them."""
+    recipe = sources.recipe
+    settings = recipe.upcycling
+    if settings is None:
+        return None
+    tokens = {name: sources.tokens(name, *files, start.tokenizer) for name, files in start.documents.items()}
+    copies = MergeSettings(
+        include_seed=True, copies=settings.experts or len(recipe.merge.owners(recipe.models)), router=settings.router,
+        reinitialize=settings.reinitialize, seed=recipe.merge.seed, dtype=recipe.merge.dtype,
+    )  # fmt: skip
+    merge = sources.add(Upcycle(branch=start.branch, descent=None, experts={}, settings=copies, **sources.place()))
+    shares = mix(recipe, list(tokens), "upcycle") if settings.mix else both_stages(recipe, list(tokens))
+    said = {name: getattr(settings, name) for name in FinetuneSettings.model_fields}
+    said |= {"tokens": settings.tokens or recipe.tokens_in_all, "mix": {}}
+    return sources.add(
+        Upcycled(merge=merge, tokens=tokens, weights=shares, settings=FinetuneSettings(**said), **sources.place())
+    )
