@@ -70,8 +70,11 @@ class Local:
     def __init__(self, slots: int, *, devices: int = 0) -> None:
         self.slots, self.devices = slots, devices
 
-    def run(self, jobs: list[Job], tell: Tell) -> dict[str, Ended]:
-        """Run all jobs to their ends; after a signal no more are started, the running ones are asked to stop."""
+    def run(self, jobs: list[Job], tell: Tell, more: Callable[[], list[Job]] = list) -> dict[str, Ended]:
+        """Run all jobs to their ends; after a signal no more are started, the running ones are asked to stop.
+
+        `more` is asked for further jobs whenever one has ended well, as long as none has failed.
+        """
         waiting, running, ended = list(jobs), dict[str, _Running](), dict[str, Ended]()
         events: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
         with Stop() as stop:
@@ -84,7 +87,8 @@ class Local:
                     if stop.asked and not one.asked:
                         one.asked = True
                         one.process.send_signal(signal.SIGTERM)
-                self._take(events, running, ended, tell)
+                if self._take(events, running, ended, tell) and not any(one.code for one in ended.values()):
+                    waiting += more()
         for job in waiting:
             ended[job.label] = Ended(os.EX_TEMPFAIL, "not started, as the run was asked to stop.")
         return ended
@@ -108,11 +112,12 @@ class Local:
         return _Running(job, process, slot)
 
     @staticmethod
-    def _take(events: queue.Queue[Any], running: dict[str, _Running], ended: dict[str, Ended], tell: Tell) -> None:
+    def _take(events: queue.Queue[Any], running: dict[str, _Running], ended: dict[str, Ended], tell: Tell) -> bool:
+        """Take in one event; returns whether it was the end of a job."""
         try:
             label, event = events.get(timeout=0.2)
         except queue.Empty:
-            return
+            return False
         if event is None:
             one = running.pop(label)
             ended[label] = _end(one)
@@ -121,6 +126,7 @@ class Local:
             running[label].error, running[label].code = str(event["error"]), int(event.get("code", 0))
         else:
             tell(event)
+        return event is None
 
 
 def _end(one: _Running) -> Ended:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from btx.engines.local import Ended, Job, Local
@@ -65,20 +66,28 @@ def end_process(code: int = 0) -> None:
 
 
 class Launcher:
-    """Starts the training steps of a recipe on the local engine."""
+    """Starts steps of a recipe as jobs of the local engine."""
 
     def __init__(self, recipe: Path, overrides: tuple[str, ...], *, where: RunSettings, tell: Tell) -> None:
         self.recipe, self.overrides, self.where, self.tell = recipe, overrides, where, tell
 
-    def __call__(self, steps: list[Step]) -> None:
-        """Run them all; the failures are raised together at the end, each with its log."""
+    def __call__(self, steps: list[Step], more: Callable[[], list[Step]]) -> None:
+        """Run them all, and what becomes ready meanwhile where there is room for it; each failure has its log.
+
+        A single slot is left to these alone: what comes after costs less in the process that is there already.
+        """
         run = self.where
         devices = _gpus() if run.device != "cpu" else 0
         slots = run.workers if run.workers != "auto" else max(1, devices if not run.launch else 1)
-        slots = min(slots, len(steps))
-        threads = self._threads(slots) if not devices else []
+        threads = self._threads(min(slots, len(steps))) if not devices else []
         jobs = [self._job(step, threads) for step in steps]
-        _raise(Local(slots, devices=devices).run(jobs, self.tell), jobs)
+
+        def further() -> list[Job]:
+            added = [self._job(step, threads) for step in more()] if slots > 1 else []
+            jobs.extend(added)
+            return added
+
+        _raise(Local(slots, devices=devices).run(list(jobs), self.tell, further), jobs)
 
     def _threads(self, slots: int) -> list[str]:
         """Share this machine's cores among jobs that run at once."""
@@ -87,7 +96,7 @@ class Launcher:
         return ["--set", f"run.threads={max(1, len(os.sched_getaffinity(0)) // slots)}"]
 
     def _job(self, step: Step, threads: list[str]) -> Job:
-        config = self.where.launch
+        config = self.where.launch if step.trains else None
         start = [sys.executable, "-m"]
         if config:
             start = [

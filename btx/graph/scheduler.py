@@ -9,29 +9,40 @@ from pathlib import Path
 from btx.errors import ArtifactError, ResourceError
 from btx.graph.step import Step, Tell, undone
 
-Launch = Callable[[list[Step]], None]
+More = Callable[[], list[Step]]
+Launch = Callable[[list[Step], More], None]
 
 
 def run_steps(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
-    """Run what is not done, parents first; trainings that depend on nothing unfinished go to `launch` together.
+    """Run what is not done, parents first; returns how many steps were run.
 
-    Returns how many steps were run. An error of one training leaves the others running and is raised at the end.
+    What trains goes to `launch` with all that is ready, and with a function that says what has become ready since: an
+    engine with room starts that too, whatever it is. Any other step runs in this process, one at a time, as long as no
+    job runs. An error of one job leaves the others running and is raised at the end.
     """
     built: set[str] = set()
-    while todo := undone(steps):  # asked again each time: a parent made anew may have other bytes than its children's
-        waiting = {s.label for s in todo}
-        ready = [s for s in todo if not waiting & s.parents.keys()]
-        chosen = [s for s in ready if not s.trains][:1]
-        if again := [s.label for s in chosen or ready if s.label in built]:
+
+    def ready() -> list[Step]:  # asked again each time: a parent made anew may have other bytes than its children's
+        todo = undone(steps)
+        waiting = {step.label for step in todo}
+        return [step for step in todo if not waiting & step.parents.keys()]
+
+    def begun(some: list[Step]) -> list[Step]:
+        built.update(step.label for step in some)
+        return some
+
+    while found := ready():
+        chosen = [step for step in found if not step.trains][:1] or found
+        if again := [step.label for step in chosen if step.label in built]:
             raise ArtifactError(
                 f"{', '.join(again)}: done, and undone again within one run. See that nobody else changes "
                 f"{steps[0].root}, then run the same command again."
             )
-        built |= {s.label for s in chosen or ready}
-        if chosen:
-            chosen[0].build(tell)
+        begun(chosen)
+        if chosen[0].trains:
+            launch(chosen, lambda: begun([step for step in ready() if step.label not in built]))
         else:
-            launch(ready)
+            chosen[0].build(tell)
     return len(built)
 
 

@@ -43,6 +43,23 @@ def test_no_more_jobs_run_at_once_than_there_are_slots(tmp_path: Path) -> None:
     assert len(times) == 6
 
 
+def test_what_becomes_ready_is_started_beside_what_still_runs(tmp_path: Path) -> None:
+    """The long job ends by what the later one leaves, so they must run at once."""
+    sign = tmp_path / "sign"
+    long = job(tmp_path, "long", f"import pathlib\nwhile not pathlib.Path({str(sign)!r}).exists(): time.sleep(0.05)")
+    later = [job(tmp_path, "later", f"import pathlib; pathlib.Path({str(sign)!r}).touch()")]
+    ended = Local(2).run([long, job(tmp_path, "short", "")], lambda _e: None, lambda: [later.pop()] if later else [])
+    assert {name: end.code for name, end in ended.items()} == {"long": 0, "short": 0, "later": 0}
+
+
+def test_nothing_more_is_started_after_a_failure(tmp_path: Path) -> None:
+    ended = Local(1).run(
+        [job(tmp_path, "bad", "sys.exit(3)"), job(tmp_path, "good", "")], lambda _e: None,
+        lambda: [job(tmp_path, "later", "")],
+    )  # fmt: skip
+    assert {name: end.code for name, end in ended.items()} == {"bad": 3, "good": 0}
+
+
 @pytest.mark.parametrize(
     ("visible", "wanted"),
     [

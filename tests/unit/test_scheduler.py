@@ -1,0 +1,67 @@
+"""The scheduler: parents first, trainings together, and what becomes ready meanwhile handed to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from btx.errors import ArtifactError
+from btx.graph.scheduler import run_steps
+from btx.graph.step import Step
+
+
+class Plain(Step):
+    """A step that writes its name."""
+
+    kind: ClassVar[str] = "plain"
+    after: dict[str, Step] = {}
+    number: int = 0
+
+    def run(self, out: Path, work: Path, tell: Any) -> dict[str, Any]:
+        """Write."""
+        (out / "name").write_text(self.label)
+        tell({"label": self.label})
+        return {}
+
+
+class Training(Plain):
+    """One that wants a job."""
+
+    kind: ClassVar[str] = "training"
+    trains: ClassVar[bool] = True
+
+
+def graph(root: Path) -> list[Step]:
+    """Two trainings after one step, one of them slow; a step after each, and one after all."""
+    first = Plain(root=root, name="first")
+    a, b = (Training(root=root, name=n, number=i, after={"first": first}) for i, n in enumerate("ab"))
+    after = [Plain(root=root, name=f"after-{s.name}", after={"it": s}) for s in (a, b)]
+    return [first, a, b, *after, Plain(root=root, name="last", number=1, after={s.label: s for s in after})]
+
+
+def test_what_becomes_ready_is_handed_over_while_jobs_run_and_the_rest_runs_here(tmp_path: Path) -> None:
+    steps = graph(tmp_path)
+    order: list[str] = []
+    told = lambda event: order.append(event["label"]) if "note" not in event else None  # noqa: E731
+
+    def launch(ready: list[Step], more: Callable[[], list[Step]]) -> None:
+        assert [s.label for s in ready] == ["training:a", "training:b"]
+        ready[0].build(told)
+        found = more()
+        assert [s.label for s in found] == ["plain:after-a"]
+        assert more() == []  # each is handed over once
+        found[0].build(told)
+        ready[1].build(told)
+
+    assert run_steps(steps, launch=launch, tell=told) == len(steps)
+    assert order == ["plain:first", "training:a", "plain:after-a", "training:b", "plain:after-b", "plain:last"]
+    assert run_steps(steps, launch=launch, tell=told) == 0
+
+
+def test_a_step_that_is_undone_again_ends_the_run(tmp_path: Path) -> None:
+    steps = graph(tmp_path)[:2]
+    with pytest.raises(ArtifactError, match="done, and undone again"):
+        run_steps(steps, launch=lambda _ready, _more: None, tell=lambda _event: None)
