@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from btx.errors import ResourceError
+from btx.graph.cost import forget_peak as forget_peak
+from btx.graph.cost import resident as resident
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -28,16 +28,3 @@ def apart(module: str, about: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"{about['name']} failed:\n{done.stderr}")
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
-
-
-def resident(key: str) -> int:
-    """A figure of this process's memory in bytes, as the Linux kernel gives it: VmRSS now, VmHWM at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise ResourceError(f"/proc/self/status has no {key}; memory is measured on Linux only.")
-
-
-def forget_peak() -> None:
-    """The largest resident size is counted anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")

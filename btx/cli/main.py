@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,10 +135,15 @@ for _name, _about in {
 @RECIPE
 @SET
 def status(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """What is done, under way or still to do."""
-    from btx.report.console import status_table
+    """What is done, under way or still to do, what was planned for it and what it took."""
+    from btx.cli.plan import rows
+    from btx.report.console import Planned, status_table
 
-    status_table(graph_of(recipe, overrides))
+    graph = graph_of(recipe, overrides)
+    planned = {}
+    with suppress(BtxError):  # a plan that cannot be had is no reason to say nothing of the state
+        planned = {row.label: Planned(row.flops, row.memory, row.disk) for row in rows(graph.recipe, graph.base)}
+    status_table(graph, planned)
 
 
 @main.command()

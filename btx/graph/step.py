@@ -30,6 +30,7 @@ from btx.graph.artifact import (
     read_manifest,
     verify_once,
 )
+from btx.graph.cost import cost_of, forget_peak
 from btx.recipe.fields import execution
 from btx.recipe.settings import RunSettings, Settings
 
@@ -181,16 +182,17 @@ class Step(BaseModel):
         }
 
         def produce(out: Path) -> dict[str, str]:
+            forget_peak()
             facts = self.run(out, self.work, tell)
             hashed: dict[str, str] = facts.pop(HASHED, {})
             manifest["facts"] = facts
-            manifest["seconds"] = round(time.time() - started, 1)
+            manifest["cost"] = cost_of(facts, seconds=time.time() - started, folder=out).written()
             manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             return hashed
 
         publish(self.folder, produce, manifest)
         shutil.rmtree(self.work / STATES, ignore_errors=True)
-        tell({"label": self.label, "note": f"done in {manifest['seconds']} s"})
+        tell({"label": self.label, "note": f"done in {manifest['cost']['wall_seconds']} s"})
 
 
 def undone(steps: list[Step]) -> list[Step]:

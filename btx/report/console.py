@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btx.graph.artifact import STATES, locked
+from btx.graph.artifact import STATES, locked, read_manifest
+from btx.graph.cost import Cost
 from btx.graph.step import undone
+from btx.report.figures import human
 
 
 def show(report: Path, export: Path) -> None:
@@ -78,20 +82,46 @@ def routing(results: dict[str, Any]) -> Any:
     return table
 
 
-def status_table(graph: Any) -> None:
-    """Every step with its state, and its folder where it has one."""
+@dataclass(frozen=True)
+class Planned:
+    """What `btx plan` says of a step."""
+
+    flops: float
+    memory: int
+    disk: int
+
+
+def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
+    """Every step with its state, what was planned and what happened, and its folder where it has one."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("step", "state", "folder"):
+    table = Table(box=None, pad_edge=False, caption="planned → happened", caption_justify="left")
+    for name in ("step", "state", "FLOPs", "memory", "disk", "seconds", "folder"):
         table.add_column(name, overflow="fold")
     steps = [step for step in graph.steps.values() if step.kind != "given"]
     todo = {step.label for step in undone(steps)}
     for step in steps:
         state = _state(step) if step.label in todo else "done"
-        table.add_row(step.label, state, _near(step.folder) if step.folder.exists() else "")
+        cost = Cost.read(read_manifest(step.folder)) if state == "done" else None
+        table.add_row(
+            step.label,
+            state,
+            *_beside(planned.get(step.label), cost),
+            _near(step.folder) if step.folder.exists() else "",
+        )
     Console(width=None, soft_wrap=True).print(table)
+
+
+def _beside(planned: Planned | None, cost: Cost | None) -> list[str]:
+    """FLOPs, memory and disk as planned and as they came out, and seconds."""
+    pairs = [
+        (planned and f"{planned.flops:.2g}", cost and f"{cost.flops:.2g}", bool(cost and cost.flops)),
+        (planned and human(planned.memory, "B"), cost and human(cost.peak_memory, "B"), bool(cost)),
+        (planned and human(planned.disk, "B"), cost and human(cost.bytes, "B"), bool(cost)),
+    ]
+    cells = [" → ".join(filter(None, (before, after if shown else ""))) for before, after, shown in pairs]
+    return [*cells, f"{cost.wall_seconds:,.0f}" if cost else ""]
 
 
 def _state(step: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from btx.graph.artifact import LOGS, read_manifest, write_json
+from btx.graph.cost import Cost
 from btx.graph.step import Step, Tell
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
@@ -31,7 +32,7 @@ class Report(Step):
         }
         write_json(out / "results.json", results)
         (out / LOGS).mkdir()
-        write_json(out / LOGS / "seconds.json", {label: m["seconds"] for label, m in trained.items()})
+        write_json(out / LOGS / "seconds.json", {label: Cost.read(m).wall_seconds for label, m in trained.items()})
         pictures = {"matrix.svg": matrix_svg(results), "routing.svg": routing_svg(results)}
         for name, picture in pictures.items():
             (out / name).write_text(picture, encoding="utf-8")

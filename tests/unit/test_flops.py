@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from btx.cli.plan import human, human_count
 from btx.models import flops
+from btx.report.figures import human, human_count
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import Field
 
 from btx.errors import ArtifactError
 from btx.graph.scheduler import run_steps
@@ -17,7 +18,7 @@ class Plain(Step):
     """A step that writes its name."""
 
     kind: ClassVar[str] = "plain"
-    after: dict[str, Step] = {}
+    after: dict[str, Step] = Field(default_factory=dict)
     number: int = 0
 
     def run(self, out: Path, work: Path, tell: Any) -> dict[str, Any]:

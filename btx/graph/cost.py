@@ -1,0 +1,71 @@
+"""What a step cost, as its manifest says: tokens, FLOPs by formula, seconds, memory, bytes."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`device_seconds` are wall seconds times processes; `peak_memory` is of the GPU where one was used, else resident.
+
+    FLOPs are those of training by formula (`btx.models.flops`), 0 for a step that trains nothing.
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+    wall_seconds: float = 0.0
+    device_seconds: float = 0.0
+    peak_memory: int = 0
+    bytes: int = 0
+
+    def written(self) -> dict[str, Any]:
+        """For a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, manifest: dict[str, Any]) -> Cost:
+        """Of a manifest; what an older one does not say is 0."""
+        said = manifest.get("cost", {})
+        return cls(**{field.name: said[field.name] for field in fields(cls) if field.name in said})
+
+
+def cost_of(facts: dict[str, Any], *, seconds: float, folder: Path) -> Cost:
+    """The cost of a step that ran in this process, from what it says of itself."""
+    return Cost(
+        tokens=int(facts.get("tokens", 0)),
+        flops=float(facts.get("training_flops", 0.0)),
+        wall_seconds=round(seconds, 1),
+        device_seconds=round(seconds * int(facts.get("processes", 1)), 1),
+        peak_memory=peak_memory(),
+        bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+    )
+
+
+def peak_memory() -> int:
+    """Bytes held at most since `forget_peak`: on the GPU where this process used one, else resident; 0 if unknown."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError, ValueError, StopIteration):
+        return resident("VmHWM")
+    return 0
+
+
+def resident(key: str) -> int:
+    """A figure of this process's memory in bytes, as the Linux kernel gives it: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def forget_peak() -> None:
+    """Count peaks anew from here, where the system allows it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
