@@ -54,6 +54,7 @@ finetune:                         # what is not said here of the optimiser is as
   trainable: all                  # all, router, no_experts
 
 # dense: {{}}                      # the control: the dense seed continued on as many tokens as all of the above
+# upcycle: {{}}                    # sparse upcycling: copies of the seed as experts, trained on as many tokens
 
 # data:
 #   holdout: 0.05                 # share of each domain's documents that reports are made on (test), by hash
