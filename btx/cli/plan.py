@@ -124,9 +124,8 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
     if control := recipe.continuing:
         found.append(_row("dense", dense, control.tokens or recipe.tokens_in_all, control, dtype))
     if upcycled := recipe.upcycling:
-        copies = recipe.merge.model_copy(update={"experts": "one", "copies": upcycled.experts or len(recipe.models)})
-        config = layout(copies, ["seed"], dense, "the seed").config(
-            dense, upcycled.experts_per_token or int(copies.copies), "the seed")  # fmt: skip
+        copies = layout(recipe.copying, ["seed"], dense, "the seed")
+        config = copies.config(dense, upcycled.experts_per_token or copies.count, "the seed")
         found.append(_row("upcycled", config.to_dict(), upcycled.tokens or recipe.tokens_in_all, upcycled, dtype))
     return found
 

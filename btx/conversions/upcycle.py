@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from btx.conversions.sources import Sources, Start
-from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.mixing import both_stages, mix
 from btx.recipe.settings import FinetuneSettings
 from btx.steps.finetune import Finetune
@@ -36,11 +35,9 @@ def build(sources: Sources, start: Start) -> Upcycled | None:
     if settings is None:
         return None
     tokens = {name: sources.tokens(name, *files, start.tokenizer) for name, files in start.documents.items()}
-    copies = MergeSettings(
-        include_seed=True, copies=settings.experts or len(recipe.merge.owners(recipe.models)), router=settings.router,
-        reinitialize=settings.reinitialize, seed=recipe.merge.seed, dtype=recipe.merge.dtype,
-    )  # fmt: skip
-    merge = sources.add(Upcycle(branch=start.branch, descent=None, experts={}, settings=copies, **sources.place()))
+    merge = sources.add(
+        Upcycle(branch=start.branch, descent=None, experts={}, settings=recipe.copying, **sources.place())
+    )
     shares = mix(recipe, list(tokens), "upcycle") if settings.mix else both_stages(recipe, list(tokens))
     said = {name: getattr(settings, name) for name in FinetuneSettings.model_fields}
     said |= {"tokens": settings.tokens or recipe.tokens_in_all, "mix": {}}

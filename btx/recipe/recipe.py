@@ -152,6 +152,15 @@ class Recipe(Settings):
         return UpcycleSettings.model_validate({**dict(self.upcycle), **ruled, **self._inherited(self.upcycle)})
 
     @property
+    def copying(self) -> MergeSettings:
+        """How the seed's copies are laid out for sparse upcycling."""
+        said = self.upcycle or UpcycleSettings()
+        return MergeSettings(
+            copies=said.experts or len(self.merge.owners(self.models)), router=said.router,
+            reinitialize=said.reinitialize, seed=self.merge.seed, dtype=self.merge.dtype,
+        )  # fmt: skip
+
+    @property
     def tokens_in_all(self) -> int:
         """What the experts that are trained here and the finetuning take together, in whole steps."""
         trained = [d for d in self.domains.values() if d.tokens and d.checkpoint is None]

@@ -115,12 +115,9 @@ def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
 
 def _beside(planned: Planned | None, cost: Cost | None) -> list[str]:
     """FLOPs, memory and disk as planned and as they came out, and seconds."""
-    pairs = [
-        (planned and f"{planned.flops:.2g}", cost and f"{cost.flops:.2g}", bool(cost and cost.flops)),
-        (planned and human(planned.memory, "B"), cost and human(cost.peak_memory, "B"), bool(cost)),
-        (planned and human(planned.disk, "B"), cost and human(cost.bytes, "B"), bool(cost)),
-    ]
-    cells = [" → ".join(filter(None, (before, after if shown else ""))) for before, after, shown in pairs]
+    before = (f"{planned.flops:.2g}", human(planned.memory, "B"), human(planned.disk, "B")) if planned else ("",) * 3
+    after = (f"{cost.flops:.2g}", human(cost.peak_memory, "B"), human(cost.bytes, "B")) if cost else ("",) * 3
+    cells = [f"{one} → {two}" if one and two else one or two for one, two in zip(before, after, strict=True)]
     return [*cells, f"{cost.wall_seconds:,.0f}" if cost else ""]
 
 
