@@ -92,31 +92,34 @@ class Planned:
 
 
 def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
-    """Every step with its state, what was planned and what happened, and its folder where it has one."""
+    """Every step with its state and its folder; then what was planned of each and what it took."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, caption="planned → happened", caption_justify="left")
-    for name in ("step", "state", "FLOPs", "memory", "disk", "seconds", "folder"):
-        table.add_column(name, overflow="fold")
+    states, costs = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("step", "state", "folder"):
+        states.add_column(name, overflow="fold")
+    for name in ("planned → happened", "FLOPs", "memory", "disk", "seconds"):
+        costs.add_column(name, no_wrap=True, justify="left" if costs.columns == [] else "right")
     steps = [step for step in graph.steps.values() if step.kind != "given"]
     todo = {step.label for step in undone(steps)}
     for step in steps:
         state = _state(step) if step.label in todo else "done"
+        states.add_row(step.label, state, _near(step.folder) if step.folder.exists() else "")
         cost = Cost.read(read_manifest(step.folder)) if state == "done" else None
-        table.add_row(
-            step.label,
-            state,
-            *_beside(planned.get(step.label), cost),
-            _near(step.folder) if step.folder.exists() else "",
-        )
-    Console(width=None, soft_wrap=True).print(table)
+        if cost or step.label in planned:
+            costs.add_row(step.label, *_beside(planned.get(step.label), cost))
+    console = Console(width=None, soft_wrap=True)
+    console.print(states)
+    if costs.rows:
+        console.print()
+        console.print(costs)
 
 
 def _beside(planned: Planned | None, cost: Cost | None) -> list[str]:
     """FLOPs, memory and disk as planned and as they came out, and seconds."""
-    before = (f"{planned.flops:.2g}", human(planned.memory, "B"), human(planned.disk, "B")) if planned else ("",) * 3
-    after = (f"{cost.flops:.2g}", human(cost.peak_memory, "B"), human(cost.bytes, "B")) if cost else ("",) * 3
+    before = [f"{planned.flops:.2g}", human(planned.memory, "B"), human(planned.disk, "B")] if planned else [""] * 3
+    after = [f"{cost.flops:.2g}", human(cost.peak_memory, "B"), human(cost.bytes, "B")] if cost else [""] * 3
     cells = [f"{one} → {two}" if one and two else one or two for one, two in zip(before, after, strict=True)]
     return [*cells, f"{cost.wall_seconds:,.0f}" if cost else ""]
 

@@ -133,7 +133,8 @@ def test_a_changed_input_stops_the_run_and_what_rests_on_it_is_not_called_done(p
 
     (folders["train:math"] / "x").touch()
     (folders["train:math"] / "btx.json").write_text(json.dumps({**other, "digest": content_digest(other["files"])}))
-    states = {line.split()[0]: line for line in btx("status", "recipe.yaml", *sets, cwd=project).stdout.splitlines()}
+    shown = btx("status", "recipe.yaml", *sets, cwd=project).stdout.split("\n\n")[0]
+    states = {line.split()[0]: line for line in shown.splitlines()}
     assert "made from other inputs" in states["finetune"]
     assert "done" in states["train:code"]
     (folders["train:math"] / "btx.json").write_text("{}")

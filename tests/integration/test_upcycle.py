@@ -41,8 +41,11 @@ def test_it_takes_the_rules_of_the_finetuning_and_the_optimiser_of_training(tmp_
     assert "upcycled" not in Graph(load_recipe(recipe, []), tmp_path).steps
 
 
-def test_it_starts_as_the_seed_and_is_trained_measured_and_reported_beside_the_others(tmp_path: Path) -> None:
+def test_it_starts_as_the_seed_and_is_trained_measured_and_reported_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
     sets = ["upcycle={tokens: 1024}", "domains.math.tokens=512", "domains.code.tokens=512"]
     btx("run", "recipe.yaml", *(part for one in sets for part in ("--set", one)), cwd=tmp_path)
     results = json.loads((tmp_path / "runs/pico/report/results.json").read_text())

@@ -61,7 +61,7 @@ def test_the_plan_has_the_width_of_the_widest_expert(tmp_path: Path) -> None:
     for name, width in (("seed", 48), ("wide", 64), ("narrow", 40)):
         (tmp_path / name).mkdir()
         config_of("llama", intermediate_size=width).save_pretrained(tmp_path / name)
-    text = "{name: x, seed: {checkpoint: seed}, domains: {a: {checkpoint: narrow}, b: {checkpoint: EXPERT}}}"
+    text = "{name: x, seed: {checkpoint: seed}, domains: {a: {checkpoint: narrow, data: [a]}, b: {checkpoint: EXPERT}}}"
     found = {}
     for expert in ("wide", "narrow", "elsewhere"):
         (tmp_path / "r.yaml").write_text(text.replace("EXPERT", expert), encoding="utf-8")

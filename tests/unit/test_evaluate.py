@@ -15,7 +15,7 @@ from btx.conversions.pipeline import Graph
 from btx.data.packed import Encoder, Tokens, load_tokenizer, write_tokens
 from btx.data.split import Split
 from btx.errors import RecipeError
-from btx.graph.artifact import MANIFEST
+from btx.graph.artifact import publish
 from btx.recipe.recipe import load_recipe
 from btx.recipe.settings import DataSettings, EvaluateSettings, MeasureSettings, RoutingRule, RunSettings
 from btx.steps.evaluate import Evaluate
@@ -60,9 +60,8 @@ def measure(
 def published(step: Any) -> None:
     """Run a step and publish what it made, as far as others look at it."""
     step.__dict__["key"] = f"{step.name:0<64}"
-    step.folder.mkdir(parents=True)
-    facts = step.run(step.folder, step.folder, lambda _event: None)
-    (step.folder / MANIFEST).write_text(json.dumps({"facts": facts, "files": {}}))
+    manifest: dict[str, Any] = {}
+    publish(step.folder, lambda out: manifest.update(facts=step.run(out, out, lambda _event: None)), manifest)
 
 
 def evaluation(texts: Path, measures: dict[str, Any], **settings: Any) -> Evaluate:
