@@ -80,7 +80,7 @@ def freeze(model: Any, trainable: str) -> None:
 
 
 class Balanced:
-    """The watch of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
+    """The hook of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, tell: Tell, names: list[str]) -> None:
         from btx.moe.hooks import Routed, find_routers, route_in_float32, router_labels

@@ -74,7 +74,7 @@ def fit(
     torch.manual_seed(settings.seed)
     net = model.load(folder, where=step.where, experts_per_token=experts_per_token) if folder else model.fresh(config)
     dtype = torch_dtype(settings.dtype, Checkpoint(folder).dtype if folder else torch.float32)
-    watch: TrainingHook | None = prepare(net) if prepare else None
+    hook: TrainingHook | None = prepare(net) if prepare else None
     count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)
     stream = Stream(
         {n: Tokens(t.folder) for n, t in tokens.items()},
@@ -87,7 +87,7 @@ def fit(
     kernel = kernel_of(net.config.model_type, step.where.kernel, device)
     if kernel:
         tell({"label": step.label, "note": f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"})
-    loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, tell=tell, watch=watch)
+    loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, tell=tell, hook=hook)
     tell({"label": step.label, "note": f"computes in {loop.precision} on {device}"})
     with closing(loop):
         try:

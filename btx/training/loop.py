@@ -88,12 +88,12 @@ class Loop:
 
     def __init__(
         self, model: Any, stream: Stream, settings: TrainSettings, *, where: RunSettings, work: Path, label: str,
-        tell: Callable[[dict[str, Any]], None], watch: TrainingHook | None = None,
+        tell: Callable[[dict[str, Any]], None], hook: TrainingHook | None = None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
         torch.manual_seed(settings.seed)
-        self.settings, self.stream, self.where, self.work, self.watch = settings, stream, where, work, watch
+        self.settings, self.stream, self.where, self.work, self.hook = settings, stream, where, work, hook
         self.label, self.tell = label, tell
         self.batch = settings.batch_tokens // settings.sequence_length
         self.steps = stream.sequences // self.batch
@@ -184,15 +184,15 @@ class Loop:
         return time.monotonic() - saved > 60 * self.where.checkpoint_minutes
 
     def _one_step(self) -> dict[str, Any]:
-        if self.watch:
-            self.watch.begin(self.step)
+        if self.hook:
+            self.hook.begin(self.step)
         rate = learning_rate(self.step, steps=self.steps, settings=self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self._batches()
         with self.cast.step() if self.cast else nullcontext():
-            if self.watch and self.watch.surveys(len(batches)):
-                self._survey(self.watch, batches)
+            if self.hook and self.hook.surveys(len(batches)):
+                self._survey(self.hook, batches)
             total, extra = self._backward(batches, self._learned(batches))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         figures = {"step": self.step + 1, "loss": total, "grad_norm": float(norm), "learning_rate": rate, **extra}
@@ -202,8 +202,8 @@ class Loop:
         else:
             self._count_bad(figures)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.watch:
-            figures |= self.watch.figures()
+        if self.hook:
+            figures |= self.hook.figures()
         return figures
 
     def _batches(self) -> list[Batch]:
@@ -224,13 +224,13 @@ class Loop:
         """Sequences a pass: about 16k tokens, whose hidden states are a few GB in a model of usual width."""
         return max(1, 16_384 // self.settings.sequence_length)
 
-    def _survey(self, watch: TrainingHook, batches: list[Batch]) -> None:
+    def _survey(self, hook: TrainingHook, batches: list[Batch]) -> None:
         """All passes of the step without gradients, for what a loss must know of the whole step before its first."""
         on = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(on), torch.no_grad():  # dropout then draws again what it drew here
             for batch in batches:
                 self._hidden(batch)
-                watch.survey(len(batch.inputs) / self.batch)
+                hook.survey(len(batch.inputs) / self.batch)
 
     def _backward(self, batches: list[Batch], learned: float) -> tuple[float, dict[str, float]]:
         """Sum over micro-batches, so that any cut of the batch gives the same gradient; mean over what is learned."""
@@ -240,8 +240,8 @@ class Loop:
             with self._unsynced(n < len(batches) - 1):
                 loss = self._cross_entropy(batch) / learned
                 total += loss.detach()
-                if self.watch:
-                    added, seen = self.watch.loss()
+                if self.hook:
+                    added, seen = self.hook.loss()
                     loss = loss + added * (len(batch.inputs) / self.batch)
                     extra = {k: extra.get(k, 0.0) + v / len(batches) for k, v in seen.items()}
                 self.accelerator.backward(loss * self.accelerator.num_processes)
@@ -254,8 +254,8 @@ class Loop:
 
     def _hidden(self, batch: Batch) -> Tensor:
         """What the output head is given, scaled as logits are; the logits themselves where the head is sharded."""
-        if self.watch:
-            self.watch.sequences(batch.numbers, batch.inputs.shape[1])
+        if self.hook:
+            self.hook.sequences(batch.numbers, batch.inputs.shape[1])
         with without_head(self.head) if self.head else nullcontext():
             found: Tensor = self.model(input_ids=batch.inputs.to(self.accelerator.device), use_cache=False).logits
         return found

@@ -71,7 +71,7 @@ def loop_of(
         work=folder / work,
         label="x",
         tell=lambda _e: None,
-        watch=watch,
+        hook=watch,
     )
 
 
