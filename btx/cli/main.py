@@ -18,11 +18,10 @@ from btx.cli.bench import bench
 from btx.cli.command import Command
 from btx.cli.moe import moe
 from btx.cli.terminal import plain_where_needed
-from btx.errors import BtxError, RecipeError, full_disks_told
+from btx.errors import BtxError, full_disks_told
 
 if TYPE_CHECKING:
     from btx.conversions.pipeline import Graph
-    from btx.graph.step import Step
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a value of the recipe.")
@@ -66,9 +65,7 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
     if todo:
         graph.digests.save()
         with for_person() as person:
-            run_steps(
-                steps, launch=Launcher(recipe, overrides, where=graph.recipe.run, tell=person.tell), tell=person.tell
-            )
+            run_steps(steps, launch=Launcher(graph.recipe.run, person.tell), tell=person.tell)
     for step in steps:
         if step.kind in ("export", "report"):
             link(graph.root, step)
@@ -246,33 +243,23 @@ main.add_command(bench)
 main.add_command(moe)
 
 
-def step_of(graph: Graph, label: str, key: str) -> Step:
-    """A step of a graph; RecipeError when it is another than the one that was asked for."""
-    step = graph.steps.get(label)
-    if step is None or step.key != key:
-        raise RecipeError(
-            f"{label} is another step now than when the run began: the recipe, or data that it names, was changed "
-            "meanwhile. Nothing was mixed. Run the same command again for the new one."
-        )
-    return step
-
-
 @main.command("_step", hidden=True)
-@RECIPE
-@SET
-@click.option("--label", required=True)
-@click.option("--key", required=True, help="The step's key, as the run knows it that started this process.")
+@click.argument("job", type=click.Path(path_type=Path))
 @click.option("--launched", is_flag=True, help="As one of the processes that accelerate launch starts.")
-def one_step(recipe: Path, overrides: tuple[str, ...], label: str, key: str, launched: bool) -> None:
+def one_step(job: Path, launched: bool) -> None:
     """One step in this process, events as JSON lines: what an engine starts."""
+    from btx.conversions.registry import classes
+    from btx.graph.job import thaw
     from btx.graph.launch import die_with_parent, end_process, own_rank
     from btx.report.progress import Events
 
     die_with_parent()
     rank = own_rank(launched)
     events = Events()
+    label = job.name.removesuffix(".job.json")
     try:
-        step = step_of(graph_of(recipe, overrides), label, key)
+        step = thaw(job, classes())
+        label = step.label
         with full_disks_told():
             step.build(events.tell, rank=rank)
     except BtxError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from btx.engines.local import Ended, Job, Local
 from btx.errors import ArtifactError, BtxError, DivergedError, InterruptedRunError, RecipeError, ResourceError
+from btx.graph.job import freeze
 from btx.graph.step import Step, Tell
 from btx.recipe.paths import expanded
 from btx.recipe.settings import RunSettings
@@ -66,10 +67,10 @@ def end_process(code: int = 0) -> None:
 
 
 class Launcher:
-    """Starts steps of a recipe as jobs of the local engine."""
+    """Starts steps as jobs of the local engine."""
 
-    def __init__(self, recipe: Path, overrides: tuple[str, ...], *, where: RunSettings, tell: Tell) -> None:
-        self.recipe, self.overrides, self.where, self.tell = recipe, overrides, where, tell
+    def __init__(self, where: RunSettings, tell: Tell) -> None:
+        self.where, self.tell = where, tell
 
     def __call__(self, steps: list[Step], more: Callable[[], list[Step]]) -> None:
         """Run them all, and what becomes ready meanwhile where there is room for it; each failure has its log.
@@ -79,7 +80,7 @@ class Launcher:
         run = self.where
         devices = _gpus() if run.device != "cpu" else 0
         slots = run.workers if run.workers != "auto" else max(1, devices if not run.launch else 1)
-        threads = self._threads(min(slots, len(steps))) if not devices else []
+        threads = self._threads(min(slots, len(steps))) if not devices else None
         jobs = [self._job(step, threads) for step in steps]
 
         def further() -> list[Job]:
@@ -89,39 +90,19 @@ class Launcher:
 
         _raise(Local(slots, devices=devices).run(list(jobs), self.tell, further), jobs)
 
-    def _threads(self, slots: int) -> list[str]:
-        """Share this machine's cores among jobs that run at once."""
+    def _threads(self, slots: int) -> int | None:
+        """Share this machine's cores among jobs that run at once; None for all, or as the recipe says."""
         if slots < 2 or self.where.threads != "auto":
-            return []
-        return ["--set", f"run.threads={max(1, len(os.sched_getaffinity(0)) // slots)}"]
+            return None
+        return max(1, len(os.sched_getaffinity(0)) // slots)
 
-    def _job(self, step: Step, threads: list[str]) -> Job:
+    def _job(self, step: Step, threads: int | None) -> Job:
         config = self.where.launch if step.trains else None
-        start = [sys.executable, "-m"]
+        start = [sys.executable]
         if config:
-            start = [
-                sys.executable,
-                "-c",
-                LAUNCHER,
-                "--config_file",
-                str(expanded(config, "run.launch").absolute()),
-                "-m",
-            ]
-        sets = [part for text in self.overrides for part in ("--set", text)]
+            start += ["-c", LAUNCHER, "--config_file", str(expanded(config, "run.launch").absolute())]
         told = ["--launched"] if config else []
-        argv = [
-            *start,
-            "btx",
-            "_step",
-            str(self.recipe),
-            *sets,
-            *threads,
-            "--label",
-            step.label,
-            "--key",
-            step.key,
-            *told,
-        ]
+        argv = [*start, "-m", "btx", "_step", str(freeze(step, threads=threads)), *told]
         return Job(step.label, argv, step.log_file, launcher=bool(config))
 
 

@@ -97,6 +97,11 @@ class Step(BaseModel):
         """What a training in a process of its own prints."""
         return self.work.with_name(f"{self.work.name}.log")
 
+    @property
+    def job_file(self) -> Path:
+        """What a process of its own is given to build it by."""
+        return self.work.with_name(f"{self.work.name}.job.json")
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result."""
         fields = {}

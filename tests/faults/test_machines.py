@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from btx.cli.main import graph_of, step_of
-from btx.errors import RecipeError, ResourceError, disk_error, full_disks_told
+from btx.cli.main import graph_of
+from btx.conversions.registry import classes
+from btx.errors import ArtifactError, ResourceError, disk_error, full_disks_told
 from btx.graph.digests import Digests
+from btx.graph.job import freeze, thaw
 from btx.graph.launch import ROLES, own_rank
 from tests.conftest import write_project
 
@@ -147,16 +149,32 @@ def test_a_file_put_back_with_other_content_is_read_again(tmp_path: Path) -> Non
     assert len({first, second, known(file)}) == 3
 
 
-def test_a_worker_refuses_a_step_that_is_another_than_the_run_began_with(tmp_path: Path) -> None:
-    """The recipe was edited while it ran: the worker would train another key under the same label."""
+def test_a_worker_takes_what_was_planned_whatever_became_of_the_recipe_and_no_other_step(tmp_path: Path) -> None:
     recipe = write_project(tmp_path)
-    graph = graph_of(recipe, ())
-    key = graph.steps["train:math"].key
-    assert step_of(graph, "train:math", key) is graph.steps["train:math"]
-    recipe.write_text(recipe.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-3"))
-    for label in ("train:math", "train:law"):
-        with pytest.raises(RecipeError, match=f"{label} is another step now .* changed meanwhile"):
-            step_of(graph_of(recipe, ()), label, key)
+    graph = graph_of(recipe, ("finetune.routing=sample_top1", "upcycle={}", "dense={}"))
+    jobs = {step.label: freeze(step, threads=3) for step in graph.steps.values() if step.kind != "given"}
+    recipe.write_text("another")
+    for label, file in jobs.items():
+        step, planned = thaw(file, classes()), graph.steps[label]
+        assert (step.key, step.label, step.folder, type(step)) == (planned.key, label, planned.folder, type(planned))
+        assert step.where == planned.where.model_copy(update={"threads": 3})
+        assert {name: parent.key for name, parent in step.parents.items()} == {
+            name: parent.key for name, parent in planned.parents.items()
+        }
+    file = jobs["train:math"]
+    changes = {
+        ('"learning_rate": 0.001', '"learning_rate": 0.002'): "another step",
+        ('"budget"', '"budgets"'): "no job",
+        ('"class": "Train"', '"class": "os.system"'): "no job",
+    }
+    for (old, new), word in changes.items():
+        assert old in file.read_text()
+        changed = tmp_path / "changed.job.json"
+        changed.write_text(file.read_text().replace(old, new))
+        with pytest.raises(ArtifactError, match=f"{word}[^~]*same command again"):
+            thaw(changed, classes())
+    with pytest.raises(ArtifactError, match="no job"):
+        thaw(tmp_path / "none", classes())
 
 
 def test_where_every_expert_was_trained_elsewhere_there_is_nothing_to_train(tmp_path: Path) -> None:
