@@ -32,12 +32,13 @@ def plain(folder: Path, family: str, *, noise: float = 0.0, rows: int = TOKENS) 
 
 
 def extended(
-    folder: Path, family: str, tokens: list[str], *, noise: float = 0.0, rows: int = 0, before: int = TOKENS
-) -> Path:
+    folder: Path, family: str, tokens: list[str], *, noise: float = 0.0, rows: int = 0, before: int = TOKENS,
+    special: bool = True,
+) -> Path:  # fmt: skip
     """A model whose tokenizer has more tokens, by transformers' own means, and its embedding rows for them."""
     plain(folder, family, noise=noise, rows=before)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.add_tokens(tokens, special_tokens=special)
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(len(tokens))
     model.resize_token_embeddings(rows or len(tokenizer), mean_resizing=False)
