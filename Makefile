@@ -18,12 +18,13 @@ PINS = $(VENV)/constraints.txt
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run smollm2 smollm2-sweep test test-all check bench megablocks portability plan status doctor clean $(STAGES)
+.PHONY: help run smollm2 smollm2-sweep test test-slow test-all check bench megablocks portability plan status doctor clean $(STAGES)
 
 help:
 	@echo "make run                              the recipe, whole (RECIPE=$(RECIPE))"
 	@echo "make smollm2 | smollm2-sweep          a real seed of 135M parameters; the search for its learning rates"
-	@echo "make test | test-all | check | bench  tests, with slow ones, style and types, measurements"
+	@echo "make test | test-slow | test-all      tests, the slow ones, both"
+	@echo "make check | bench                    style and types, measurements"
 	@echo "make $(STAGES)"
 	@echo "make plan | status | doctor           price, state, environment"
 	@echo "make megablocks                       the packages of the kernel sparse"
@@ -95,6 +96,9 @@ PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 test: $(VENV)/.dev
 	@$(PYTEST)
+
+test-slow: $(VENV)/.dev
+	@$(PYTEST) -x -m 'slow and not gpu and not engine'
 
 test-all: $(VENV)/.dev
 	@$(PYTEST) -m 'not gpu and not engine'
