@@ -1,0 +1,37 @@
+"""An export without an evaluation, which a later run measures; and what each step cost, beside what was planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from btx.graph.cost import Cost
+from tests.conftest import write_project
+from tests.integration.test_run import btx
+
+
+def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    btx("export", "recipe.yaml", cwd=tmp_path)
+    steps, card = tmp_path / "runs/pico/steps", tmp_path / "runs/pico/export/README.md"
+    assert not list(steps.glob("measure-*"))
+    assert "Nothing was measured." in card.read_text()
+    assert "Wrong" not in btx("check", "runs/pico/export", cwd=tmp_path).stdout
+    weights = (tmp_path / "runs/pico/export/model.safetensors").read_bytes()
+    btx("run", "recipe.yaml", cwd=tmp_path)
+    assert "Nothing was measured." not in card.read_text()
+    assert "| finetuned |" in card.read_text()
+    assert (tmp_path / "runs/pico/export/model.safetensors").read_bytes() == weights
+    assert len(list(steps.glob("measure-*"))) == 6  # the seed, two experts, average, merged, finetuned
+
+    manifest = json.loads(next(steps.glob("train-math-*/btx.json")).read_text())
+    cost = Cost.read(manifest)
+    assert cost.tokens == manifest["facts"]["tokens"] == 3072
+    assert cost.flops == manifest["facts"]["training_flops"] > 0
+    assert cost.bytes == sum(entry["size"] for entry in manifest["files"].values())
+    assert cost.peak_memory > 10**7
+    assert cost.device_seconds == cost.wall_seconds > 0
+    states, costs = btx("status", "recipe.yaml", cwd=tmp_path).stdout.split("\n\n")
+    assert states.count("done") == len(states.splitlines()) - 1
+    row = next(line for line in costs.splitlines() if line.startswith("train:math"))
+    assert row.count("→") == 3  # FLOPs, memory and disk, planned and happened
