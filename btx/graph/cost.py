@@ -28,10 +28,10 @@ class Cost:
         return asdict(self)
 
     @classmethod
-    def read(cls, manifest: dict[str, Any]) -> Cost:
-        """Of a manifest; what an older one does not say is 0."""
-        said = manifest.get("cost", {})
-        return cls(**{field.name: said[field.name] for field in fields(cls) if field.name in said})
+    def read(cls, manifest: dict[str, Any]) -> Cost | None:
+        """Of a manifest; None where an older btx wrote it."""
+        said = manifest.get("cost")
+        return said and cls(**{field.name: said[field.name] for field in fields(cls) if field.name in said})
 
 
 def cost_of(facts: dict[str, Any], *, seconds: float, folder: Path) -> Cost:

@@ -117,11 +117,15 @@ def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
 
 
 def _beside(planned: Planned | None, cost: Cost | None) -> list[str]:
-    """FLOPs, memory and disk as planned and as they came out, and seconds."""
-    before = [f"{planned.flops:.2g}", human(planned.memory, "B"), human(planned.disk, "B")] if planned else [""] * 3
-    after = [f"{cost.flops:.2g}", human(cost.peak_memory, "B"), human(cost.bytes, "B")] if cost else [""] * 3
+    """FLOPs, memory and disk as planned and as they came out, and seconds; nothing in the place of a zero."""
+    before = _figures(planned.flops, planned.memory, planned.disk) if planned else [""] * 3
+    after = _figures(cost.flops, cost.peak_memory, cost.bytes) if cost else [""] * 3
     cells = [f"{one} → {two}" if one and two else one or two for one, two in zip(before, after, strict=True)]
     return [*cells, f"{cost.wall_seconds:,.0f}" if cost else ""]
+
+
+def _figures(flops: float, memory: int, disk: int) -> list[str]:
+    return [f"{flops:.2g}" if flops else "", *(human(size, "B") if size else "" for size in (memory, disk))]
 
 
 def _state(step: Any) -> str:

@@ -32,7 +32,9 @@ class Report(Step):
         }
         write_json(out / "results.json", results)
         (out / LOGS).mkdir()
-        write_json(out / LOGS / "seconds.json", {label: Cost.read(m).wall_seconds for label, m in trained.items()})
+        write_json(
+            out / LOGS / "seconds.json", {label: (Cost.read(m) or Cost()).wall_seconds for label, m in trained.items()}
+        )
         pictures = {"matrix.svg": matrix_svg(results), "routing.svg": routing_svg(results)}
         for name, picture in pictures.items():
             (out / name).write_text(picture, encoding="utf-8")

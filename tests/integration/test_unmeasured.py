@@ -26,6 +26,7 @@ def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: 
 
     manifest = json.loads(next(steps.glob("train-math-*/btx.json")).read_text())
     cost = Cost.read(manifest)
+    assert cost is not None
     assert cost.tokens == manifest["facts"]["tokens"] == 3072
     assert cost.flops == manifest["facts"]["training_flops"] > 0
     assert cost.bytes == sum(entry["size"] for entry in manifest["files"].values())
