@@ -73,7 +73,8 @@ class Local:
     def run(self, jobs: list[Job], tell: Tell, more: Callable[[], list[Job]] = list) -> dict[str, Ended]:
         """Run all jobs to their ends; after a signal no more are started, the running ones are asked to stop.
 
-        `more` is asked for further jobs whenever one has ended well, as long as none has failed.
+        `more` is asked for further jobs whenever one has ended and none has failed, as long as others run, or several
+        devices wait for work: with one device and nothing beside it a process of its own gains nothing.
         """
         waiting, running, ended = list(jobs), dict[str, _Running](), dict[str, Ended]()
         events: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
@@ -87,7 +88,8 @@ class Local:
                     if stop.asked and not one.asked:
                         one.asked = True
                         one.process.send_signal(signal.SIGTERM)
-                if self._take(events, running, ended, tell) and not any(one.code for one in ended.values()):
+                beside = self._take(events, running, ended, tell) and (running or self.devices > 1)
+                if beside and not any(one.code for one in ended.values()):
                     waiting += more()
         for job in waiting:
             ended[job.label] = Ended(os.EX_TEMPFAIL, "not started, as the run was asked to stop.")
