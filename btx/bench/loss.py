@@ -74,7 +74,7 @@ def table(found: dict[str, Any]) -> Any:
 
 
 def run(about: dict[str, Any]) -> dict[str, Any]:
-    """One way in this process: seconds of the second of two calls, peak bytes above the inputs, three errors."""
+    """One way in this process: seconds and peak bytes of a call on all tokens, and errors; a first call warms up."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -16,6 +16,7 @@ from btx.graph.digests import Digests
 from btx.graph.step import Step
 from btx.recipe.paths import expanded
 from btx.recipe.recipe import Recipe
+from btx.recipe.settings import RoutingRule
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.finetune import Finetune
@@ -26,7 +27,6 @@ from btx.steps.report import Report
 from btx.steps.tokens import Reads, TokensStep
 from btx.steps.train import Train
 
-ROUTED = (Merge, Finetune)  # steps that publish a Mixture of Experts
 STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
 
 
@@ -70,14 +70,19 @@ class Graph:
         measures = {
             name: sources.add(Measure(
                 model=model, tokens=start.tokens, own=own.get(name, {}), length=length,
-                settings=recipe.evaluate.measure, rule=recipe.finetuning.rule if isinstance(model, ROUTED) else None,
-                **sources.place(name),
+                settings=recipe.evaluate.measure, rule=self._rule(model), **sources.place(name),
             ))
             for name, model in models.items()
         }  # fmt: skip
         return sources.add(Evaluate(
             seed=start.seed, measures=measures, tokens=start.tokens, settings=recipe.evaluate, **sources.place()
         ))  # fmt: skip
+
+    def _rule(self, model: Step) -> RoutingRule | None:
+        """How a Mixture of Experts is routed when it is measured: as it was trained, or as it is going to be."""
+        if isinstance(model, Finetune):
+            return model.settings.rule
+        return self.recipe.finetuning.rule if isinstance(model, Merge) else None
 
     def export_unmeasured(self) -> None:
         """Let the export stand without an evaluation that is not there yet; its card then says so."""

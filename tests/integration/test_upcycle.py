@@ -36,6 +36,11 @@ def test_it_takes_the_rules_of_the_finetuning_and_the_optimiser_of_training(tmp_
     own = upcycled(recipe, "upcycle={experts: 3, top_k: 2, learning_rate: 1e-4, tokens: 512, router: orthogonal}")
     assert (own.merge.settings.copies, own.settings.top_k, own.settings.learning_rate) == (3, 2, 1e-4)
     assert (own.settings.tokens, own.merge.settings.router) == (512, "orthogonal")
+    steps = Graph(load_recipe(recipe, ["upcycle={top_k: 1}", "finetune.top_k=2"]), tmp_path).steps
+    rules = {name: getattr(steps[f"measure:{name}"], "rule") for name in ("seed", "merged", "finetuned", "upcycled")}  # noqa: B009
+    assert {name: rule and rule.experts_per_token for name, rule in rules.items()} == {
+        "seed": None, "merged": 2, "finetuned": 2, "upcycled": 1,
+    }  # fmt: skip
     with pytest.raises(RecipeError, match=r"upcycle\.top_k is 4, but there are 3 copies"):
         load_recipe(recipe, ["upcycle={experts: 3, top_k: 4}"])
     assert "upcycled" not in Graph(load_recipe(recipe, []), tmp_path).steps
