@@ -25,6 +25,13 @@ WAYS = {
 CHECKED = 512
 
 
+def at_hand() -> list[str]:
+    """The ways that this torch has."""
+    from torch.nn import functional
+
+    return [name for name in WAYS if name != "torch" or hasattr(functional, "linear_cross_entropy")]
+
+
 def bench_loss(
     *, tokens: int, vocabulary: int, width: int, dtype: str, rounds: int, names: list[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:

@@ -61,17 +61,17 @@ def bench_loss(
 
     from rich.console import Console
 
-    from btx.bench.loss import WAYS, bench_loss, table
+    from btx.bench.loss import at_hand, bench_loss, table
     from btx.errors import RecipeError, nearest
 
-    for given, choice in ((names, WAYS), ((dtype,), ("float32", "bfloat16"))):
+    for given, choice in ((names, at_hand()), ((dtype,), ("float32", "bfloat16"))):
         for name in given:
             if name not in choice:
                 raise RecipeError(f"there is nothing named {name!r} to measure; {nearest(name, choice)}")
     console = Console()
     with console.status("") as status:
         found = bench_loss(tokens=tokens, vocabulary=vocabulary, width=width, dtype=dtype, rounds=rounds,
-                           names=list(names or WAYS), tell=status.update)  # fmt: skip
+                           names=list(names or at_hand()), tell=status.update)  # fmt: skip
     console.print(table(found))
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -35,8 +35,7 @@ def build(sources: Sources, start: Start, experts: Experts) -> tuple[Merge, Fine
 
 def mixed(sources: Sources, start: Start, experts: Experts) -> dict[str, TokensStep]:
     """All data in the tokenizer of the merged model."""
-    tokenizer, suffix = (experts.vocabulary, MERGED) if experts.vocabulary else (start.tokenizer, "")
-    return {name: sources.tokens(name, *files, tokenizer, suffix) for name, files in start.documents.items()}
+    return sources.all_data(start, experts.vocabulary, MERGED) if experts.vocabulary else sources.all_data(start)
 
 
 def own_tokens(sources: Sources, start: Start, experts: Experts) -> dict[str, dict[str, TokensStep]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from btx.conversions.sources import Sources, Start
-from btx.recipe.mixing import both_stages, mix
+from btx.recipe.mixing import shares_in_all
 from btx.recipe.settings import DenseSettings, TrainSettings
 from btx.steps.dense import Dense
 
@@ -14,9 +14,9 @@ def build(sources: Sources, start: Start) -> Dense | None:
     settings = recipe.continuing
     if settings is None:
         return None
-    tokens = {name: sources.tokens(name, *files, start.tokenizer) for name, files in start.documents.items()}
+    tokens = sources.all_data(start)
     said = settings.model_dump(exclude=set(DenseSettings.model_fields) - set(TrainSettings.model_fields))
-    shares = mix(recipe, list(tokens), "dense") if settings.mix else both_stages(recipe, list(tokens))
+    shares = shares_in_all(recipe, list(tokens), "dense")
     return sources.add(Dense(
         branch=start.branch, tokens=tokens, weights=shares, budget=settings.tokens or recipe.tokens_in_all,
         train=TrainSettings(**said), **sources.place(),

@@ -63,6 +63,11 @@ class Sources:
             documents["seed"] = self.recipe.seed.sources, self.recipe.seed.valid
         return Start(seed, tokenizer, self.add(VerifySeed(seed=seed, **self.place())), tokens, documents)
 
+    def all_data(self, start: Start, tokenizer: Step | None = None, suffix: str = "") -> dict[str, TokensStep]:
+        """Every domain's tokens and the seed's own, by the seed's tokenizer or another."""
+        return {name: self.tokens(name, *files, tokenizer or start.tokenizer, suffix)
+                for name, files in start.documents.items()}  # fmt: skip
+
     def seed(self) -> tuple[Step, Step]:
         """The seed's step, and the step whose folder has its tokenizer."""
         seed = self.recipe.seed

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from btx.conversions.sources import Sources, Start
-from btx.recipe.mixing import both_stages, mix
+from btx.recipe.mixing import shares_in_all
 from btx.recipe.settings import FinetuneSettings
 from btx.steps.finetune import Finetune
 from btx.steps.merge import Merge
@@ -34,11 +34,11 @@ def build(sources: Sources, start: Start) -> Upcycled | None:
     settings = recipe.upcycling
     if settings is None:
         return None
-    tokens = {name: sources.tokens(name, *files, start.tokenizer) for name, files in start.documents.items()}
+    tokens = sources.all_data(start)
     merge = sources.add(
         Upcycle(branch=start.branch, descent=None, experts={}, settings=recipe.copying, **sources.place())
     )
-    shares = mix(recipe, list(tokens), "upcycle") if settings.mix else both_stages(recipe, list(tokens))
+    shares = shares_in_all(recipe, list(tokens), "upcycle")
     said = {name: getattr(settings, name) for name in FinetuneSettings.model_fields}
     said |= {"tokens": settings.tokens or recipe.tokens_in_all, "mix": {}}
     return sources.add(

@@ -6,6 +6,11 @@ from btx.errors import RecipeError
 from btx.recipe.recipe import Recipe
 
 
+def shares_in_all(recipe: Recipe, names: list[str], section: str) -> dict[str, float]:
+    """Weights of the domains in a training on all that BTX takes: as its section says, else those of both stages."""
+    return mix(recipe, names, section) if getattr(recipe, section).mix else both_stages(recipe, names)
+
+
 def both_stages(recipe: Recipe, names: list[str]) -> dict[str, float]:
     """Tokens of each domain that the experts trained here and the finetuning take together."""
     finetuned = mix(recipe, names)

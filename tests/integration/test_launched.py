@@ -44,7 +44,8 @@ def test_two_processes_save_together_stop_together_and_resume_to_the_same_digest
     btx(*argv, cwd=tmp_path)
     whole, stopped = manifest(tmp_path / "whole"), manifest(tmp_path / "stopped")
     assert whole["facts"]["processes"] == stopped["facts"]["processes"] == 2
-    assert 50 <= stopped["facts"]["resumed_from"] < 490
+    least = 1 if number == signal.SIGKILL else 50  # the last timed save may lie some steps before the kill
+    assert least <= stopped["facts"]["resumed_from"] < 490
     assert stopped["digest"] == whole["digest"]
 
 
