@@ -46,7 +46,9 @@ class Tensors:
         path = self.folder / entry.file
         try:
             if entry.file not in self._open:
-                self._open[entry.file] = os.open(path, os.O_RDONLY)
+                handle = os.open(path, os.O_RDONLY)
+                if self._open.setdefault(entry.file, handle) != handle:  # another thread was faster
+                    os.close(handle)
             done = 0
             while done < len(buffer):
                 part = buffer[done : done + LARGEST_READ]

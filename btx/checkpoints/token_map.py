@@ -26,6 +26,7 @@ STAYS = ("generation_config.json", "chat_template.jinja")  # of what is carried,
 OFFSETS = ("trim_offsets",)  # options that move offsets, no ids
 NAMES = {"model": "vocabulary, merges or options"}
 Map = dict[str, Any]
+DECIDING = ("model_type", "tokenizer_class", "model_name", "_name_or_path")  # what AutoTokenizer reads of a config
 KEPT = 8  # maps that a process remembers: tens of MB each
 _KNOWN: dict[str, tuple[Map, str]] = {}
 
@@ -50,7 +51,8 @@ def token_map(folder: Path, beside: Mapping[str, Any] | None = None) -> Map:
 def _known(folder: Path, beside: Mapping[str, Any] | None) -> tuple[Map, str]:
     """A map and its digest, of each content and config once a process, wherever it lies: to load one takes a second."""
     files = [(name, file_digest(folder / name)) for name in CARRIED if name not in STAYS and (folder / name).is_file()]
-    key = fingerprint([files, beside or _config(folder)])
+    config = beside or _config(folder)
+    key = fingerprint([files, {k: config.get(k) for k in DECIDING} if isinstance(config, Mapping) else None])
     if key not in _KNOWN:
         found = _token_map(folder, beside)
         if len(_KNOWN) == KEPT:
@@ -208,5 +210,14 @@ def _same(out: Path, wanted: Map) -> bool:
 def require_carried(folder: Path, model_type: str) -> None:
     """ArtifactError, before anything is trained, unless a seed's tokenizer can go with the model that it becomes."""
     with tempfile.TemporaryDirectory(prefix="btx-tokenizer-") as scratch:
-        write_json(Path(scratch) / CONFIG, {"model_type": model_type})
-        carry_tokenizer(folder, Path(scratch), folder)
+        carry_beside(folder, Path(scratch) / "made", model_type)
+
+
+def carry_beside(folder: Path, out: Path, model_type: str) -> None:
+    """Make `out`, with a seed's tokenizer files as they go with a model of this type, and a config.json that names it.
+
+    ArtifactError where they do not.
+    """
+    out.mkdir()
+    write_json(out / CONFIG, {"model_type": model_type})
+    carry_tokenizer(folder, out, folder)

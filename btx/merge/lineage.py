@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -26,6 +28,12 @@ def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
             f"{who} ({other.folder}) is no descendant of the seed ({seed.folder}): {len(wrong)} tensors "
             f"differ in presence or shape, first {'; '.join(wrong[:3])}."
         )
+
+
+def distances(seed: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, dict[str, float]]:
+    """`distance` of several models, by name, side by side: reading and arithmetic let other threads run."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(others, pool.map(partial(distance, seed), others.values()), strict=True))
 
 
 def distance(seed: Checkpoint, other: Checkpoint, *, names: Collection[str] | None = None) -> dict[str, float]:

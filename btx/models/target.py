@@ -47,11 +47,11 @@ def moe_config(
     return AutoConfig.for_model(family.moe, **kept)
 
 
-def class_name(config: object) -> str:
-    """The stock class of a native config."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def class_name(config: Any) -> str:
+    """The stock class of a native config, by the table that transformers finds it in: to import it takes a second."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
 
 
 def warnings_of(dense: dict[str, Any], where: str) -> list[str]:

@@ -21,15 +21,27 @@ if TYPE_CHECKING:
 
 
 class VerifySeed(Step):
-    """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes."""
+    """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes.
+
+    Beside it, in `tokenizer/`, the seed's tokenizer as it goes with the Mixture of Experts.
+    """
 
     kind: ClassVar[str] = "branch"
+    version: ClassVar[int] = 2
     seed: Step
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer files that the Mixture of Experts has."""
+        return self.folder / "tokenizer"
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Check the seed, write the lineage."""
+        from btx.checkpoints.token_map import carry_beside
+
         lineage = self.examine()
         write_json(out / "lineage.json", lineage)
+        carry_beside(self.seed.folder, out / self.tokenizer.name, lineage["becomes"])
         for warning in lineage["warnings"]:
             tell({"label": self.label, "warning": warning})
         return {"family": lineage["family"], "becomes": lineage["becomes"]}

@@ -158,9 +158,10 @@ class Merge(Models):
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
+        from btx.checkpoints.reader import carry_files
         from btx.checkpoints.token_map import carry_tokenizer
         from btx.merge.layout import layout
-        from btx.merge.lineage import distance
+        from btx.merge.lineage import distances
         from btx.merge.write import write_moe
 
         with ExitStack() as stack:
@@ -168,9 +169,13 @@ class Merge(Models):
             experts = layout(self.settings, list(models), seed.config, str(seed.folder))
             top_k = min(TOP_K, experts.count)
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell), joint)
-            carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
+            if self.vocabulary or self.settings.attention:
+                carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
+            else:  # tried beside this family once, where the seed was looked at
+                carry_files(self.branch.tokenizer, out)
             known = self.descent.distances() if self.descent else {}
-            far = {n: known.get(n) or distance(seed, m) for n, m in models.items() if n != SEED}
+            new = distances(seed, {n: m for n, m in models.items() if n != SEED and n not in known})
+            far = {n: known.get(n) or new[n] for n in models if n != SEED}
         names = list(experts.owners)
         if self.settings.router in FROM_DATA:
             tell({"label": self.label, "note": f"routers from {self.settings.router}"})
@@ -199,11 +204,12 @@ class Merge(Models):
 
 
 def width_of(folder: Path) -> int:
-    """The feed-forward width of a dense checkpoint."""
+    """The feed-forward width of a dense checkpoint, which its config.json has to state."""
     from btx.checkpoints.validate import read_config
     from btx.models.native import native_config
 
-    return int(native_config(read_config(folder), str(folder)).intermediate_size)
+    config = read_config(folder)  # transformers is asked last: its config classes take seconds to import
+    return int(config.get("intermediate_size") or native_config(config, str(folder)).intermediate_size)
 
 
 def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from btx.checkpoints.token_map import DECIDING
 from btx.checkpoints.validate import read_config
 from btx.errors import ArtifactError
 from btx.export.portable import UNBALANCED, notes, portable_config
-from btx.models.families import DENSE
+from btx.models.families import DENSE, MOE
 from btx.models.native import (
     ACTING,
     bookkeeping,
     declared,
 )
-from btx.models.target import moe_config, warnings_of
+from btx.models.target import class_name, moe_config, warnings_of
 from tests.conftest import FAMILIES, config_of, save_model
 from tests.faults.test_bad_mixture import moe
 from tests.faults.world import World, edit_json, refused
@@ -211,3 +213,29 @@ def test_btx_moe_says_so_too(tmp_path: Path) -> None:
     said = moe("replace", made, seed, "--name", "1", out=tmp_path / "out")
     assert "warning: the expert 1" in said
     assert "is_llama_config" in said
+
+
+@pytest.mark.parametrize("kind", sorted(MOE))
+def test_the_class_of_a_config_is_the_one_that_transformers_makes_of_it(kind: str) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind)
+    assert getattr(transformers, class_name(config)) is transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def test_of_a_config_the_loading_of_a_tokenizer_reads_what_the_key_of_its_map_holds(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, LlamaConfig
+
+    config, read = LlamaConfig(), set[str]()
+    stated = {f.name for f in fields(LlamaConfig)} | {*DECIDING}
+    plain = LlamaConfig.__getattribute__
+
+    def traced(self: Any, name: str) -> Any:
+        read.add(name)
+        return plain(self, name)
+
+    monkeypatch.setattr(LlamaConfig, "__getattribute__", traced)
+    AutoTokenizer.from_pretrained(str(world.seed), config=config, local_files_only=True)
+    assert "model_type" in read & stated <= {*DECIDING}
