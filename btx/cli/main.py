@@ -44,7 +44,7 @@ def main() -> None:
 def graph_of(recipe: Path, overrides: tuple[str, ...]) -> Graph:
     """The graph of a recipe file, paths in it relative to that file."""
     from btx.conversions.pipeline import Graph
-    from btx.recipe.recipe import load_recipe
+    from btx.conversions.registry import load_recipe
 
     return Graph(load_recipe(recipe, list(overrides)), recipe.absolute().parent)
 
@@ -171,7 +171,7 @@ def path(recipe: Path, step: str, overrides: tuple[str, ...]) -> None:
 def plan(recipe: Path, overrides: tuple[str, ...], tflops: float, devices: int, here: bool) -> None:
     """Tokens, FLOPs, time, memory and disk, before anything runs."""
     from btx.cli.plan import measured_tflops, seed_config, show_plan
-    from btx.recipe.recipe import load_recipe
+    from btx.conversions.registry import load_recipe
 
     read, base = load_recipe(recipe, list(overrides)), recipe.absolute().parent
     tflops = measured_tflops(read, seed_config(read, base)) if here else tflops
@@ -224,7 +224,7 @@ def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     import json
 
-    from btx.recipe.recipe import schema as recipe_schema
+    from btx.conversions.registry import schema as recipe_schema
 
     click.echo(json.dumps(recipe_schema(), indent=2))
 

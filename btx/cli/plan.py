@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btx.checkpoints.validate import read_config, require_size
+from btx.conversions.registry import conversions
 from btx.errors import RecipeError
 from btx.merge.layout import layout
 from btx.models import flops
@@ -121,12 +122,9 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
         return found  # a merge is all that can be made without data
     settings = recipe.finetuning
     found.append(_row("finetune", moe, settings.tokens, settings, dtype))
-    if control := recipe.continuing:
-        found.append(_row("dense", dense, control.tokens or recipe.tokens_in_all, control, dtype))
-    if upcycled := recipe.upcycling:
-        copies = layout(recipe.copying, ["seed"], dense, "the seed")
-        config = copies.config(dense, upcycled.experts_per_token or copies.count, "the seed")
-        found.append(_row("upcycled", config.to_dict(), upcycled.tokens or recipe.tokens_in_all, upcycled, dtype))
+    for name, said in recipe.sections.items():
+        planned = conversions()[name].plan(recipe, said, dense)
+        found += [_row(t.label, t.config, t.tokens, t.settings, dtype) for t in planned]
     return found
 
 

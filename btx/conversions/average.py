@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from btx.conversions.contract import Conversion
 from btx.conversions.experts import Experts
-from btx.conversions.sources import Sources, Start
+from btx.conversions.sources import Model, Sources, Start
 from btx.steps.merge import Average
 
 
-def build(sources: Sources, start: Start, experts: Experts) -> Average:
+def build(sources: Sources, start: Start, experts: Experts, _settings: None) -> dict[str, Model]:
     """The averaged model."""
     settings = sources.recipe.merge.averaging
-    return sources.add(Average(settings=settings, **experts.fields(start), **sources.place()))
+    step = sources.add(Average(settings=settings, **experts.fields(start), **sources.place()))
+    return {"average": Model(step, tokens=experts.domains_merged(sources, start))}
+
+
+CONVERSION = Conversion(build, models=("average",))

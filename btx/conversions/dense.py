@@ -1,23 +1,90 @@
-"""The control: the dense seed, continued on the data and the tokens of the whole conversion."""
+"""The mandatory control: the dense seed, continued on the data and the tokens of the whole conversion."""
 
 from __future__ import annotations
 
-from btx.conversions.sources import Sources, Start
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from btx.conversions.contract import Config, Conversion, Training
+from btx.conversions.experts import Experts
+from btx.conversions.sources import Model, Sources, Start
+from btx.graph.step import Step, Tell
+from btx.recipe.fields import Count, Weight
 from btx.recipe.mixing import shares_in_all
-from btx.recipe.settings import DenseSettings, TrainSettings
-from btx.steps.dense import Dense
+from btx.recipe.recipe import Recipe, Section, require_whole_batches
+from btx.recipe.settings import TrainSettings
+from btx.steps.branch import VerifySeed, require_positions
+from btx.steps.tokens import TokensStep
 
 
-def build(sources: Sources, start: Start) -> Dense | None:
-    """The continued seed, where the recipe asks for it."""
-    recipe = sources.recipe
-    settings = recipe.continuing
-    if settings is None:
-        return None
-    tokens = sources.all_data(start)
-    said = settings.model_dump(exclude=set(DenseSettings.model_fields) - set(TrainSettings.model_fields))
-    shares = shares_in_all(recipe, list(tokens), "dense")
-    return sources.add(Dense(
-        branch=start.branch, tokens=tokens, weights=shares, budget=settings.tokens or recipe.tokens_in_all,
-        train=TrainSettings(**said), **sources.place(),
+class DenseSettings(TrainSettings, Section):
+    """The control: the dense seed continued on as many tokens as BTX takes; what it does not say is as in train."""
+
+    tokens: Count | None = Field(
+        None, description="default: what the experts trained here and the finetuning take together"
+    )
+    mix: dict[str, Weight] = Field(
+        default_factory=dict, description="as finetune.mix; default: the shares of both stages together"
+    )
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> DenseSettings:
+        return self  # what is not said here comes from `train`, so `fits` looks at the two together
+
+    def fits(self, recipe: Recipe, name: str) -> None:
+        """Domains that there are, and whole batches."""
+        recipe.require_domains(f"{name}.mix", self.mix)
+        require_whole_batches(f"{name}, with what it takes from train", recipe.filled(self))
+
+
+class Dense(Step):
+    """A dense checkpoint of the seed's shape."""
+
+    kind: ClassVar[str] = "dense"
+    trains: ClassVar[bool] = True
+    branch: VerifySeed
+    tokens: dict[str, TokensStep]
+    weights: dict[str, float]
+    budget: int
+    train: TrainSettings
+
+    @property
+    def asks(self) -> dict[str, int]:
+        """A sequence of each data that counts."""
+        length = self.train.sequence_length
+        return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
+
+    def check(self, asked: int) -> None:
+        """Whether the seed has as many positions as a sequence."""
+        require_positions(self.branch.seed, "dense.sequence_length", self.train.sequence_length)
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Train and save."""
+        from btx.steps.train import fit
+
+        seed = self.branch.seed.folder
+        return fit(
+            self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,
+            settings=self.train, out=out, work=work, tell=tell,
+        )  # fmt: skip
+
+
+def build(sources: Sources, start: Start, _experts: Experts, settings: DenseSettings) -> dict[str, Model]:
+    """The continued seed."""
+    recipe, tokens = sources.recipe, sources.all_data(start)
+    said = recipe.filled(settings).model_dump(include=set(TrainSettings.model_fields))
+    step = sources.add(Dense(
+        branch=start.branch, tokens=tokens, weights=shares_in_all(recipe, list(tokens), settings.mix, "dense.mix"),
+        budget=settings.tokens or recipe.tokens_in_all, train=TrainSettings(**said), **sources.place(),
     ))  # fmt: skip
+    return {"dense": Model(step)}
+
+
+def plan(recipe: Recipe, settings: DenseSettings, seed: Config) -> list[Training]:
+    """The training of the seed's shape."""
+    return [Training("dense", seed, settings.tokens or recipe.tokens_in_all, recipe.filled(settings))]
+
+
+CONVERSION = Conversion(build, models=("dense",), section=DenseSettings, plan=plan)

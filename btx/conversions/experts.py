@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from btx.conversions.sources import Sources, Start
+from btx.conversions.sources import Model, Sources, Start
 from btx.graph.step import Step
 from btx.steps.branch import VerifyExperts
 from btx.steps.given import ExternalCheckpoint
+from btx.steps.tokens import TokensStep
 from btx.steps.train import Train
 from btx.steps.vocabulary import VocabularyStep
+
+MERGED = "@merged"  # behind the name of tokens that are in the merged model's tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,23 @@ class Experts:
     def fields(self, start: Start) -> dict[str, Any]:
         """What the steps that merge them say of them."""
         return {"branch": start.branch, "descent": self.descent, "experts": self.steps, "vocabulary": self.vocabulary}
+
+    def models(self, sources: Sources, start: Start) -> dict[str, Model]:
+        """What is measured of them."""
+        own = {
+            name: {n: sources.tokens(n, *start.documents[n], self.steps[name], f"@{name}", start.seed)
+                   for n in start.tokens}
+            for name in (self.vocabulary.experts if self.vocabulary else ())
+        }  # fmt: skip
+        return {f"expert:{name}": Model(step, tokens=own.get(name, {})) for name, step in self.steps.items()}
+
+    def data_merged(self, sources: Sources, start: Start) -> dict[str, TokensStep]:
+        """All data in the tokenizer of what is merged of them."""
+        return sources.all_data(start, self.vocabulary, MERGED) if self.vocabulary else sources.all_data(start)
+
+    def domains_merged(self, sources: Sources, start: Start) -> dict[str, TokensStep]:
+        """The domains in that tokenizer, where it is another than the seed's."""
+        return {n: self.data_merged(sources, start)[n] for n in start.tokens} if self.vocabulary else {}
 
 
 def build(sources: Sources, start: Start) -> Experts:

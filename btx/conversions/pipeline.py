@@ -8,23 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from btx.conversions import average, btx, dense, experts, upcycle
+from btx.conversions import experts
 from btx.conversions.place import check_place
-from btx.conversions.sources import Sources, Start
+from btx.conversions.registry import conversions
+from btx.conversions.sources import Model, Sources, Start
 from btx.errors import RecipeError, nearest
 from btx.graph.digests import Digests
 from btx.graph.step import Step
 from btx.recipe.paths import expanded
 from btx.recipe.recipe import Recipe
-from btx.recipe.settings import RoutingRule
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
-from btx.steps.finetune import Finetune
 from btx.steps.given import ExternalCheckpoint
 from btx.steps.measure import Measure
 from btx.steps.merge import SEED, Merge
 from btx.steps.report import Report
-from btx.steps.tokens import Reads, TokensStep
+from btx.steps.tokens import Reads
 from btx.steps.train import Train
 
 STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
@@ -42,47 +41,38 @@ class Graph:
         self._build()
 
     def _build(self) -> None:
-        sources = self.sources
+        sources, recipe = self.sources, self.recipe
         start = sources.start()
         made = experts.build(sources, start)
-        averaged = average.build(sources, start, made)
-        merged, finetuned = btx.build(sources, start, made)
-        if finetuned is None:
-            return
-        others = {"dense": dense.build(sources, start), "upcycled": upcycle.build(sources, start)}
-        models = {
-            SEED: start.seed, **{f"expert:{name}": step for name, step in made.steps.items()},
-            "average": averaged, "merged": merged, "finetuned": finetuned,
-            **{name: step for name, step in others.items() if step},
-        }  # fmt: skip
-        evaluate = self._measured(models, start, btx.own_tokens(sources, start, made))
-        recipe, place = self.recipe, sources.place()
+        models = {SEED: Model(start.seed), **made.models(sources, start)}
+        for name, conversion in conversions().items():
+            settings = recipe.sections.get(name)
+            if conversion.section is None or (settings and start.tokens):
+                models |= conversion.build(sources, start, made, settings)
+        if not start.tokens:
+            return  # experts that were trained elsewhere are merged, and there is nothing to measure them on
+        evaluate = self._measured(models, start)
         export = sources.add(Export(
-            model=finetuned, evaluate=evaluate, settings=recipe.export, title=recipe.export.name or recipe.name,
-            base_model=recipe.export.base_model or Path(recipe.seed.checkpoint).name, **place,
+            model=models["finetuned"].step, evaluate=evaluate, settings=recipe.export,
+            title=recipe.export.name or recipe.name,
+            base_model=recipe.export.base_model or Path(recipe.seed.checkpoint).name, **sources.place(),
         ))  # fmt: skip
-        sources.add(Report(evaluate=evaluate, export=export, **place))
+        sources.add(Report(evaluate=evaluate, export=export, **sources.place()))
 
-    def _measured(self, models: dict[str, Step], start: Start, own: dict[str, dict[str, TokensStep]]) -> Evaluate:
+    def _measured(self, models: dict[str, Model], start: Start) -> Evaluate:
         """Every model scored by itself, and all of them side by side."""
         recipe, sources = self.recipe, self.sources
         length = recipe.evaluate.sequence_length or recipe.train.sequence_length
         measures = {
             name: sources.add(Measure(
-                model=model, tokens=start.tokens, own=own.get(name, {}), length=length,
-                settings=recipe.evaluate.measure, rule=self._rule(model), **sources.place(name),
+                model=model.step, tokens=start.tokens, own=model.tokens, length=length,
+                settings=recipe.evaluate.measure, rule=model.rule, **sources.place(name),
             ))
             for name, model in models.items()
         }  # fmt: skip
         return sources.add(Evaluate(
             seed=start.seed, measures=measures, tokens=start.tokens, settings=recipe.evaluate, **sources.place()
         ))  # fmt: skip
-
-    def _rule(self, model: Step) -> RoutingRule | None:
-        """How a Mixture of Experts is routed when it is measured: as it was trained, or as it is going to be."""
-        if isinstance(model, Finetune):
-            return model.settings.rule
-        return self.recipe.finetuning.rule if isinstance(model, Merge) else None
 
     def export_unmeasured(self) -> None:
         """Let the export stand without an evaluation that is not there yet; its card then says so."""
@@ -151,12 +141,9 @@ def resolved(recipe: Recipe) -> Recipe:
     from btx.recipe.precision import automatic
 
     found = {}
-    for name in ("train", "finetune", "dense", "upcycle", "evaluate"):
+    for name in ("train", "evaluate", "finetune", *recipe.sections):
         section = getattr(recipe, name)
-        if section is None or (
-            "precision" not in section.model_fields_set and name in ("finetune", "dense", "upcycle")
-        ):
-            continue  # which take it from `train`
-        if section.precision == "auto":
+        own = name in ("train", "evaluate") or "precision" in section.model_fields_set  # else it is as in `train`
+        if own and getattr(section, "precision", None) == "auto":
             found[name] = section.model_copy(update={"precision": automatic(recipe.run.device)})
     return recipe.model_copy(update=found)

@@ -1,22 +1,72 @@
-"""Every class of step that there is: the listings of `btx/steps/` and `btx/conversions/` are the registry."""
+"""What there is: every conversion, every class of step, and the recipe that they make together.
+
+The listing of a folder is the registry. So a conversion is one file, and its section of the recipe is validated,
+documented by the schema and its mistakes told like any other.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import Field, create_model
 
 import btx.conversions
 import btx.steps
+from btx.conversions.contract import Conversion
 from btx.graph.step import Step
+from btx.recipe.recipe import Recipe, read_recipe
+
+
+@cache
+def conversions() -> dict[str, Conversion]:
+    """By the names of their modules, those that are always made first."""
+    found = {
+        module.__name__.rpartition(".")[2]: module.CONVERSION
+        for module in _modules(btx.conversions)
+        if hasattr(module, "CONVERSION")
+    }
+    return dict(sorted(found.items(), key=lambda one: one[1].section is not None))
+
+
+@cache
+def recipe_model() -> type[Recipe]:
+    """The recipe with the section of every conversion that has one."""
+    owned = {name: found.section for name, found in conversions().items() if found.section}
+    fields: dict[str, Any] = {
+        name: (section | None, Field(None, description=section.__doc__)) for name, section in owned.items()
+    }
+    made = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **fields)
+    made.conversions = tuple(owned)
+    made.reserved = ("seed", *(model for found in conversions().values() for model in found.models))
+    return made
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """A recipe from a file with `a.b=value` overrides; RecipeError names every field that is wrong."""
+    return read_recipe(path, overrides, recipe_model())
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **recipe_model().model_json_schema()}
 
 
 def classes() -> dict[str, type[Step]]:
-    """By their names."""
+    """Every class of step, by name."""
     for room in (btx.steps, btx.conversions):
-        for module in pkgutil.iter_modules(room.__path__):
-            importlib.import_module(f"{room.__name__}.{module.name}")
+        list(_modules(room))
     return {cls.__name__: cls for cls in _below(Step) if cls.__module__.startswith("btx.")}
+
+
+def _modules(room: ModuleType) -> Iterator[ModuleType]:
+    for module in pkgutil.iter_modules(room.__path__):
+        yield importlib.import_module(f"{room.__name__}.{module.name}")
 
 
 def _below(cls: type[Step]) -> Iterator[type[Step]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from btx.graph.artifact import fingerprint
 from btx.graph.digests import Digests
 from btx.graph.step import Step
 from btx.recipe.recipe import Recipe
-from btx.recipe.settings import DataSettings
+from btx.recipe.settings import DataSettings, RoutingRule
 from btx.steps.adapted import MergedLora
 from btx.steps.branch import VerifySeed
 from btx.steps.given import ExternalCheckpoint
@@ -35,6 +35,15 @@ class Start:
     branch: VerifySeed
     tokens: dict[str, TokensStep]  # of the domains that have data, by the seed's tokenizer
     documents: dict[str, tuple[list[str], list[str]]]  # files and held-out files of those, and of the seed's own data
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a conversion makes: the step that publishes it, how it is routed, the domains in a tokenizer of its own."""
+
+    step: Step
+    rule: RoutingRule | None = None  # of a Mixture of Experts, when it is measured
+    tokens: dict[str, TokensStep] = field(default_factory=dict)
 
 
 class Sources:

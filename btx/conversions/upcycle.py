@@ -6,13 +6,51 @@ It is BTX without branches: the same class, router, data and number of tokens, a
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from btx.conversions.sources import Sources, Start
+from pydantic import Field
+
+from btx.conversions.contract import Config, Conversion, Training
+from btx.conversions.experts import Experts
+from btx.conversions.sources import Model, Sources, Start
+from btx.merge.layout import layout
+from btx.recipe.fields import Count, Share
+from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.mixing import shares_in_all
+from btx.recipe.recipe import Recipe, Section, require_whole_batches
 from btx.recipe.settings import FinetuneSettings
 from btx.steps.finetune import Finetune
-from btx.steps.merge import Merge
+from btx.steps.merge import SEED, Merge
+
+
+class UpcycleSettings(FinetuneSettings, Section):
+    """Sparse upcycling of the seed on as many tokens as BTX takes; what it does not say is as in train and finetune."""
+
+    tokens: Count | None = Field(  # type: ignore[assignment]
+        None, description="default: what the experts trained here and the finetuning take together"
+    )
+    experts: Annotated[Count, Field(ge=2)] | None = Field(None, description="default: as many as the merge makes")
+    router: Literal["random", "orthogonal"] = "random"
+    reinitialize: Share = Field(0.0, description="share of each copy's hidden units drawn anew (Drop-Upcycling)")
+
+    def fits(self, recipe: Recipe, name: str) -> None:
+        """Domains that there are, whole batches, and as many copies as a token visits."""
+        recipe.require_domains(f"{name}.mix", self.mix)
+        said, copies = recipe.filled(self), self.copies(recipe)
+        require_whole_batches(f"{name}, with what it takes from train", said)
+        if (said.experts_per_token or 1) > copies:
+            raise ValueError(f"{name}.top_k is {said.top_k}, but there are {copies} copies; choose 1 to {copies}")
+
+    def copies(self, recipe: Recipe) -> int:
+        """How many experts there are."""
+        return self.experts or len(recipe.merge.owners(recipe.models))
+
+    def laid_out(self, recipe: Recipe) -> MergeSettings:
+        """How the copies are laid out."""
+        return MergeSettings(
+            copies=self.copies(recipe), router=self.router, reinitialize=self.reinitialize, seed=recipe.merge.seed,
+            dtype=recipe.merge.dtype,
+        )  # fmt: skip
 
 
 class Upcycle(Merge):
@@ -28,19 +66,26 @@ class Upcycled(Finetune):
     section: ClassVar[str] = "upcycle"
 
 
-def build(sources: Sources, start: Start) -> Upcycled | None:
-    """The trained copies, where the recipe asks for them."""
-    recipe = sources.recipe
-    settings = recipe.upcycling
-    if settings is None:
-        return None
-    tokens = sources.all_data(start)
-    merge = sources.add(
-        Upcycle(branch=start.branch, descent=None, experts={}, settings=recipe.copying, **sources.place())
-    )
-    shares = shares_in_all(recipe, list(tokens), "upcycle")
-    said = {name: getattr(settings, name) for name in FinetuneSettings.model_fields}
+def build(sources: Sources, start: Start, _experts: Experts, settings: UpcycleSettings) -> dict[str, Model]:
+    """The trained copies."""
+    recipe, tokens = sources.recipe, sources.all_data(start)
+    copies = settings.laid_out(recipe)
+    merge = sources.add(Upcycle(branch=start.branch, descent=None, experts={}, settings=copies, **sources.place()))
+    shares = shares_in_all(recipe, list(tokens), settings.mix, "upcycle.mix")
+    filled = recipe.filled(settings)
+    said = {name: getattr(filled, name) for name in FinetuneSettings.model_fields}
     said |= {"tokens": settings.tokens or recipe.tokens_in_all, "mix": {}}
-    return sources.add(
+    step = sources.add(
         Upcycled(merge=merge, tokens=tokens, weights=shares, settings=FinetuneSettings(**said), **sources.place())
     )
+    return {"upcycled": Model(step, step.settings.rule)}
+
+
+def plan(recipe: Recipe, settings: UpcycleSettings, seed: Config) -> list[Training]:
+    """The training of the copies."""
+    copies, filled = layout(settings.laid_out(recipe), [SEED], seed, "the seed"), recipe.filled(settings)
+    config = copies.config(seed, filled.experts_per_token or copies.count, "the seed")
+    return [Training("upcycled", config.to_dict(), settings.tokens or recipe.tokens_in_all, filled)]
+
+
+CONVERSION = Conversion(build, models=("upcycled",), section=UpcycleSettings, plan=plan)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from btx.errors import RecipeError
 from btx.recipe.recipe import Recipe
 
 
-def shares_in_all(recipe: Recipe, names: list[str], section: str) -> dict[str, float]:
-    """Weights of the domains in a training on all that BTX takes: as its section says, else those of both stages."""
-    return mix(recipe, names, section) if getattr(recipe, section).mix else both_stages(recipe, names)
+def shares_in_all(recipe: Recipe, names: list[str], said: Mapping[str, float], where: str) -> dict[str, float]:
+    """Weights of the domains in a training on all that BTX takes: as `said`, else those of both stages together."""
+    return stated(names, said, where) if said else both_stages(recipe, names)
 
 
 def both_stages(recipe: Recipe, names: list[str]) -> dict[str, float]:
@@ -21,18 +23,23 @@ def both_stages(recipe: Recipe, names: list[str]) -> dict[str, float]:
     return shares
 
 
-def mix(recipe: Recipe, names: list[str], section: str = "finetune") -> dict[str, float]:
-    """Weights of the domains in the finetuning (or the control): as the recipe says, else by their training tokens."""
-    if said := getattr(recipe, section).mix:
-        for name in said:
-            if name not in names:
-                raise RecipeError(f"{section}.mix names {name}, which has no `data`. Give it some, or leave it out.")
-        weights = {n: float(said.get(n, 0.0)) for n in names}
-        if not sum(weights.values()):
-            raise RecipeError(f"{section}.mix: all weights are zero. Give at least one domain a positive weight.")
-        return weights
+def mix(recipe: Recipe, names: list[str]) -> dict[str, float]:
+    """Weights of the domains in the finetuning: as the recipe says, else by their training tokens."""
+    if recipe.finetune.mix:
+        return stated(names, recipe.finetune.mix, "finetune.mix")
     budgets = {n: d.tokens and d.tokens * d.experts for n, d in recipe.domains.items()}
     budgets["seed"] = recipe.seed.tokens
-    stated = [b for n in names if (b := budgets[n])]
-    usual = sum(stated) / len(stated) if stated else 1.0
+    known = [b for n in names if (b := budgets[n])]
+    usual = sum(known) / len(known) if known else 1.0
     return {n: float(budgets[n] or usual) for n in names}
+
+
+def stated(names: list[str], said: Mapping[str, float], where: str) -> dict[str, float]:
+    """Weights of the domains that have data, as a recipe says; RecipeError for one that has none."""
+    for name in said:
+        if name not in names:
+            raise RecipeError(f"{where} names {name}, which has no `data`. Give it some, or leave it out.")
+    weights = {n: float(said.get(n, 0.0)) for n in names}
+    if not sum(weights.values()):
+        raise RecipeError(f"{where}: all weights are zero. Give at least one domain a positive weight.")
+    return weights

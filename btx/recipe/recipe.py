@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -20,20 +20,18 @@ from btx.recipe.messages import SIGNS, sentences
 from btx.recipe.settings import (
     BuiltinSeed,
     DataSettings,
-    DenseSettings,
     EvaluateSettings,
     ExportSettings,
     FinetuneSettings,
     RunSettings,
     Settings,
     TrainSettings,
-    UpcycleSettings,
     steps_of,
 )
 from btx.recipe.strict_yaml import parse_yaml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-RESERVED = ("seed", "average", "merged", "finetuned", "dense", "upcycled")
+S = TypeVar("S", bound=TrainSettings)
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 
 
@@ -101,9 +99,18 @@ class DomainRecipe(Settings):
         return self
 
 
-class Recipe(Settings):
-    """A whole run."""
+class Section(Settings):
+    """A section of the recipe that a conversion owns: its settings, and what they ask of the rest."""
 
+    def fits(self, recipe: Recipe, name: str) -> None:
+        """ValueError where it does not go with the rest of the recipe; `name` is the section's key."""
+
+
+class Recipe(Settings):
+    """A whole run, of BTX and of the conversions beside it, whose sections are fields of a subclass."""
+
+    conversions: ClassVar[tuple[str, ...]] = ()  # the keys of those sections
+    reserved: ClassVar[tuple[str, ...]] = ("seed",)  # names of models in a report, which no domain may have
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     seed: SeedRecipe
     domains: dict[str, DomainRecipe] = Field(min_length=1)
@@ -111,13 +118,6 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     merge: MergeSettings = MergeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
-    dense: DenseSettings | None = Field(
-        None, description="the control: the dense seed continued on as many tokens as BTX takes; {} takes all of train"
-    )
-    upcycle: UpcycleSettings | None = Field(
-        None,
-        description="sparse upcycling of the seed on as many tokens as BTX takes; {} takes all of train and finetune",
-    )
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     run: RunSettings = RunSettings()
@@ -133,32 +133,22 @@ class Recipe(Settings):
         return {expert: name for name, domain in self.domains.items() for expert in domain.names(name)}
 
     @property
+    def sections(self) -> dict[str, Section]:
+        """What is said of the conversions beside BTX, by their keys; those of which nothing is said are not made."""
+        return {name: said for name in self.conversions if (said := getattr(self, name)) is not None}
+
+    @property
     def finetuning(self) -> FinetuneSettings:
         """The finetuning's settings; what they do not say of the optimiser is as in `train`."""
-        return FinetuneSettings.model_validate({**dict(self.finetune), **self._inherited(self.finetune)})
+        return self.filled(self.finetune)
 
-    @property
-    def continuing(self) -> DenseSettings | None:
-        """The settings of the dense control, where there is one; the rest is as in `train`."""
-        return self.dense and DenseSettings.model_validate({**dict(self.dense), **self._inherited(self.dense)})
-
-    @property
-    def upcycling(self) -> UpcycleSettings | None:
-        """The settings of sparse upcycling, where there is one; the rest is as in `finetune` and `train`."""
-        if self.upcycle is None:
-            return None
-        rules = set(FinetuneSettings.model_fields) - set(TrainSettings.model_fields) - {"tokens", "mix"}
-        ruled = {name: getattr(self.finetune, name) for name in rules - self.upcycle.model_fields_set}
-        return UpcycleSettings.model_validate({**dict(self.upcycle), **ruled, **self._inherited(self.upcycle)})
-
-    @property
-    def copying(self) -> MergeSettings:
-        """How the seed's copies are laid out for sparse upcycling."""
-        said = self.upcycle or UpcycleSettings()
-        return MergeSettings(
-            copies=said.experts or len(self.merge.owners(self.models)), router=said.router,
-            reinitialize=said.reinitialize, seed=self.merge.seed, dtype=self.merge.dtype,
-        )  # fmt: skip
+    def filled(self, section: S) -> S:
+        """A section with what it does not say: of the optimiser as in `train`, of routers as in `finetune`."""
+        found = {name: getattr(self.train, name) for name in set(TrainSettings.model_fields) - section.model_fields_set}
+        if isinstance(section, FinetuneSettings):
+            rules = set(FinetuneSettings.model_fields) - set(TrainSettings.model_fields) - {"tokens", "mix"}
+            found |= {name: getattr(self.finetune, name) for name in rules - section.model_fields_set}
+        return type(section).model_validate({**dict(section), **found})
 
     @property
     def tokens_in_all(self) -> int:
@@ -167,10 +157,6 @@ class Recipe(Settings):
         apart = sum(steps_of(d.tokens or 0, self.train) * d.experts for d in trained) * self.train.batch_tokens
         return apart + steps_of(self.finetune.tokens, self.finetuning) * self.finetuning.batch_tokens
 
-    def _inherited(self, section: TrainSettings) -> dict[str, Any]:
-        unset = set(TrainSettings.model_fields) - section.model_fields_set
-        return {name: getattr(self.train, name) for name in unset}
-
     @field_validator("domains")
     @classmethod
     def _names(cls, domains: dict[str, DomainRecipe]) -> dict[str, DomainRecipe]:
@@ -178,7 +164,7 @@ class Recipe(Settings):
         for name in domains:
             if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r} is no domain name: {SIGNS}")
-            if name.lower() in RESERVED:
+            if name.lower() in cls.reserved:
                 raise ValueError(f"{name!r} names another model of the report; call the domain something else")
             if name.lower() in folded:
                 raise ValueError(f"{name!r} and {folded[name.lower()]!r} differ in case only; choose clearer names")
@@ -188,12 +174,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         """What spans sections: names, numbers of experts, batches."""
-        for where, mix in {
-            "finetune.mix": self.finetune.mix,
-            "dense.mix": self.dense.mix if self.dense else {},
-            "upcycle.mix": self.upcycle.mix if self.upcycle else {},
-        }.items():
-            _refuse_unknown(where, "domain", mix, [*self.domains, "seed"])
+        self.require_domains("finetune.mix", self.finetune.mix)
         if isinstance(self.merge.copies, dict):
             _refuse_unknown("merge.copies", "model", self.merge.copies, self.models)
         for where, how in self.merge.shared.everything.items():
@@ -210,6 +191,8 @@ class Recipe(Settings):
                 )
         if self.evaluate.split == "select" and not self.data.select:
             raise ValueError("evaluate.split is select, and data.select holds nothing out for it; raise data.select")
+        for name, section in self.sections.items():
+            section.fits(self, name)
         return self
 
     def _enough_experts(self) -> None:
@@ -227,28 +210,25 @@ class Recipe(Settings):
                 f"finetune.top_k is {self.finetune.top_k}, but the merge makes {experts} experts "
                 f"({', '.join(self.models)}); choose 1 to {experts}"
             )
-        if (upcycled := self.upcycling) and (upcycled.experts_per_token or 1) > (upcycled.experts or experts):
-            raise ValueError(
-                f"upcycle.top_k is {upcycled.top_k}, but there are {upcycled.experts or experts} copies; "
-                f"choose 1 to {upcycled.experts or experts}"
-            )
 
     def _whole_batches(self) -> None:
-        rows: dict[str, TrainSettings] = {"finetune, with what it takes from train": self.finetuning}
-        if control := self.continuing:
-            rows["dense, with what it takes from train"] = control
-        if upcycled := self.upcycling:
-            rows["upcycle, with what it takes from train"] = upcycled
+        require_whole_batches("finetune, with what it takes from train", self.finetuning)
         if self.seed.is_builtin:
-            rows["seed.builtin, with train.sequence_length"] = self.train.model_copy(
-                update={"batch_tokens": self.seed.builtin.batch_tokens}
-            )
-        for where, row in rows.items():
-            if row.batch_tokens % row.sequence_length:
-                raise ValueError(
-                    f"{where}: batch_tokens ({row.batch_tokens}) must be a multiple of "
-                    f"sequence_length ({row.sequence_length})"
-                )
+            own = self.train.model_copy(update={"batch_tokens": self.seed.builtin.batch_tokens})
+            require_whole_batches("seed.builtin, with train.sequence_length", own)
+
+    def require_domains(self, where: str, names: Iterable[str]) -> None:
+        """ValueError for a name that is neither a domain's nor `seed`."""
+        _refuse_unknown(where, "domain", names, [*self.domains, "seed"])
+
+
+def require_whole_batches(where: str, settings: TrainSettings) -> None:
+    """ValueError unless a batch is whole sequences."""
+    if settings.batch_tokens % settings.sequence_length:
+        raise ValueError(
+            f"{where}: batch_tokens ({settings.batch_tokens}) must be a multiple of "
+            f"sequence_length ({settings.sequence_length})"
+        )
 
 
 def _refuse_unknown(where: str, what: str, names: Iterable[str], known: list[str]) -> None:
@@ -257,7 +237,7 @@ def _refuse_unknown(where: str, what: str, names: Iterable[str], known: list[str
             raise ValueError(f"{where}: there is no {what} {name!r}; {nearest(name, known)}")
 
 
-def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+def read_recipe(path: Path, overrides: list[str], model: type[Recipe]) -> Recipe:
     """A recipe from a file with `a.b=value` overrides; RecipeError names every field that is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -271,9 +251,9 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     for override in overrides:
         _override(raw, override)
     try:
-        return Recipe.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{path}: " + "\n".join(sentences(error, Recipe, NAME))) from error
+        raise RecipeError(f"{path}: " + "\n".join(sentences(error, model, NAME))) from error
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -291,8 +271,3 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(place, dict):
             raise RecipeError(f"--set {key}: {'.'.join(path[:done])} is a value, it has nothing below it.")
     place[last] = parse_yaml(value, f"--set {key}")
-
-
-def schema() -> dict[str, Any]:
-    """The recipe's JSON schema, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

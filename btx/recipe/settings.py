@@ -210,32 +210,6 @@ class RoutingRule(Settings):
     soft_first_layer: bool
 
 
-class DenseSettings(TrainSettings):
-    """The control: the dense seed, continued on all domains."""
-
-    tokens: Count | None = Field(
-        None, description="default: what the experts trained here and the finetuning take together"
-    )
-    mix: dict[str, Weight] = Field(
-        default_factory=dict, description="as finetune.mix; default: the shares of both stages together"
-    )
-
-    @model_validator(mode="after")
-    def _whole_batch(self) -> DenseSettings:
-        return self  # what is not said here comes from `train`, so the recipe checks the two together
-
-
-class UpcycleSettings(FinetuneSettings):
-    """Sparse upcycling: copies of the seed as experts, trained together from the start."""
-
-    tokens: Count | None = Field(  # type: ignore[assignment]
-        None, description="default: what the experts trained here and the finetuning take together"
-    )
-    experts: Annotated[Count, Field(ge=2)] | None = Field(None, description="default: as many as the merge makes")
-    router: Literal["random", "orthogonal"] = "random"
-    reinitialize: Share = Field(0.0, description="share of each copy's hidden units drawn anew (Drop-Upcycling)")
-
-
 class MeasureSettings(Settings):
     """What of `evaluate` decides a model's scores."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from btx.conversions.pipeline import Graph
+from btx.conversions.registry import load_recipe
 from btx.data import builtin
 from btx.data.heldout import SIDES, Side
 from btx.data.packed import Tokens, load_tokenizer
-from btx.recipe.recipe import load_recipe
 from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
 

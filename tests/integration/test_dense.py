@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from btx.conversions.dense import Dense
 from btx.conversions.pipeline import Graph
-from btx.recipe.recipe import load_recipe
-from btx.steps.dense import Dense
+from btx.conversions.registry import load_recipe
 from tests.conftest import write_project
 from tests.integration.test_run import btx
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from btx.conversions.pipeline import Graph
+from btx.conversions.registry import load_recipe
 from btx.graph import artifact
-from btx.recipe.recipe import load_recipe
 from tests.conftest import write_project
 from tests.integration.test_run import BTX, btx, wait_for_step, wait_until_free
 from tests.integration.test_variants import FSDP

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from btx.conversions.pipeline import Graph
+from btx.conversions.registry import load_recipe
 from btx.conversions.upcycle import Upcycled
 from btx.errors import RecipeError
 from btx.models import model
-from btx.recipe.recipe import load_recipe
 from btx.recipe.settings import RunSettings
 from tests.conftest import write_project
 from tests.integration.test_run import btx

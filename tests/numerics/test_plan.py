@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from btx.cli.main import graph_of, main
 from btx.cli.plan import rows
-from btx.recipe.recipe import load_recipe
+from btx.conversions.registry import load_recipe
 from tests.conftest import config_of, save_model
 from tests.faults.world import World, edit_json
 from tests.numerics.test_vocabulary import extended, plain

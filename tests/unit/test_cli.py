@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from btx.cli.main import main
 from btx.cli.plan import rows
 from btx.conversions.pipeline import Graph
-from btx.recipe.recipe import load_recipe, schema
+from btx.conversions.registry import load_recipe, schema
 from tests.conftest import config_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,44 @@
+"""What a conversion is: a module of this folder whose `CONVERSION` says how its models are built of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from btx.conversions.experts import Experts
+from btx.conversions.sources import Model, Sources, Start
+from btx.recipe.recipe import Recipe, Section
+from btx.recipe.settings import TrainSettings
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that a conversion is going to do, for the plan: its model's config and its tokens."""
+
+    label: str
+    config: Config
+    tokens: int
+    settings: TrainSettings
+
+
+def no_training(_recipe: Recipe, _settings: Any, _seed: Config) -> list[Training]:
+    """The plan of a conversion that trains nothing."""
+    return []
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One conversion.
+
+    `build` adds its steps to the graph and returns its models by the names they have in a report, which are among
+    `models`. With a `section` the recipe has a key of the module's name; the conversion is made where the recipe says
+    it, and `build` and `plan` are given what it says. Without one it is always made.
+    """
+
+    build: Callable[[Sources, Start, Experts, Any], dict[str, Model]]
+    models: tuple[str, ...]
+    section: type[Section] | None = None
+    plan: Callable[[Recipe, Any, Config], list[Training]] = no_training
