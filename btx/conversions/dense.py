@@ -10,12 +10,13 @@ from pydantic import Field, model_validator
 from btx.conversions.contract import Config, Conversion, Training
 from btx.conversions.experts import Experts
 from btx.conversions.sources import Model, Sources, Start
-from btx.graph.step import Step, Tell
+from btx.graph.step import Tell
 from btx.recipe.fields import Count, Weight
 from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe, Section, require_whole_batches
 from btx.recipe.settings import TrainSettings
 from btx.steps.branch import VerifySeed, require_positions
+from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 
 
@@ -39,7 +40,7 @@ class DenseSettings(TrainSettings, Section):
         require_whole_batches(f"{name}, with what it takes from train", recipe.filled(self))
 
 
-class Dense(Step):
+class Dense(ModelStep):
     """A dense checkpoint of the seed's shape."""
 
     kind: ClassVar[str] = "dense"

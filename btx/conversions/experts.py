@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from btx.conversions.sources import Model, Sources, Start
-from btx.graph.step import Step
 from btx.steps.branch import VerifyExperts
 from btx.steps.given import ExternalCheckpoint
+from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 from btx.steps.train import Train
 from btx.steps.vocabulary import VocabularyStep
@@ -20,7 +20,7 @@ MERGED = "@merged"  # behind the name of tokens that are in the merged model's t
 class Experts:
     """The experts by name, in the recipe's order, and what was looked at of those that were trained elsewhere."""
 
-    steps: dict[str, Step]
+    steps: dict[str, ModelStep]
     descent: VerifyExperts | None
     vocabulary: VocabularyStep | None  # where some have tokens of their own
 
@@ -56,7 +56,7 @@ def build(sources: Sources, start: Start) -> Experts:
     }
     given = {name: step for name, step in elsewhere.items() if isinstance(step, ExternalCheckpoint)}
     descent = sources.add(VerifyExperts(seed=start.seed, given=given, **sources.place("given"))) if given else None
-    steps: dict[str, Step] = {}
+    steps: dict[str, ModelStep] = {}
     for expert, name in recipe.domain_of.items():
         domain = recipe.domains[name]
         steps[expert] = elsewhere.get(expert) or sources.add(

@@ -15,8 +15,10 @@ from btx.conversions.sources import Model, Sources, Start
 from btx.errors import RecipeError, nearest
 from btx.graph.digests import Digests
 from btx.graph.step import Step
+from btx.probes.registry import ALWAYS, probes
 from btx.recipe.paths import expanded
 from btx.recipe.recipe import Recipe
+from btx.recipe.settings import Settings
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.given import ExternalCheckpoint
@@ -63,15 +65,23 @@ class Graph:
         """Every model scored by itself, and all of them side by side."""
         recipe, sources = self.recipe, self.sources
         length = recipe.evaluate.sequence_length or recipe.train.sequence_length
-        measures = {
-            name: sources.add(Measure(
-                model=model.step, tokens=start.tokens, own=model.tokens, length=length,
-                settings=recipe.evaluate.measure, rule=model.rule, **sources.place(name),
-            ))
-            for name, model in models.items()
-        }  # fmt: skip
+
+        def measured(name: str, settings: Settings | None = None) -> dict[str, Measure]:
+            probe = probes()[name]
+            said = {"probe": name, "probe_version": probe.version, "options": settings.identity() if settings else {}}
+            return {
+                model: sources.add(Measure(
+                    model=made.step, reference=start.seed if probe.reference else None, **said, tokens=start.tokens,
+                    own=made.tokens, length=length, settings=recipe.evaluate.measure, rule=made.rule,
+                    **sources.place(model if name == ALWAYS else f"{name}:{model}"),
+                ))
+                for model, made in models.items()
+            }  # fmt: skip
+
+        others = {name: measured(name, settings) for name, settings in recipe.probing.items()}
         return sources.add(Evaluate(
-            seed=start.seed, measures=measures, tokens=start.tokens, settings=recipe.evaluate, **sources.place()
+            seed=start.seed, measures=measured(ALWAYS), others=others, tokens=start.tokens, settings=recipe.evaluate,
+            **sources.place(),
         ))  # fmt: skip
 
     def export_unmeasured(self) -> None:

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from pydantic import Field, create_model
 
 import btx.conversions
 import btx.steps
 from btx.conversions.contract import Conversion
+from btx.errors import ArtifactError, nearest
 from btx.graph.step import Step
+from btx.models.composed import FILE, Composed, described
+from btx.models.opened import Opened, opened_checkpoint
+from btx.probes.registry import ALWAYS, probes
 from btx.recipe.recipe import Recipe, read_recipe
+from btx.recipe.settings import RunSettings, Settings
+from btx.steps.model import ComposedStep
+
+PROBES = "What is measured of every model besides bits per byte, each with settings of its own; {} takes its defaults."
 
 
 @cache
@@ -38,13 +48,18 @@ def conversions() -> dict[str, Conversion]:
 def recipe_model() -> type[Recipe]:
     """The recipe with the section of every conversion that has one."""
     owned = {name: found.section for name, found in conversions().items() if found.section}
-    fields: dict[str, Any] = {
-        name: (section | None, Field(None, description=section.__doc__)) for name, section in owned.items()
-    }
+    probing = _optional({name: probe.settings for name, probe in probes().items() if name != ALWAYS})
+    further = create_model("ProbesRecipe", __base__=Settings, __doc__=PROBES, **probing)
+    fields: dict[str, Any] = {**_optional(owned), "probes": (further, further())}
     made = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **fields)
     made.conversions = tuple(owned)
     made.reserved = ("seed", *(model for found in conversions().values() for model in found.models))
     return made
+
+
+def _optional(sections: Mapping[str, type[Settings]]) -> dict[str, Any]:
+    """Fields that a recipe may leave out, each documented as its class is."""
+    return {name: (section | None, Field(None, description=section.__doc__)) for name, section in sections.items()}
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
@@ -73,3 +88,22 @@ def _below(cls: type[Step]) -> Iterator[type[Step]]:
     for one in cls.__subclasses__():
         yield one
         yield from _below(one)
+
+
+@contextmanager
+def open_model(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32) -> Iterator[Opened]:
+    """Whatever a conversion has published, by its folder alone: a checkpoint, or a composed model with its parts."""
+    if not (folder / FILE).is_file():
+        with opened_checkpoint(folder, where=where, dtype=dtype) as found:
+            yield found
+        return
+    kind, parts, said = described(folder)
+    kinds = {cls.kind: cls for cls in classes().values() if issubclass(cls, ComposedStep) and cls is not ComposedStep}
+    if kind not in kinds:
+        raise ArtifactError(f"{folder / FILE} is of a kind that this btx does not know: {kind}; {nearest(kind, kinds)}")
+    settings = kinds[kind].model_fields["settings"].annotation
+    assert isinstance(settings, type)
+    assert issubclass(settings, Settings)
+    with ExitStack() as stack:
+        opened = {n: stack.enter_context(open_model(path, where=where, dtype=dtype)) for n, path in parts.items()}
+        yield Composed(opened, partial(kinds[kind].combine, settings.model_validate(said)))

@@ -17,6 +17,7 @@ from btx.recipe.settings import DataSettings, RoutingRule
 from btx.steps.adapted import MergedLora
 from btx.steps.branch import VerifySeed
 from btx.steps.given import ExternalCheckpoint
+from btx.steps.model import ModelStep
 from btx.steps.pretrain import Pretrain
 from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
@@ -30,7 +31,7 @@ ANSWERS = "@answers"  # behind the name of the seed's tokens where only answers 
 class Start:
     """What every conversion of a recipe starts from."""
 
-    seed: Step
+    seed: ModelStep
     tokenizer: Step  # whose folder has the seed's tokenizer
     branch: VerifySeed
     tokens: dict[str, TokensStep]  # of the domains that have data, by the seed's tokenizer
@@ -41,7 +42,7 @@ class Start:
 class Model:
     """What a conversion makes: the step that publishes it, how it is routed, the domains in a tokenizer of its own."""
 
-    step: Step
+    step: ModelStep
     rule: RoutingRule | None = None  # of a Mixture of Experts, when it is measured
     tokens: dict[str, TokensStep] = field(default_factory=dict)
 
@@ -77,7 +78,7 @@ class Sources:
         return {name: self.tokens(name, *files, tokenizer or start.tokenizer, suffix)
                 for name, files in start.documents.items()}  # fmt: skip
 
-    def seed(self) -> tuple[Step, Step]:
+    def seed(self) -> tuple[ModelStep, Step]:
         """The seed's step, and the step whose folder has its tokenizer."""
         seed = self.recipe.seed
         if not seed.is_builtin:
@@ -112,7 +113,7 @@ class Sources:
         checkpoint_ = Checkpoint(path)
         return ExternalCheckpoint(content=checkpoint_.digest(self.digests), path=path, **self.place(name))
 
-    def expert(self, name: str, domain: str, checkpoint: str, seed: Step) -> Step:
+    def expert(self, name: str, domain: str, checkpoint: str, seed: ModelStep) -> ModelStep:
         """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
         from btx.merge.adapter import WEIGHTS, is_adapter
         from btx.merge.lora_config import CONFIG

@@ -35,8 +35,10 @@ from btx.merge.lineage import LEAST_COSINE, distance
 from btx.merge.router_fit import fit_rows
 from btx.models import model
 from btx.models.families import MOE
+from btx.models.opened import opened_checkpoint
 from btx.models.target import warnings_of
-from btx.probes.bits_per_byte import Document, bits_per_byte, nats
+from btx.probes.bits_per_byte import bits_per_byte, nats
+from btx.probes.contract import Document
 from btx.recipe.settings import DataSettings, RunSettings
 
 Say = Callable[[str], None]
@@ -91,11 +93,11 @@ def measure(folder: Path, texts: Mapping[str, Texts]) -> dict[str, float]:
     """Bits per byte on each domain's held-out documents."""
     if not texts:
         return {}
-    net = model.load(folder, where=WHERE).to(model.device_of(WHERE)).eval()
     found = {}
-    for name, one in texts.items():
-        lost = nats(net, one.held_out, length=LENGTH, batch_tokens=8192)
-        found[name] = bits_per_byte(lost, np.array([size for _, size in one.held_out], dtype=float))
+    with opened_checkpoint(folder, where=WHERE) as model:
+        for name, one in texts.items():
+            lost = nats(model, one.held_out, length=LENGTH, batch_tokens=8192)
+            found[name] = bits_per_byte(lost, np.array([size for _, size in one.held_out], dtype=float))
     return found
 
 

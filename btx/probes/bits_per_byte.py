@@ -13,14 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from torch import Tensor
 
 from btx.data.sampler import IGNORED
+from btx.models.opened import ROUTING, Opened, Stock
+from btx.probes.contract import Data, Document, Found, Probe
+from btx.probes.routing_shares import RoutingShares
 
-LOGITS = 2**24  # at once: 64 MiB in float32
-Document = tuple[NDArray[np.int64], int]  # ids led by one of context, bytes of text
+
+def measure(model: Opened, _reference: None, data: Data, _settings: Any) -> Found:
+    """Bits per byte of each domain and the nats of each document; of a Mixture of Experts also where tokens went."""
+    rows, numbers, routing = [], {}, {}
+    for domain, documents in data.documents.items():
+        shares = None
+        if ROUTING in model.capabilities and isinstance(model, Stock) and model.routed:
+            shares = RoutingShares(model.net, model.routed)
+        found = nats(model, documents, length=data.length, batch_tokens=data.batch_tokens, watch=shares)
+        sizes = np.array([size for _, size in documents], dtype=float)
+        numbers[domain] = {"bits_per_byte": bits_per_byte(found, sizes)}
+        rows += [{"domain": domain, "document": n, "nats": lost} for n, lost in enumerate(found.tolist())]
+        if shares:
+            routing[domain] = shares.table()
+    return Found(numbers, rows, {"routing": routing} if routing else {})
 
 
 def windows(documents: list[Document], length: int) -> list[tuple[int, NDArray[np.int64]]]:
@@ -35,7 +49,7 @@ def windows(documents: list[Document], length: int) -> list[tuple[int, NDArray[n
 
 @torch.inference_mode()
 def nats(
-    model: Any, documents: list[Document], *, length: int, batch_tokens: int,
+    model: Opened, documents: list[Document], *, length: int, batch_tokens: int,
     watch: Callable[[Tensor], None] | None = None,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Summed negative log-likelihood of each document, in nats.
@@ -49,8 +63,8 @@ def nats(
     while start < len(pieces):
         rows = max(1, batch_tokens // (len(pieces[start][1]) - 1))
         batch = pieces[start : start + rows]
-        inputs, targets = _padded([ids for _, ids in batch])
-        losses = token_losses(model, inputs.to(model.device), targets.to(model.device))
+        inputs, targets = padded([ids for _, ids in batch])
+        losses = model.losses(inputs.to(model.device), targets.to(model.device))
         if watch:
             watch((targets != IGNORED).flatten())
         for (number, _), loss in zip(batch, losses.double().sum(1).tolist(), strict=True):
@@ -59,7 +73,7 @@ def nats(
     return total
 
 
-def _padded(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+def padded(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, S) of rows of ids; padding stands at the end, so that a causal model needs no mask."""
     width = max(len(ids) for ids in rows) - 1
     inputs = torch.zeros(len(rows), width, dtype=torch.long)
@@ -68,52 +82,6 @@ def _padded(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
         inputs[n, : len(ids) - 1] = torch.from_numpy(ids[:-1])
         targets[n, : len(ids) - 1] = torch.from_numpy(ids[1:])
     return inputs, targets
-
-
-def token_losses(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Minus log p of each target, in nats, float32 (B, S), zero where it is IGNORED; logits of a few rows at a time.
-
-    The body runs once, in a pass of the whole model whose head sees the last position alone. Then the model's own
-    `forward` is given rows of what the body gave, so that whatever its class does behind the body (scaling, capping)
-    is done, and the logits of the whole batch, which may be larger than the model, never exist at once.
-    """
-    seen: list[Tensor] = []
-    body = model.base_model
-    handle = body.register_forward_hook(lambda _module, _args, output: seen.append(output.last_hidden_state))
-    try:
-        model(input_ids=inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
-    kept = targets != IGNORED
-    found = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    found[kept] = _head_losses(model, seen[0][kept], targets[kept])
-    return found
-
-
-class _Body(nn.Module):
-    """Stands in for a body, with what it gave."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.output = MoeModelOutputWithPast(last_hidden_state=hidden)
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self.output
-
-
-def _head_losses(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Losses (N,) of rows (N, D) that the body gave."""
-    name, body = model.base_model_prefix, model.base_model
-    rows = max(1, LOGITS // model.config.vocab_size)
-    losses = [torch.zeros(0, device=hidden.device)]
-    try:
-        for some, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            setattr(model, name, _Body(some[None]))
-            logits = model.forward(input_ids=wanted[None], use_cache=False).logits[0]
-            losses.append(functional.cross_entropy(logits.float(), wanted, reduction="none"))
-    finally:
-        setattr(model, name, body)
-    return torch.cat(losses)
 
 
 def bits_per_byte(nats: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
@@ -135,3 +103,6 @@ def interval(
     values = lost[draws].sum(1) / (math.log(2) * size[draws].sum(1))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+PROBE = Probe(measure)

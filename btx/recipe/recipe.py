@@ -107,7 +107,7 @@ class Section(Settings):
 
 
 class Recipe(Settings):
-    """A whole run, of BTX and of the conversions beside it, whose sections are fields of a subclass."""
+    """A whole run: BTX, the conversions beside it and the probes, whose sections are fields of a subclass."""
 
     conversions: ClassVar[tuple[str, ...]] = ()  # the keys of those sections
     reserved: ClassVar[tuple[str, ...]] = ("seed",)  # names of models in a report, which no domain may have
@@ -119,6 +119,7 @@ class Recipe(Settings):
     merge: MergeSettings = MergeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    probes: Settings = Settings()
     export: ExportSettings = ExportSettings()
     run: RunSettings = RunSettings()
 
@@ -136,6 +137,13 @@ class Recipe(Settings):
     def sections(self) -> dict[str, Section]:
         """What is said of the conversions beside BTX, by their keys; those of which nothing is said are not made."""
         return {name: said for name in self.conversions if (said := getattr(self, name)) is not None}
+
+    @property
+    def probing(self) -> dict[str, Settings]:
+        """What is said of the probes beside bits per byte, by their names."""
+        return {
+            name: said for name in type(self.probes).model_fields if (said := getattr(self.probes, name)) is not None
+        }
 
     @property
     def finetuning(self) -> FinetuneSettings:

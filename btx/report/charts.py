@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from btx.report.figures import probe_tables
+
 CELL_W, CELL_H, LEFT, TOP = 92, 30, 130, 62
 INK, PAPER, FAINT = "#1a1a1a", "#ffffff", "#6b6b6b"
 
@@ -116,6 +118,10 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str]) -> str:
         [d, str(h["documents"]), str(h["sources"]), f"{h['tokens']:,}", f"{h['bytes']:,}"]
         for d, h in results["held_out"].items()
     ]
+    further = "".join(
+        f"<h2>{escape(probe.replace('_', ' ').capitalize())}</h2>{_html_table(head, rows)}\n"
+        for probe, (head, rows) in probe_tables(results).items()
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>
 body {{ font: 15px/1.5 system-ui, Helvetica, Arial, sans-serif; color: {INK}; max-width: 60rem;
@@ -130,7 +136,8 @@ svg {{ max-width: 100%; height: auto; display: block; margin: 1rem 0 }}
 <h2>What it cost</h2>{_html_table(["training", "tokens", "steps", "parameters", "FLOPs (6 · active · tokens)"], costs)}
 <h2>95 % intervals, bootstrap over source documents</h2>
 {_html_table(["model", "domain", "bits per byte", "interval", "less the seed's, paired"], intervals)}
-<h2>Routing per layer, finetuned</h2>{_html_table(["text", "layer", *results["experts"], "entropy / log E"], layers)}
+{further}<h2>Routing per layer, finetuned</h2>
+{_html_table(["text", "layer", *results["experts"], "entropy / log E"], layers)}
 <h2>Held-out text ({results["split"]})</h2>{_html_table(["domain", "documents", "sources", "tokens", "bytes"], held)}
 </body></html>
 """

@@ -11,7 +11,7 @@ from typing import Any
 from btx.graph.artifact import STATES, locked, read_manifest
 from btx.graph.cost import Cost
 from btx.graph.step import undone
-from btx.report.figures import human
+from btx.report.figures import human, probe_tables
 
 
 def show(report: Path, export: Path) -> None:
@@ -23,6 +23,9 @@ def show(report: Path, export: Path) -> None:
     console.print()
     console.print("Bits per byte on held-out text (* best)")
     console.print(matrix(results))
+    for probe, (head, rows) in probe_tables(results).items():
+        console.print(probe.replace("_", " "))
+        console.print(plain_table(head, rows))
     console.print("Routing of the finetuned model, mean of layers")
     console.print(routing(results))
     console.print(f"Report: {_near(report)}/report.html", soft_wrap=True, highlight=False)
@@ -61,6 +64,18 @@ def matrix(results: dict[str, Any]) -> Any:
     for model, row in rows.items():
         cells = [_cell(row[d], best[d]) for d in domains]
         table.add_row(model, *cells, _cell(mean[model], min(mean.values())))
+    return table
+
+
+def plain_table(head: list[str], rows: list[list[str]]) -> Any:
+    """Text in columns; a row may be shorter than the head."""
+    from rich.table import Table
+
+    table = Table()
+    for n, name in enumerate(head):
+        table.add_column(name, justify="right" if n else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

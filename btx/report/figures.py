@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def human(number: float, unit: str = "") -> str:
     """Three significant digits with an SI prefix: 6738415616 is "6.74G"; with the unit "B", "6.74 GB"."""
@@ -19,3 +21,23 @@ def _scaled(number: float, prefixes: tuple[str, ...]) -> tuple[str, str]:
     while abs(value) >= 999.5 and step < len(prefixes) - 1:  # 999.5 would round to 1000
         value, step = value / 1000, step + 1
     return f"{value:.3g}", prefixes[step]
+
+
+def probe_tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """What each further probe found, as a head and rows of text: a row per model, a column per domain and number."""
+    return {probe: _probe_table(found) for probe, found in results.get("probes", {}).items()}
+
+
+def _probe_table(found: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    answered = [numbers for numbers in found.values() if not _missing(numbers)]
+    columns = list(dict.fromkeys((domain, name) for one in answered for domain, row in one.items() for name in row))
+    rows = [
+        [model, *([_missing(numbers)] if _missing(numbers) else [f"{numbers[d][n]:.4g}" for d, n in columns])]
+        for model, numbers in found.items()
+    ]
+    return ["model", *(f"{domain}: {name.replace('_', ' ')}" for domain, name in columns)], rows
+
+
+def _missing(numbers: dict[str, Any]) -> str:
+    """The reason why a model has no answer."""
+    return next((f"{key}: {said}" for key, said in numbers.items() if isinstance(said, str)), "")

@@ -9,9 +9,10 @@ from btx.graph.artifact import write_json
 from btx.graph.step import HASHED, Step, Tell
 from btx.recipe.fields import execution
 from btx.steps.given import ExternalCheckpoint
+from btx.steps.model import ModelStep
 
 
-class MergedLora(Step):
+class MergedLora(ModelStep):
     """A dense checkpoint: the seed with W + s B A in the place of every W that the adapter changes."""
 
     kind: ClassVar[str] = "adapted"

@@ -15,6 +15,7 @@ from btx.graph.step import Step, Tell
 from btx.models.families import LAYER
 from btx.models.native import config_difference, idle_difference, native_config
 from btx.steps.given import ExternalCheckpoint
+from btx.steps.model import ModelStep
 
 if TYPE_CHECKING:
     from btx.checkpoints.reader import Checkpoint
@@ -28,7 +29,7 @@ class VerifySeed(Step):
 
     kind: ClassVar[str] = "branch"
     version: ClassVar[int] = 2
-    seed: Step
+    seed: ModelStep
 
     @property
     def tokenizer(self) -> Path:
@@ -92,8 +93,8 @@ class VerifyExperts(Step):
     """
 
     kind: ClassVar[str] = "branch"
-    seed: Step
-    given: dict[str, Step]  # by name
+    seed: ModelStep
+    given: dict[str, ModelStep]  # by name
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
         """Check the experts, write the lineage."""

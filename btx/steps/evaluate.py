@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
 
 from btx.data.heldout import LEAST
 from btx.graph.artifact import write_json
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import EvaluateSettings
 from btx.steps.branch import require_positions
-from btx.steps.measure import Measure, experts_of
+from btx.steps.measure import MISSING, Measure, experts_of
 from btx.steps.merge import SEED
+from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
+
+if TYPE_CHECKING:
+    from btx.probes.contract import Found
 
 
 class Evaluate(Step):
     """A report folder: results.json, and documents.json with every document's score."""
 
     kind: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 4
-    seed: Step
-    measures: dict[str, Measure]  # by the name that results.json gives the model
+    version: ClassVar[int] = 5
+    seed: ModelStep
+    measures: dict[str, Measure]  # bits per byte, by the name that results.json gives the model
+    others: dict[str, dict[str, Measure]] = Field(default_factory=dict)  # of further probes, by probe and model
     tokens: dict[str, TokensStep]
     settings: EvaluateSettings
 
@@ -40,12 +47,17 @@ class Evaluate(Step):
         sources = {n: t.sources(len(documents[n]), self.settings.split) for n, t in folders.items()}
         for name, found in sources.items():
             self._tell_few(name, len(set(found)), tell)
-        read = {name: measure.read() for name, measure in self.measures.items()}
-        scores = {name: scored for name, (scored, _) in read.items()}
+        read = _read(self.measures)
+        scores = {name: _nats(found.rows) for name, found in read.items()}
         results = summarise(scores, documents, sources, self.settings)
-        results["routing"] = {name: routing for name, (_, routing) in read.items() if routing}
+        results["routing"] = {name: found.tables["routing"] for name, found in read.items() if found.tables}
         routed = [measure for measure in self.measures.values() if measure.rule]
         results["experts"] = experts_of(routed[0].model.folder) if routed else []
+        if self.others:
+            results["probes"] = {
+                probe: {name: found.numbers or {MISSING: found.missing} for name, found in _read(measures).items()}
+                for probe, measures in self.others.items()
+            }
         write_json(out / "results.json", results)
         write_json(
             out / "documents.json", {m: {d: list(map(float, v)) for d, v in row.items()} for m, row in scores.items()}
@@ -60,6 +72,20 @@ class Evaluate(Step):
                 "warning": f"{domain}: intervals over {count} held-out source documents are too narrow, {LEAST} or "
                 "more are better. Raise evaluate.tokens, lower data.valid_bytes, or give the domain more documents",
             })  # fmt: skip
+
+
+def _read(measures: dict[str, Measure]) -> dict[str, Found]:
+    return {name: measure.read() for name, measure in measures.items()}
+
+
+def _nats(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The nats of each document, as arrays by domain."""
+    import numpy as np
+
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["domain"], []).append(row["nats"])
+    return {domain: np.array(nats) for domain, nats in found.items()}
 
 
 def summarise(

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.errors import RecipeError
-from btx.graph.step import Step, Tell
+from btx.graph.step import Tell
 from btx.recipe.settings import FinetuneSettings
 from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
+from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 JUDGED = 32  # sequences over which an expert is called dead: a step of a few may be without its domain
 
 
-class Finetune(Step):
+class Finetune(ModelStep):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "finetune"

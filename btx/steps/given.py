@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.graph.step import Step, Tell
+from btx.graph.step import Tell
 from btx.recipe.fields import execution
+from btx.steps.model import ModelStep
 
 
-class ExternalCheckpoint(Step):
+class ExternalCheckpoint(ModelStep):
     """A local Hugging Face folder. Its identity is its content; it is read, never written."""
 
     kind: ClassVar[str] = "given"

@@ -1,13 +1,14 @@
-"""One model's score on every held-out document, and for a Mixture of Experts where its tokens were routed.
+"""What one probe says of one model.
 
-A report is made of these, one a model, so a further model is scored alone and a further report scores nothing.
+A report is made of these, so a further model is measured alone, a further probe leaves the others as they are, and a
+further report measures nothing.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,21 +18,29 @@ from btx.errors import RecipeError
 from btx.graph.artifact import fingerprint, is_published, read_manifest, write_json
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import MeasureSettings, RoutingRule
+from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
     import torch
 
     from btx.data.packed import Tokens
+    from btx.probes.contract import Document, Found
 
-SCORES, ROUTING = "scores.json", "routing.json"
+NUMBERS, ROWS, TABLES = "numbers.json", "rows.json", "tables.json"
+MISSING = "not available"  # in the place of numbers, with the reason
 
 
 class Measure(Step):
-    """A report folder: scores.json (by domain, the nats of each document) and, for a mixture, routing.json."""
+    """A report folder: numbers.json by domain, rows.json with a row per item, and tables.json where there are some."""
 
     kind: ClassVar[str] = "measure"
-    model: Step
+    version: ClassVar[int] = 2
+    model: ModelStep
+    reference: ModelStep | None = None  # the seed, of a probe that compares
+    probe: str
+    probe_version: int
+    options: dict[str, Any] = Field(default_factory=dict)  # the probe's own settings
     tokens: dict[str, TokensStep]  # by domain, in the seed's tokenizer: which documents are scored
     own: dict[str, TokensStep] = Field(default_factory=dict)  # the same documents in the model's, where it is another
     length: int
@@ -39,37 +48,42 @@ class Measure(Step):
     rule: RoutingRule | None = None  # of a Mixture of Experts
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
-        """Score, unless the same bytes were scored already; write."""
+        """Measure, unless the same bytes were measured already; write."""
         about = fingerprint([
-            self.model.digest, {name: step.digest for name, step in (self.own or self.tokens).items()},
+            [self.probe, self.probe_version, self.options], self.model.digest,
+            self.reference.digest if self.reference else None,
+            {name: step.digest for name, step in (self.own or self.tokens).items()},
             {name: step.digest for name, step in self.tokens.items()}, self.length, self.settings.identity(),
             self.rule.identity() if self.rule else None,
         ])  # fmt: skip
-        twin = self._scored(about)
+        twin = self._measured(about)
         if twin:
             tell({"label": self.label, "note": f"the same model as that of {twin.name}"})
-            for file in (SCORES, ROUTING):
+            for file in (NUMBERS, ROWS, TABLES):
                 if (twin / file).is_file():
                     shutil.copyfile(twin / file, out / file)
-            return {"scored": about}
+            return {"measured": about}
         documents = self.documents()
-        tell({"label": self.label, "note": f"scores {sum(map(len, documents.values()))} documents"})
-        scores, routing = self._measure(self.model.folder, documents)
-        write_json(out / SCORES, {domain: list(map(float, nats)) for domain, nats in scores.items()})
-        if routing:
-            write_json(out / ROUTING, routing)
-        return {"scored": about}
+        tell({"label": self.label, "note": f"looks at {sum(map(len, documents.values()))} documents"})
+        found = self._measure(documents)
+        write_json(out / NUMBERS, {MISSING: found.missing} if found.missing else found.numbers)
+        write_json(out / ROWS, found.rows)
+        if found.tables:
+            write_json(out / TABLES, found.tables)
+        return {"measured": about}
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The scores as arrays of nats by domain, and the routing by domain."""
-        import numpy as np
+    def read(self) -> Found:
+        """What was found."""
+        from btx.probes.contract import Found
 
-        scores = json.loads((self.folder / SCORES).read_text(encoding="utf-8"))
-        file = self.folder / ROUTING
-        routing = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return {domain: np.array(nats) for domain, nats in scores.items()}, routing
+        numbers, rows, tables = (
+            json.loads((self.folder / file).read_text(encoding="utf-8")) if (self.folder / file).is_file() else {}
+            for file in (NUMBERS, ROWS, TABLES)
+        )
+        missing = numbers.pop(MISSING, "")
+        return Found(numbers, rows or [], tables, missing)
 
-    def documents(self) -> dict[str, list[Any]]:
+    def documents(self) -> dict[str, list[Document]]:
         """What is scored, by domain: ids and bytes of each document; RecipeError for a domain that has none."""
         from btx.data.packed import Tokens
 
@@ -94,33 +108,29 @@ class Measure(Step):
             )
         return found
 
-    def _scored(self, about: str) -> Path | None:
-        """A folder that holds the scores of the same bytes on the same documents."""
+    def _measured(self, about: str) -> Path | None:
+        """A folder that says the same probe's word of the same bytes on the same documents."""
         for folder in sorted((self.root / "steps").glob(f"{self.kind}-*")):
-            if is_published(folder) and read_manifest(folder)["facts"].get("scored") == about:
+            if is_published(folder) and read_manifest(folder)["facts"].get("measured") == about:
                 return folder
         return None
 
-    def _measure(self, folder: Path, documents: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Nats of each document by domain, and for a Mixture of Experts its routing by domain, found on the way."""
-        from btx.models import model
-        from btx.moe.hooks import Routed
-        from btx.probes.bits_per_byte import nats
-        from btx.probes.routing_shares import RoutingShares
+    def _measure(self, documents: dict[str, list[Document]]) -> Found:
+        """Open the model and ask the probe; one that the model cannot answer is told the reason."""
+        from btx.probes.contract import Data, Found
+        from btx.probes.registry import probes
 
-        model.set_threads(self.where)
-        per_token = (self.rule.experts_per_token or len(experts_of(folder))) if self.rule else None
-        net = model.load(folder, where=self.where, dtype=self._dtype(), experts_per_token=per_token)
-        net = net.to(model.device_of(self.where)).eval()
-        score = partial(nats, net, length=self.length, batch_tokens=self.settings.batch_tokens)
-        if self.rule is None:
-            return {d: score(rows) for d, rows in documents.items()}, {}
-        with Routed(
-            net, self.rule.routing, net.config.num_experts_per_tok, soft_first_layer=self.rule.soft_first_layer
-        ) as watched:
-            shares = {d: RoutingShares(net, watched) for d in documents}
-            scored = {d: score(rows, watch=shares[d]) for d, rows in documents.items()}
-        return scored, {d: found.table() for d, found in shares.items()}
+        probe = probes()[self.probe]
+        if self.reference and self.own:
+            return Found({}, missing="its tokenizer is another than the seed's")
+        with ExitStack() as stack:
+            dtype = self._dtype()
+            model = stack.enter_context(self.model.open(where=self.where, dtype=dtype, rule=self.rule))
+            if lacking := sorted(probe.needs - model.capabilities):
+                return Found({}, missing=f"the model gives no {', no '.join(lacking)}")
+            seed = stack.enter_context(self.reference.open(where=self.where, dtype=dtype)) if self.reference else None
+            data = Data(documents, self.length, self.settings.batch_tokens)
+            return probe.measure(model, seed, data, probe.settings.model_validate(self.options))
 
     def _dtype(self) -> torch.dtype:
         import torch

@@ -11,10 +11,11 @@ from pydantic import Field
 
 from btx.errors import RecipeError
 from btx.graph.artifact import STATES, fingerprint, write_json
-from btx.graph.step import HASHED, Step, Tell
+from btx.graph.step import HASHED, Tell
 from btx.recipe.merge_settings import FROM_DATA, MergeSettings
 from btx.steps.branch import VerifyExperts, VerifySeed
 from btx.steps.given import ExternalCheckpoint
+from btx.steps.model import ModelStep
 from btx.steps.pretrain import Pretrain
 from btx.steps.tokens import TokensStep
 from btx.steps.vocabulary import VocabularyStep
@@ -32,12 +33,12 @@ TOP_K = 2  # experts a token visits, as in the paper, as long as the finetuning 
 SEQUENCE, ROWS = 256, 16  # tokens of a sequence and sequences of a batch that a router is made from
 
 
-class Models(Step):
+class Models(ModelStep):
     """What merge and average share: the seed's lineage and the experts by domain, in the recipe's order."""
 
     branch: VerifySeed
     descent: VerifyExperts | None  # of the experts that were trained elsewhere
-    experts: dict[str, Step]
+    experts: dict[str, ModelStep]
     settings: MergeSettings
     vocabulary: VocabularyStep | None = None  # where experts have tokens of their own
 
@@ -47,7 +48,7 @@ class Models(Step):
         return (self.vocabulary or self.branch.seed).folder
 
     @property
-    def models(self) -> dict[str, Step]:
+    def models(self) -> dict[str, ModelStep]:
         """Every model that takes part, experts first and the seed last, as in the paper's N = 4."""
         seed = {SEED: self.branch.seed} if self.settings.include_seed else {}
         return {**self.experts, **seed}

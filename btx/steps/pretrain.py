@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.graph.step import Step, Tell
+from btx.graph.step import Tell
 from btx.recipe.settings import BuiltinSeed, TrainSettings
+from btx.steps.model import ModelStep
 from btx.steps.tokenizer import Tokenizer
 from btx.steps.tokens import TokensStep
 
 
-class Pretrain(Step):
+class Pretrain(ModelStep):
     """A dense checkpoint."""
 
     kind: ClassVar[str] = "seed"

@@ -13,6 +13,7 @@ from btx.graph.artifact import LOGS
 from btx.graph.step import Step, Tell
 from btx.recipe.settings import TrainSettings, steps_of, torch_dtype
 from btx.steps.branch import VerifySeed, require_positions
+from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 OWN = "own"  # what the sampler calls an expert's data: its order hangs on this, and on no label
 
 
-class Train(Step):
+class Train(ModelStep):
     """A dense checkpoint of the seed's shape."""
 
     kind: ClassVar[str] = "train"

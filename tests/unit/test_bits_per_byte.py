@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from btx.probes import bits_per_byte as probe
+from btx.models import opened
+from btx.models.opened import Stock
 from btx.probes.bits_per_byte import bits_per_byte, interval, nats, windows
 from btx.recipe.settings import EvaluateSettings
 from btx.steps.evaluate import summarise
@@ -60,7 +61,7 @@ def exact(ids: np.ndarray) -> float:
 @pytest.mark.parametrize("length", [1, 4, 7, 100])
 @pytest.mark.parametrize("batch_tokens", [1, 16, 1000])
 def test_every_token_is_scored_once_however_it_is_cut(length: int, batch_tokens: int) -> None:
-    found = nats(Bigram(), DOCUMENTS, length=length, batch_tokens=batch_tokens)
+    found = nats(Stock(Bigram()), DOCUMENTS, length=length, batch_tokens=batch_tokens)
     assert found == pytest.approx([exact(ids) for ids, _ in DOCUMENTS], rel=1e-5)
 
 
@@ -85,10 +86,10 @@ def model_of(name: str) -> Any:
 def test_losses_are_those_of_the_logits_of_the_whole_model_in_every_family(
     name: str, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "LOGITS", logits)
+    monkeypatch.setattr(opened, "LOGITS", logits)
     net = model_of(name)
     documents = [(CHANCE.integers(0, 31, n), n) for n in (2, 5, 14, 9)]
-    found = nats(net, documents, length=100, batch_tokens=64)
+    found = nats(Stock(net), documents, length=100, batch_tokens=64)
     with torch.no_grad():
         whole = [net(input_ids=torch.from_numpy(ids[None, :-1])).logits[0].double() for ids, _ in documents]
     wanted = [
@@ -101,11 +102,11 @@ def test_losses_are_those_of_the_logits_of_the_whole_model_in_every_family(
 
 
 def test_the_logits_of_a_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "LOGITS", 300 * 4)
+    monkeypatch.setattr(opened, "LOGITS", 300 * 4)
     net = model_of("llama")
     sizes: list[int] = []
     net.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
-    nats(net, [(CHANCE.integers(0, 300, 41), 40)] * 3, length=100, batch_tokens=1000)
+    nats(Stock(net), [(CHANCE.integers(0, 300, 41), 40)] * 3, length=100, batch_tokens=1000)
     assert max(sizes) <= 300 * 4
     assert sum(sizes) == 300 * (3 + 120)  # one position a row in the pass of the body
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,9 +17,11 @@ from btx.data.packed import Encoder, Tokens, load_tokenizer, write_tokens
 from btx.data.split import Split
 from btx.errors import RecipeError
 from btx.graph.artifact import publish
+from btx.probes.contract import Found
 from btx.recipe.settings import DataSettings, EvaluateSettings, MeasureSettings, RoutingRule, RunSettings
 from btx.steps.evaluate import Evaluate
 from btx.steps.measure import Measure
+from btx.steps.model import ModelStep
 from tests.conftest import tokenizer_into, write_project
 from tests.faults.world import write_jsonl
 
@@ -54,7 +56,13 @@ def measure(
     return Measure.model_construct(
         model=model(root, name, digest), tokens={"d": SimpleNamespace(folder=texts, digest="texts")}, own={}, length=64,
         where=RunSettings(device="cpu"), name=name, settings=MeasureSettings(**settings), rule=rule, root=root,
+        probe="bits_per_byte", probe_version=1, options={}, reference=None,
     )  # fmt: skip
+
+
+def rows_of(nats: float, documents: list[Any]) -> list[dict[str, Any]]:
+    """The same score of every document."""
+    return [{"domain": "d", "document": n, "nats": nats} for n in range(len(documents))]
 
 
 def published(step: Any) -> None:
@@ -67,8 +75,8 @@ def published(step: Any) -> None:
 def evaluation(texts: Path, measures: dict[str, Any], **settings: Any) -> Evaluate:
     """A report of measurements."""
     return Evaluate.model_construct(
-        measures=measures, tokens={"d": SimpleNamespace(folder=texts)}, where=RunSettings(device="cpu"), name=None,
-        settings=EvaluateSettings(bootstrap=10, **settings),
+        measures=measures, others={}, tokens={"d": SimpleNamespace(folder=texts)}, where=RunSettings(device="cpu"),
+        name=None, settings=EvaluateSettings(bootstrap=10, **settings),
     )  # fmt: skip
 
 
@@ -80,10 +88,11 @@ def test_models_of_the_same_content_are_scored_once_on_the_side_asked_for(
     calls: list[tuple[str, bool]] = []
     wanted = Tokens(texts).valid(10**9, side)
 
-    def score(self: Measure, folder: Path, documents: Any) -> Any:
-        calls.append((folder.name, self.rule is not None))
+    def score(self: Measure, documents: Any) -> Found:
+        calls.append((self.model.folder.name, self.rule is not None))
         assert [ids.tolist() for ids, _ in documents["d"]] == [ids.tolist() for ids, _ in wanted]
-        return {"d": np.full(len(documents["d"]), float(ord(digests[folder.name])))}, {"d": {}} if self.rule else {}
+        nats = float(ord(digests[self.model.folder.name]))
+        return Found({}, rows_of(nats, documents["d"]), {"routing": {"d": {}}} if self.rule else {})
 
     monkeypatch.setattr(Measure, "_measure", score)
     rules = {"merged": RULE, "finetuned": RULE, "other": RULE.model_copy(update={"experts_per_token": 2})}
@@ -105,8 +114,7 @@ def test_models_of_the_same_content_are_scored_once_on_the_side_asked_for(
 def test_few_documents_are_warned_of_and_none_is_refused(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Measure, "_measure", lambda _self, _folder, documents: (
-        {"d": np.ones(len(documents["d"]))}, {}))  # fmt: skip
+    monkeypatch.setattr(Measure, "_measure", lambda _self, documents: Found({}, rows_of(1.0, documents["d"])))
     said: list[Any] = []
     for count, name in ((20, "few"), (10**6, "many")):
         said.clear()
@@ -134,8 +142,9 @@ def test_all_models_of_a_report_are_loaded_in_the_precision_of_its_settings(
         return SimpleNamespace(to=lambda _device: SimpleNamespace(eval=lambda: None))
 
     monkeypatch.setattr("btx.models.model.load", load)
-    monkeypatch.setattr("btx.probes.bits_per_byte.nats", lambda _net, rows, **_how: np.ones(len(rows)))
-    measure(texts, tmp_path, "seed", "x", precision=precision)._measure(tmp_path, {"d": []})
+    one = measure(texts, tmp_path, "seed", "x", precision=precision)
+    one.model.open = partial(ModelStep.open, one.model)
+    one._measure({})
     assert asked == [dtype]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from btx.models.opened import Stock
 from btx.moe.hooks import Routed
 from btx.probes.bits_per_byte import nats
 from btx.probes.routing_shares import RoutingShares
@@ -23,7 +24,7 @@ def test_the_table_is_that_of_all_tokens_one_document_at_a_time(family: str, len
     loads, entropy, count = np.zeros((3, moe_models.E)), np.zeros(3), 0
     with Routed(net, "top_k", 2) as routed:
         shares = RoutingShares(net, routed)
-        nats(net, DOCUMENTS, length=length, batch_tokens=batch_tokens, watch=shares)
+        nats(Stock(net), DOCUMENTS, length=length, batch_tokens=batch_tokens, watch=shares)
         for ids, _ in DOCUMENTS:
             for start in range(0, len(ids) - 1, length):
                 window = ids[start : start + length + 1][:-1]

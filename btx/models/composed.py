@@ -1,0 +1,80 @@
+"""A model that is made of others as they are: a small file beside checkpoints, which it names by digest and path."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btx.errors import ArtifactError
+from btx.graph.artifact import write_json
+from btx.models.opened import Opened
+
+FILE = "model.json"
+Combine = Callable[[dict[str, Tensor]], Tensor]
+"""From log-probabilities (..., V) by part to the scores (..., V) of the whole, which are normalised afterwards."""
+
+
+class Composed(Opened):
+    """Next-token distributions that are made of those of several models, over the ids that all of them have."""
+
+    def __init__(self, parts: Mapping[str, Opened], combine: Combine) -> None:
+        self.parts, self.combine = dict(parts), combine
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first part, where all are."""
+        return next(iter(self.parts.values())).device
+
+    def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
+        """Those of the combination."""
+        return self._combined({name: part.log_probs(ids_BS, prompt) for name, part in self.parts.items()})
+
+    def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
+        """One of each part."""
+        return self._next({name: part.prefill(ids_BS) for name, part in self.parts.items()})
+
+    def decode(self, ids_B: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """One of each part."""
+        return self._next({name: part.decode(ids_B, cache[name]) for name, part in self.parts.items()})
+
+    def _next(self, found: dict[str, tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        log_p = self._combined({name: log_p for name, (log_p, _) in found.items()})
+        return log_p, {name: cache for name, (_, cache) in found.items()}
+
+    @torch.inference_mode()
+    def _combined(self, log_p: dict[str, Tensor]) -> Tensor:
+        common = min(found.shape[-1] for found in log_p.values())
+        cut = {name: found[..., :common].log_softmax(-1) for name, found in log_p.items()}
+        return self.combine(cut).float().log_softmax(-1)
+
+
+def describe(out: Path, home: Path, *, kind: str, parts: Mapping[str, tuple[Path, str]], settings: Any) -> None:
+    """Write a composed model's file into `out`, which is going to lie at `home`: `parts` are folders and digests."""
+    named = {
+        name: {"path": os.path.relpath(folder, home), "digest": digest} for name, (folder, digest) in parts.items()
+    }
+    write_json(out / FILE, {"kind": kind, "parts": named, "settings": settings})
+
+
+def described(folder: Path) -> tuple[str, dict[str, Path], dict[str, Any]]:
+    """Kind, folders of the parts and settings of a composed model; ArtifactError where its file or a part is not there.
+
+    The parts' digests are for whoever wants to be sure: to hash them takes as long as to read them.
+    """
+    try:
+        said = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        parts = {name: (folder / part["path"]).resolve() for name, part in said["parts"].items()}
+        kind, settings = str(said["kind"]), dict(said["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / FILE} describes no composed model ({error!r:.200}). Make it again.") from error
+    if gone := [name for name, path in parts.items() if not path.is_dir()]:
+        raise ArtifactError(
+            f"{folder / FILE}: the part {gone[0]} is not at {parts[gone[0]]}. Put it there, or make the model again."
+        )
+    return kind, parts, settings

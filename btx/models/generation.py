@@ -1,0 +1,36 @@
+"""Text out of any opened model, token by token, through its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from btx.models.opened import Opened
+
+
+@torch.inference_mode()
+def generate(
+    model: Opened, ids_BS: Tensor, *, most: int, end: Collection[int] = (), temperature: float = 0.0,
+    random: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """At most `most` new ids (B, N) after prompts of one length: the likeliest, or drawn at a `temperature`.
+
+    A row that has ended, by an id among `end`, goes on with that id, and all stop when all have.
+    """
+    found: list[Tensor] = []
+    log_p_BV, cache = model.prefill(ids_BS)
+    marks = torch.tensor([*end], device=log_p_BV.device, dtype=torch.long)
+    while len(found) < most:
+        if temperature:
+            new_B = torch.multinomial((log_p_BV / temperature).softmax(-1), 1, generator=random)[:, 0]
+        else:
+            new_B = log_p_BV.argmax(-1)
+        if found:
+            new_B = torch.where(torch.isin(found[-1], marks), found[-1], new_B)
+        found.append(new_B)
+        if len(found) == most or bool(torch.isin(new_B, marks).all()):
+            break
+        log_p_BV, cache = model.decode(new_B, cache)
+    return torch.stack(found, dim=1) if found else ids_BS[:, :0]

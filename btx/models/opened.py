@@ -1,0 +1,162 @@
+"""A model to be looked at: what a probe, a chat or a comparison asks of it, whatever it is made of.
+
+A stock checkpoint answers by its own class. A composed model (`btx/models/composed.py`) answers by those of its parts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from btx.checkpoints.validate import read_config
+from btx.models import model
+from btx.models.families import MOE
+from btx.moe.hooks import Routed
+from btx.recipe.settings import RoutingRule, RunSettings
+
+LOGITS = 2**24  # at once: 64 MiB in float32
+WEIGHTS, HIDDEN_STATES, ROUTING = "weights", "hidden states", "routing"  # capabilities
+
+
+class Opened(ABC):
+    """A language model over ids, in evaluation. Axes: B sequences, S tokens, V ids.
+
+    `capabilities` says what can be looked at besides; a probe that needs one that is missing has no answer.
+    """
+
+    capabilities: frozenset[str] = frozenset()
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where ids are wanted."""
+
+    @abstractmethod
+    def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
+        """Log-probabilities (B, S, V) of what comes after each position: normalised, float32, from what is before it.
+
+        The first `prompt` tokens are what a method that acts on prompts acts on; the others do not care.
+        """
+
+    @abstractmethod
+    def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
+        """Log-probabilities (B, V) of the first new token, and a cache for `decode`, which alone knows what it is."""
+
+    @abstractmethod
+    def decode(self, ids_B: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Log-probabilities (B, V) of the token after one more, and the cache with it."""
+
+    def losses(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """Minus log p of each target, in nats, float32 (B, S); zero where the target is negative."""
+        found = torch.zeros(targets_BS.shape, dtype=torch.float32, device=targets_BS.device)
+        for n, (ids_S, targets_S) in enumerate(zip(ids_BS, targets_BS, strict=True)):  # (S, V) at a time
+            log_p_SV = self.log_probs(ids_S[None])[0]
+            found[n] = functional.nll_loss(log_p_SV, targets_S.clamp(min=0), reduction="none")
+        return found.masked_fill(targets_BS < 0, 0.0)
+
+
+class Stock(Opened):
+    """A native model of transformers; `routed` is the rule at work on it, where it is a Mixture of Experts."""
+
+    def __init__(self, net: Any, routed: Routed | None = None) -> None:
+        self.net, self.routed = net, routed
+        self.capabilities = frozenset({WEIGHTS, HIDDEN_STATES, *([ROUTING] if routed else [])})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.net.device  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
+        """Those of its logits."""
+        logits: Tensor = self.net(input_ids=ids_BS, use_cache=False).logits
+        return logits.float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
+        """A pass that keeps keys and values."""
+        return self._next(self.net(input_ids=ids_BS, use_cache=True, logits_to_keep=1))
+
+    @torch.inference_mode()
+    def decode(self, ids_B: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """A pass over one token."""
+        return self._next(self.net(input_ids=ids_B[:, None], past_key_values=cache, use_cache=True))
+
+    @staticmethod
+    def _next(output: Any) -> tuple[Tensor, Any]:
+        return output.logits[:, -1].float().log_softmax(-1), output.past_key_values
+
+    @torch.inference_mode()
+    def losses(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """Minus log p of each target, float32 (B, S), zero where it is negative; logits of a few rows at a time.
+
+        The body runs once, in a pass of the whole model whose head sees the last position alone. Then the model's own
+        `forward` is given rows of what the body gave, so that whatever its class does behind the body (scaling,
+        capping) is done, and the logits of the whole batch, which may be larger than the model, never exist at once.
+        """
+        seen: list[Tensor] = []
+        handle = self.net.base_model.register_forward_hook(lambda _m, _args, out: seen.append(out.last_hidden_state))
+        try:
+            self.net(input_ids=ids_BS, use_cache=False, logits_to_keep=1)
+        finally:
+            handle.remove()
+        kept = targets_BS >= 0
+        found = torch.zeros(targets_BS.shape, dtype=torch.float32, device=targets_BS.device)
+        found[kept] = _head_losses(self.net, seen[0][kept], targets_BS[kept])
+        return found
+
+
+class _Body(nn.Module):
+    """Stands in for a body, with what it gave."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.output = MoeModelOutputWithPast(last_hidden_state=hidden)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+def _head_losses(net: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Losses (N,) of rows (N, D) that the body gave."""
+    name, body = net.base_model_prefix, net.base_model
+    rows = max(1, LOGITS // net.config.vocab_size)
+    losses = [torch.zeros(0, device=hidden.device)]
+    try:
+        for some, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+            setattr(net, name, _Body(some[None]))
+            logits = net.forward(input_ids=wanted[None], use_cache=False).logits[0]
+            losses.append(functional.cross_entropy(logits.float(), wanted, reduction="none"))
+    finally:
+        setattr(net, name, body)
+    return torch.cat(losses)
+
+
+@contextmanager
+def opened_checkpoint(
+    folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32, rule: RoutingRule | None = None
+) -> Iterator[Stock]:
+    """A checkpoint folder on the device that `where` names; `rule` is how a Mixture of Experts is routed."""
+    model.set_threads(where)
+    per_token = (rule.experts_per_token or _experts(folder)) if rule else None
+    net = model.load(folder, where=where, dtype=dtype, experts_per_token=per_token).to(model.device_of(where)).eval()
+    if rule is None:
+        yield Stock(net)
+        return
+    with Routed(net, rule.routing, net.config.num_experts_per_tok, soft_first_layer=rule.soft_first_layer) as routed:
+        yield Stock(net, routed)
+
+
+def _experts(folder: Path) -> int:
+    """How many experts a Mixture of Experts has in a layer."""
+    config = read_config(folder)
+    return int(config[MOE[config["model_type"]].experts_field])

@@ -1,0 +1,64 @@
+"""A step that publishes a model, and how what it published is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btx.graph.step import Step, Tell
+from btx.recipe.settings import RoutingRule, RunSettings, Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from btx.models.opened import Opened
+
+
+class ModelStep(Step):
+    """Publishes a checkpoint folder that transformers loads, unless a subclass opens it otherwise."""
+
+    @contextmanager
+    def open(self, *, where: RunSettings, dtype: torch.dtype, rule: RoutingRule | None = None) -> Iterator[Opened]:
+        """What it published, ready to be looked at; `rule` is how a Mixture of Experts is routed."""
+        from btx.models.opened import opened_checkpoint
+
+        with opened_checkpoint(self.folder, where=where, dtype=dtype, rule=rule) as found:
+            yield found
+
+
+class ComposedStep(ModelStep):
+    """Publishes a small file beside the models that it names, which stay as they are: see `btx/models/composed.py`.
+
+    A subclass says its settings, and in `combine` what they make of its parts' log-probabilities.
+    """
+
+    parts: dict[str, ModelStep]  # the first one's tokenizer is that of the whole
+    settings: Settings
+
+    @staticmethod
+    def combine(settings: Any, log_probs: dict[str, Tensor]) -> Tensor:
+        """Scores (..., V) of the next token, normalised afterwards, from log-probabilities (..., V) of the parts."""
+        raise NotImplementedError
+
+    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+        """Write the file, and the tokenizer beside it."""
+        from btx.checkpoints.reader import carry_files
+        from btx.models.composed import describe
+
+        parts = {name: (part.folder, part.digest) for name, part in self.parts.items()}
+        describe(out, self.folder, kind=self.kind, parts=parts, settings=self.settings.identity())
+        carry_files(next(iter(self.parts.values())).folder, out)
+        return {"parts": list(parts)}
+
+    @contextmanager
+    def open(self, *, where: RunSettings, dtype: torch.dtype, rule: RoutingRule | None = None) -> Iterator[Opened]:
+        """All parts, and what is made of them."""
+        from btx.models.composed import Composed
+
+        with ExitStack() as stack:
+            parts = {n: stack.enter_context(p.open(where=where, dtype=dtype)) for n, p in self.parts.items()}
+            yield Composed(parts, partial(self.combine, self.settings))

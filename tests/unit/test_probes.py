@@ -1,0 +1,102 @@
+"""Probes: the listing is the registry, each is measured by itself, and a model that has no answer says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from btx.conversions.pipeline import Graph
+from btx.conversions.registry import load_recipe
+from btx.errors import RecipeError
+from btx.models.opened import Opened, Stock
+from btx.probes import kl_to_seed, registry
+from btx.probes.contract import Data, Found, Probe
+from btx.probes.registry import ALWAYS, probes
+from btx.report.figures import probe_tables
+from tests import moe_models
+from tests.conftest import config_of, write_project
+
+CHANCE = np.random.default_rng(0)
+DOCUMENTS = [(CHANCE.integers(1, 31, n), n) for n in (2, 5, 8, 9, 30)]
+
+
+def test_every_probe_is_found_by_its_module() -> None:
+    assert {ALWAYS, "kl_to_seed"} <= probes().keys()
+    assert all(isinstance(probe, Probe) for probe in probes().values())
+
+
+def net_of(seed: int) -> Opened:
+    """A pico Llama."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return Stock(AutoModelForCausalLM.from_config(config_of("llama")).eval())
+
+
+@pytest.mark.parametrize("length", [4, 100])
+@pytest.mark.parametrize("batch_tokens", [1, 1000])
+@pytest.mark.parametrize("logits", [300, 2**24])
+def test_the_divergence_from_the_seed_is_that_of_the_definition(
+    length: int, batch_tokens: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kl_to_seed, "LOGITS", logits)
+    seed, model = net_of(0), net_of(1)
+    data = Data({"d": DOCUMENTS}, length, batch_tokens)
+    found = kl_to_seed.measure(model, seed, data, None)
+    wanted = []
+    for ids, _ in DOCUMENTS:
+        total = 0.0
+        for start in range(0, len(ids) - 1, length):
+            window = torch.from_numpy(ids[start : start + length + 1][:-1][None])
+            p, q = seed.log_probs(window).double(), model.log_probs(window).double()
+            total += float((p.exp() * (p - q)).sum())
+        wanted.append(total)
+    assert [row["nats"] for row in found.rows] == pytest.approx(wanted, rel=1e-4)
+    assert found.numbers["d"]["nats_per_token"] == pytest.approx(sum(wanted) / 49, rel=1e-4)
+    same = kl_to_seed.measure(seed, seed, data, None)
+    assert [row["nats"] for row in same.rows] == pytest.approx([0.0] * len(DOCUMENTS), abs=1e-4)
+
+
+def graph_of(folder: Path, *overrides: str) -> Graph:
+    """The graph of a project with three domains."""
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        write_project(folder)
+    return Graph(load_recipe(recipe, [f"run.directory={folder}/runs", *overrides]), folder)
+
+
+def test_a_further_probe_measures_every_model_anew_and_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    plain = graph_of(tmp_path).steps
+    more = graph_of(tmp_path, "probes={kl_to_seed: {}}").steps
+    new = more.keys() - plain.keys()
+    assert new == {f"measure:kl_to_seed:{label.removeprefix('measure:')}"
+                   for label in plain if label.startswith("measure:")}  # fmt: skip
+    assert {label for label in plain if plain[label].key != more[label].key} == {"evaluate", "export", "report"}
+    with pytest.raises(RecipeError, match=r"probes\.kl_to_sed: there is no such key; did you mean 'kl_to_seed'"):
+        graph_of(tmp_path, "probes={kl_to_sed: {}}")
+
+
+def test_a_model_without_what_a_probe_needs_has_no_answer_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Found:
+        raise AssertionError
+
+    needy = Probe(never, needs=frozenset({"routing"}))
+    step = graph_of(tmp_path, "probes={kl_to_seed: {}}").steps["measure:kl_to_seed:seed"]
+    monkeypatch.setattr(registry, "probes", lambda: {"kl_to_seed": needy})
+    assert step._measure({}).missing == "the model gives no routing"  # type: ignore[attr-defined]
+    routed = Stock(moe_models.build("mixtral").eval())
+    assert not needy.needs <= routed.capabilities  # a rule has to be at work on it
+
+
+def test_numbers_and_reasons_stand_in_one_table() -> None:
+    found = {"seed": {"math": {"kl": 0.0}, "code": {"kl": 0.25}}, "other": {"not available": "no routing"}}
+    head, rows = probe_tables({"probes": {"p": found}})["p"]
+    assert head == ["model", "math: kl", "code: kl"]
+    assert rows == [["seed", "0", "0.25"], ["other", "not available: no routing"]]
+    assert not probe_tables({})
