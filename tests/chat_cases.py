@@ -82,10 +82,10 @@ def tokenizer(eos: str = "<|im_end|>", template: str | None = None, bos: str | N
 
 
 def encoded(
-    record: Any, template: str | None, *, loss_on: str = "completion", eos: str = "<|im_end|>"
+    record: Any, template: str | None, *, loss_mask: str = "completion", eos: str = "<|im_end|>"
 ) -> tuple[str, str]:
     """The text of the ids, and of those that are learned."""
-    using = Encoder(tokenizer(eos, template), loss_on)
+    using = Encoder(tokenizer(eos, template), loss_mask)
     ids, learn = next(using.encode([parse(record)]))
     assert len(ids) == len(learn)
     return using.tokenizer.decode(ids), using.tokenizer.decode([i for i, yes in zip(ids, learn, strict=True) if yes])

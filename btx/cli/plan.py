@@ -220,7 +220,7 @@ def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list
         "measure).",
         "FLOPs: 6 · active parameters · tokens, and attention (causal). Memory: weights, gradients and AdamW state "
         "in fp32, bf16 copies, and an estimate of the activations, on one device without sharding.",
-        f"Finetuning: {settings.routing}, balance {settings.balance.form} · {settings.balance.weight:g}; "
+        f"Finetuning: {settings.routing}, balance {settings.balance.type} · {settings.balance.weight:g}; "
         f"data: {shares}.",
     ]
 

@@ -50,11 +50,12 @@ finetune:                         # what is not said here of the optimiser is as
   tokens: 10M
   routing: top_k                  # top_k, switch, soft, sample_top1
   top_k: 2
-  balance: {{form: btx, weight: 0.01}}   # a weight means nothing without its form: btx, switch, transformers, none
+  balance: {{type: btx, weight: 0.01}}   # a weight means nothing without its type: btx, switch, transformers, none
   trainable: all                  # all, router, no_experts
 
 # dense: {{}}                      # the control: the dense seed continued on as many tokens as all of the above
 # upcycle: {{}}                    # sparse upcycling: copies of the seed as experts, trained on as many tokens
+# probes: {{kl_to_seed: {{}}}}       # measured beside bits per byte: how far each model has gone from the seed
 
 # data:
 #   holdout: 0.05                 # share of each domain's documents that reports are made on (test), by hash

@@ -84,7 +84,7 @@ class Sources:
         if not seed.is_builtin:
             given = self.given("seed", seed.checkpoint)
             return given, given
-        plain = self.recipe.data.model_copy(update={"loss_on": "all"})  # pretraining learns every token
+        plain = self.recipe.data.model_copy(update={"loss_mask": "all"})  # pretraining learns every token
         read = {"data": DataSettings(**plain.model_dump(exclude={"valid_bytes", "date"}))}  # by a tokenizer's training
         reads = {**self.texts.reads("seed", seed.sources, seed.valid), **read}
         tokenizer = self.add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self.place()))
@@ -144,7 +144,7 @@ class Sources:
     ) -> TokensStep:  # fmt: skip
         """The tokens of some data by a tokenizer, once for all who ask."""
         data_settings = data_settings or self.recipe.data
-        if name == "seed" and self.recipe.seed.is_builtin and data_settings.loss_on != "all":
+        if name == "seed" and self.recipe.seed.is_builtin and data_settings.loss_mask != "all":
             suffix += ANSWERS
         label = f"tokens:{name}{suffix}"
         if label in self.steps:

@@ -183,7 +183,7 @@ def learned(message: Message) -> bool | None:
 def require_learned(message: Message, *, answers: bool) -> None:
     """ValueError where a message is not to be learned and all are."""
     if not answers and message["role"] == "assistant" and learned(message) is False:
-        raise ValueError("a message says that it is not to be learned; set data.loss_on: completion")
+        raise ValueError("a message says that it is not to be learned; set data.loss_mask: completion")
 
 
 def rank_of(text: str) -> int:

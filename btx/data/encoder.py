@@ -47,8 +47,8 @@ class Written:
 class Encoder:
     """Turns documents into token ids, with the marks that the seed's tokenizer puts around a text."""
 
-    def __init__(self, tokenizer: Any, loss_on: str, *, date: str | None = None) -> None:
-        self.tokenizer, self.loss_on, self.date = tokenizer, loss_on, date
+    def __init__(self, tokenizer: Any, loss_mask: str, *, date: str | None = None) -> None:
+        self.tokenizer, self.loss_mask, self.date = tokenizer, loss_mask, date
         self.ids = 1 + max(tokenizer.get_vocab().values())  # ids stay below; len(tokenizer) misses gaps
         self.end: int | None = tokenizer.eos_token_id
         led = tokenizer(["a"], return_attention_mask=False, verbose=False)["input_ids"][0][:1]
@@ -57,17 +57,17 @@ class Encoder:
         added = tokenizer.added_tokens_decoder
         self.special = tuple(token.content for token in added.values() if token.special)
         self.special_ids = {*tokenizer.all_special_ids} | {n for n, token in added.items() if token.special}
-        if loss_on == "completion" and not tokenizer.is_fast:
+        if loss_mask == "completion" and not tokenizer.is_fast:
             raise RecipeError(
-                "data.loss_on: completion needs a tokenizer that tells where its tokens stand in a text, which this "
-                "one does not. Give it a tokenizer.json, or set data.loss_on: all."
+                "data.loss_mask: completion needs a tokenizer that tells where its tokens stand in a text, which this "
+                "one does not. Give it a tokenizer.json, or set data.loss_mask: all."
             )
 
     # ---- text ----
 
     def written(self, document: Document) -> Written:
         """A document as it is trained on; RecipeError, naming it, where its chat template cannot hold it."""
-        answers = self.loss_on == "completion"
+        answers = self.loss_mask == "completion"
         try:
             if document.messages and self.tokenizer.chat_template:
                 template = self._template(document.extra.get("tools"))
@@ -88,7 +88,7 @@ class Encoder:
         if not self.tokenizer.chat_template:
             said = f"{where}{error}."
         remedy = "Leave such conversations out, or use a seed whose template takes them; data.ignore names keys to drop"
-        return f"{said} {remedy}{', data.loss_on: all learns everything' if 'rewrites' in str(error) else ''}."
+        return f"{said} {remedy}{', data.loss_mask: all learns everything' if 'rewrites' in str(error) else ''}."
 
     def _template(self, tools: Any) -> Template:
         text = self.tokenizer.get_chat_template(tools=tools)
@@ -106,7 +106,7 @@ class Encoder:
     def encode(self, documents: list[Document]) -> Iterator[tuple[Ids, list[int]]]:
         """Token ids of each document and, for each id, whether it is to be predicted."""
         written = [self.written(document) for document in documents]
-        everything = self.loss_on == "all"
+        everything = self.loss_mask == "all"
         for one, (ids, offsets) in zip(written, self._encoded(written, offsets=not everything), strict=True):
             spans = one.made.learned
             learn = [1] * len(ids) if everything else [int(_overlaps(spans, offset)) for offset in offsets]

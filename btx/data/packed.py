@@ -47,7 +47,7 @@ def write_tokens(out: Path, split: Split, *, settings: DataSettings, encoder: En
         "select_documents": len(rows["select"]),
         "left_out": split.left_out,
     }
-    write_json(out / "tokens.json", {"dtype": dtype.str, "masked": settings.loss_on == "completion", **rows, **facts})
+    write_json(out / "tokens.json", {"dtype": dtype.str, "masked": settings.loss_mask == "completion", **rows, **facts})
     return facts
 
 
@@ -72,7 +72,7 @@ def _write_train(
     out: Path, documents: Iterable[Document], encoder: Encoder, settings: DataSettings, dtype: np.dtype[Any]
 ) -> int:
     written = 0
-    masked = settings.loss_on == "completion"
+    masked = settings.loss_mask == "completion"
     stream = iter(documents)
     with (out / "train.bin").open("wb") as ids_file, (out / "train.mask").open("wb") as mask_file:
         while batch := list(itertools.islice(stream, BATCH)):

@@ -45,7 +45,7 @@ class Moe:
         if family.attention:
             raise ArtifactError(
                 f"{checkpoint.folder} is a {family.moe}, whose attention is made of experts too, and `btx moe` "
-                "changes feed-forward experts only. Merge it again, with merge.experts: one."
+                "changes feed-forward experts only. Merge it again, with merge.experts: per_model."
             )
         rests = {match[2] for name in checkpoint.entries if (match := LAYER.fullmatch(name))}
         self.layout = "fused" if family.fused.expert[DOWN] in rests else "published"

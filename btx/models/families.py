@@ -249,5 +249,5 @@ def _with_attention(config: dict[str, Any], where: str) -> Family:
         return WITH_ATTENTION
     raise ArtifactError(
         f"{where} cannot have attention experts: {why} with as many key heads as query heads (no grouped-query "
-        "attention). Use merge.experts: one."
+        "attention). Use merge.experts: per_model."
     )

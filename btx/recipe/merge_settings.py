@@ -111,8 +111,8 @@ class MergeSettings(Settings):
 
     include_seed: bool = Field(True, description="the untouched seed is one more expert, as in the paper")
     shared: Annotated[SharedSettings, BeforeValidator(_named)] = SharedSettings()
-    experts: Literal["one", "split", "blend", "ffn+attention"] = Field(
-        "one",
+    experts: Literal["per_model", "split", "blend", "ffn+attention"] = Field(
+        "per_model",
         description="one expert a model; the paper's variants; or attention made of experts too, with keys and values "
         "shared (BAM; Llama seeds without grouped-query attention, which become JetMoE)",
     )
@@ -159,7 +159,7 @@ class MergeSettings(Settings):
             raise ValueError(f"experts: {ATTENTION} goes with experts in all layers, and no shared one")
         if self.experts in ("split", "blend") and (self.copies != 1 or self.reinitialize):
             raise ValueError(
-                f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize go with experts: one"
+                f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize go with experts: per_model"
             )
         many = self.copies if isinstance(self.copies, int) else max(self.copies.values(), default=1)
         if many > 1 and self.router in FROM_DATA and not self.reinitialize:

@@ -18,6 +18,13 @@ _PLAINLY = {
     "string_pattern_mismatch": "must not be blank",
     "finite_number": "must be a finite number",
 }
+RENAMED = {  # keys and values of older recipes, by what they are called now
+    "clip": "max_grad_norm",
+    "min_learning_rate": "min_lr_ratio",
+    "loss_on": "loss_mask",
+    "form": "type",
+    "one": "per_model",
+}
 _BRANCHES = re.compile(
     r"(function-|constrained-|(literal|list|dict)\[|`|(int|float|str|bool)$)"
 )  # parts of a path in a union
@@ -41,7 +48,12 @@ def sentences(error: ValidationError, model: type[BaseModel], names: str) -> lis
 def _explain(error: Any, path: list[str], model: type[BaseModel], names: str) -> str:
     """What is wrong at a place and, for an unknown key, the nearest known one."""
     if error["type"] == "extra_forbidden":
-        return f"there is no such key; {nearest(path[-1], _keys(path[:-1], model))}"
+        known = _keys(path[:-1], model)
+        if (new := RENAMED.get(path[-1])) in known:
+            return f"this key is called {new} now"
+        return f"there is no such key; {nearest(path[-1], known)}"
+    if error["type"] == "literal_error" and f"'{(new := RENAMED.get(str(error['input'])))}'" in error["msg"]:
+        return f"{error['input']} is called {new} now"
     if error["type"] in ("missing", "value_error"):
         return "is missing" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
     if error.get("ctx", {}).get("pattern") == f"^{names}$":

@@ -78,7 +78,7 @@ class DataSettings(Settings):
     valid_bytes: Annotated[Count, Field(ge=4)] = Field(
         4096, description="a held-out document is cut to this many bytes of text"
     )
-    loss_on: Literal["all", "completion"] = Field(
+    loss_mask: Literal["all", "completion"] = Field(
         "all", description="all: plain next-token loss, as in the paper; completion: only answers count"
     )
     ignore: list[Text] = Field(
@@ -111,14 +111,14 @@ class TrainSettings(Settings):
     sequence_length: Count = 1024
     batch_tokens: Count = Field(65_536, description="tokens in one optimiser step, over all devices")
     learning_rate: Positive = 1e-4
-    min_learning_rate: Share = Field(0.1, description="end of the cosine, as a share of the peak (paper: 0.1)")
+    min_lr_ratio: Share = Field(0.1, description="end of the cosine, as a share of the peak (paper: 0.1)")
     warmup_steps: Whole | Literal["auto"] = Field(
         "auto", description="auto: the paper's 100, or a tenth of the steps where that is less"
     )
     weight_decay: Weight = 0.1
     betas: tuple[Part, Part] = (0.9, 0.95)
     epsilon: Positive = 1e-8
-    clip: Positive = Field(1.0, description="largest gradient norm")
+    max_grad_norm: Positive = Field(1.0, description="larger gradients are scaled down to this norm")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="auto: bf16 on a GPU that has it and on a CPU where it is faster, else fp32; weights, "
@@ -153,7 +153,7 @@ def torch_dtype(name: str, seed: torch.dtype) -> torch.dtype:
 class BalanceSettings(Settings):
     """The load-balancing loss. A weight means nothing without its convention, so both are stated."""
 
-    form: Literal["btx", "switch", "transformers", "none"] = Field(
+    type: Literal["btx", "switch", "transformers", "none"] = Field(
         "btx",
         description="btx: the paper's, summed over layers; switch: hard counts, mean over layers; "
         "transformers: load_balancing_loss_func, layers pooled",

@@ -124,7 +124,7 @@ class Balanced:
 
     def surveys(self, passes: int) -> bool:
         """A balance loss is of the whole step, so one that is cut is looked at whole before."""
-        return passes > 1 and self.settings.balance.form != "none"
+        return passes > 1 and self.settings.balance.type != "none"
 
     def survey(self, share: float) -> None:
         """Take in the last pass's means."""
@@ -132,14 +132,14 @@ class Balanced:
 
         if self.means is None:
             self.means = StepMeans()
-        self.means.observe(self.settings.balance.form, self.routed.layers, share)
+        self.means.observe(self.settings.balance.type, self.routed.layers, share)
 
     def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The weighted balance loss of the step, with the gradient of the last pass's tokens, and its value."""
         from btx.moe.balance import balance_loss, over_processes
 
         everywhere = self.means.everywhere() if self.means else over_processes
-        raw = balance_loss(self.settings.balance.form, self.routed.layers, everywhere)
+        raw = balance_loss(self.settings.balance.type, self.routed.layers, everywhere)
         self.totals.add(self.routed.layers)
         self.window.add(self.routed.layers)
         return self.settings.balance.weight * raw, {"balance": float(raw.detach())}

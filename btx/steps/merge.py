@@ -154,7 +154,7 @@ class Merge(Models):
             if cut and width_of(step.folder) != width:
                 raise RecipeError(
                     f"merge.experts: {self.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
-                    f"{width_of(step.folder)}, the seed's {width}. Use experts: one, or leave that domain out."
+                    f"{width_of(step.folder)}, the seed's {width}. Use experts: per_model, or leave that domain out."
                 )
 
     def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class TokensStep(Reads):
         tokenizer = load_tokenizer(self.tokenizer.folder)
         if self.template:
             tokenizer.chat_template = load_tokenizer(self.template.folder).chat_template
-        return Encoder(tokenizer, self.data.loss_on, date=self.data.date)
+        return Encoder(tokenizer, self.data.loss_mask, date=self.data.date)
 
     def check(self, asked: int) -> None:
         """Read all documents once; RecipeError, with counts, when one is bad or they are too few.

@@ -194,7 +194,7 @@ class Loop:
             if self.hook and self.hook.surveys(len(batches)):
                 self._survey(self.hook, batches)
             total, extra = self._backward(batches, self._learned(batches))
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         figures = {"step": self.step + 1, "loss": total, "grad_norm": float(norm), "learning_rate": rate, **extra}
         if math.isfinite(total) and math.isfinite(figures["grad_norm"]):
             self.optimizer.step()

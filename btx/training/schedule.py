@@ -8,12 +8,12 @@ from btx.recipe.settings import TrainSettings
 
 
 def learning_rate(step: int, *, steps: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then cosine to `min_learning_rate` of the peak, as in the paper; `step` counts from 0."""
+    """Linear warm-up, then cosine to `min_lr_ratio` of the peak, as in the paper; `step` counts from 0."""
     warm = warmup_steps(steps, settings)
     if step < warm:
         return settings.learning_rate * (step + 1) / warm
     progress = (step - warm) / max(steps - 1 - warm, 1)
-    floor = settings.min_learning_rate
+    floor = settings.min_lr_ratio
     return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 

@@ -23,7 +23,7 @@ LAYOUTS: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "copies of chunks": (
         lambda world: (world.set("merge.experts", "split"), world.set("merge.copies", 2)),
-        ("merge:", "copies", "experts: one"),
+        ("merge:", "copies", "experts: per_model"),
     ),
     "copies of nobody": (setting("merge.copies", {"maths": 2}), ("merge.copies", "'maths'", "'math'")),
     "copies with one row": (

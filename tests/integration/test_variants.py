@@ -32,16 +32,16 @@ def test_every_family_runs_whole_and_its_export_checks(tmp_path: Path, family: s
 @pytest.mark.parametrize(
     "sets",
     [
-        ["finetune.routing=switch", "finetune.balance.form=switch"],
-        ["finetune.routing=soft", "finetune.balance.form=none"],
+        ["finetune.routing=switch", "finetune.balance.type=switch"],
+        ["finetune.routing=soft", "finetune.balance.type=none"],
         ["finetune.routing=sample_top1", "finetune.trainable=router"],
-        ["finetune.balance.form=transformers", "finetune.trainable=no_experts", "run.kernel=reference"],
+        ["finetune.balance.type=transformers", "finetune.trainable=no_experts", "run.kernel=reference"],
         ["merge.experts=split", "merge.chunks=2", "finetune.top_k=4"],
         ["merge.experts=blend", "merge.include_seed=false"],
         ["merge.shared=ties", "merge.router=activations", "train.gradient_checkpointing=true"],
         ["merge.router=embeddings", "merge.experts=split"],
         ["merge.router=orthogonal", "merge.shared={method: mean, groups: {norms: linear}}"],
-        ["data.loss_on=completion", "train.dtype=bf16"],
+        ["data.loss_mask=completion", "train.dtype=bf16"],
     ],
     ids=" ".join,
 )
@@ -129,7 +129,7 @@ def test_two_sharded_processes_train_to_the_weights_of_one(tmp_path: Path) -> No
     [
         ["finetune.routing=top_k", "merge.router=activations", "merge.copies={seed: 2}", "merge.reinitialize=0.1"],
         ["finetune.routing=switch", "finetune.trainable=router"],
-        ["finetune.routing=soft", "finetune.balance.form=none", "merge.shared=ties"],
+        ["finetune.routing=soft", "finetune.balance.type=none", "merge.shared=ties"],
         ["finetune.routing=sample_top1", "finetune.trainable=no_experts"],
     ],
     ids=" ".join,

@@ -187,7 +187,7 @@ def test_its_config_states_what_the_class_computes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "olmo2", "granite", "llama"])
 def test_seeds_that_no_class_holds_so_are_refused(tmp_path: Path, family: str) -> None:
     seed = save_model(tmp_path / "seed", config_of(family))  # the Llama has grouped-query attention
-    with pytest.raises(ArtifactError, match=r"cannot have attention experts: jetmoe.*Use merge\.experts: one"):
+    with pytest.raises(ArtifactError, match=r"cannot have attention experts: jetmoe.*Use merge\.experts: per_model"):
         merge(tmp_path / "moe", [seed] * 2, top_k=1, experts=FORM)
 
 

@@ -144,7 +144,7 @@ def test_how_a_batch_is_cut_changes_no_balance_loss(tmp_path: Path, kind: str, f
     found = []
     for size in (1, 3, 4):
         where = WHERE.model_copy(update={"micro_batch": size})
-        loop = loop_of(kind, tmp_path, str(size), where=where, balance={"form": form, "weight": 1.0})
+        loop = loop_of(kind, tmp_path, str(size), where=where, balance={"type": form, "weight": 1.0})
         gradients: dict[str, torch.Tensor] = {}
 
         def keep(loop: Loop = loop, gradients: dict[str, torch.Tensor] = gradients) -> None:

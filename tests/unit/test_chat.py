@@ -57,10 +57,10 @@ def test_the_tags_of_a_template_say_the_same_as_transformers_mask() -> None:
     assert encoded({"messages": TALK}, TAGGED)[1] == theirs
 
 
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
+@pytest.mark.parametrize("loss_mask", ["all", "completion"])
 @pytest.mark.parametrize("name", ["chatml", "mistral", "closed"])
-def test_an_end_mark_that_the_template_brings_stands_once(name: str, loss_on: str) -> None:
-    said, learned = encoded({"messages": TALK[:3]}, TEMPLATES[name], loss_on=loss_on)
+def test_an_end_mark_that_the_template_brings_stands_once(name: str, loss_mask: str) -> None:
+    said, learned = encoded({"messages": TALK[:3]}, TEMPLATES[name], loss_mask=loss_mask)
     assert said.rstrip().endswith("<|im_end|>")
     assert not said.rstrip().removesuffix("<|im_end|>").rstrip().endswith("<|im_end|>")
     assert learned.count("five<|im_end|>") + learned.count("five\n<|im_end|>") == 1
@@ -84,8 +84,8 @@ def test_a_turn_that_is_not_to_be_learned_is_context(flag: Any, template: str | 
     assert "wrong" not in learned
     assert "five too" in learned
     assert learned.count("<|im_end|>") == 1
-    with pytest.raises(RecipeError, match=r"not to be learned.*loss_on: completion"):
-        encoded({"messages": talk}, template, loss_on="all")
+    with pytest.raises(RecipeError, match=r"not to be learned.*loss_mask: completion"):
+        encoded({"messages": talk}, template, loss_mask="all")
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0.5}, {"weight": "no"}, {"weight": 1, "ignore": True}])
@@ -197,9 +197,9 @@ def test_a_template_that_draws_at_random_or_is_broken_is_refused(template: str) 
 @pytest.mark.parametrize("shown", ["m.content + m.content", "m.content[:3]", "m.content.split()[0]", "'x'"])
 def test_answers_that_cannot_be_told_are_refused(shown: str) -> None:
     template = "{{ messages | length }}{% for m in messages %}{{ m.role }}: {{ " + shown + " }}\n{% endfor %}"
-    with pytest.raises(RecipeError, match=r"rewrites .* message 3.*loss_on: all"):
+    with pytest.raises(RecipeError, match=r"rewrites .* message 3.*loss_mask: all"):
         encoded({"messages": [*TALK[:2], {**TALK[2], "content": "five it is"}, *TALK[3:]]}, template)
-    assert encoded({"messages": TALK}, template, loss_on="all")
+    assert encoded({"messages": TALK}, template, loss_mask="all")
 
 
 @pytest.mark.parametrize("how", ["reverse", "list"])

@@ -15,11 +15,11 @@ from tests.chat_cases import CHATML, LLAMA3, QWEN3, tokenizer
 
 @pytest.mark.parametrize("mark", ["<s>", "<|im_end|>", "<|im_start|>", "</s>"])
 @pytest.mark.parametrize("template", [None, CHATML, LLAMA3, QWEN3])
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
+@pytest.mark.parametrize("loss_mask", ["all", "completion"])
 def test_marks_within_a_text_are_text_and_those_of_the_template_stay(
-    mark: str, template: str | None, loss_on: str
+    mark: str, template: str | None, loss_mask: str
 ) -> None:
-    using = Encoder(tokenizer("</s>", template), loss_on)
+    using = Encoder(tokenizer("</s>", template), loss_mask)
     special = using.tokenizer.convert_tokens_to_ids(mark)
     text = f"two {mark} plus{mark}"
     if template is None:
@@ -32,7 +32,7 @@ def test_marks_within_a_text_are_text_and_those_of_the_template_stay(
         ids, learn = next(using.encode([parse(record)]))
         assert ids.count(special) == next(using.encode([parse(clean)]))[0].count(special)
         assert using.tokenizer.decode(ids).count(text) == (1 if "text" in record else 2)
-        if loss_on == "completion" and "text" not in record:
+        if loss_mask == "completion" and "text" not in record:
             learned = using.tokenizer.decode([i for i, yes in zip(ids, learn, strict=True) if yes])
             assert learned.count(text) == 1
         held = using.scored([parse(record)], 10**6)[0][0][1:]

@@ -39,12 +39,12 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "train.sequence_length": (8, "train:math"),
     "train.batch_tokens": (64, "train:math"),
     "train.learning_rate": (2e-4, "train:math"),
-    "train.min_learning_rate": (0.2, "train:math"),
+    "train.min_lr_ratio": (0.2, "train:math"),
     "train.warmup_steps": (1, "train:math"),
     "train.weight_decay": (0.2, "train:math"),
     "train.betas": ([0.8, 0.9], "train:math"),
     "train.epsilon": (1e-7, "train:math"),
-    "train.clip": (2.0, "train:math"),
+    "train.max_grad_norm": (2.0, "train:math"),
     "train.precision": ("bf16", "train:math"),
     "train.gradient_checkpointing": (True, "train:math"),
     "train.dtype": ("bf16", "train:math"),
@@ -56,7 +56,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "data.ignore": (["x"], "tokens:math"),
     "data.date": ("2026-01-31", "tokens:math"),
     "data.valid_bytes": (99, "tokens:math"),
-    "data.loss_on": ("completion", "tokens:math"),
+    "data.loss_mask": ("completion", "tokens:math"),
     "merge.include_seed": (False, "average"),
     "merge.shared": ("linear", "average"),
     "merge.router_entropy": (0.5, "merge"),
@@ -71,7 +71,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "merge.reinitialize": (0.5, "merge"),
     "merge.shared_expert": ("seed", "merge"),
     "finetune.top_k": (1, "finetune"),
-    "finetune.balance": ({"form": "switch"}, "finetune"),
+    "finetune.balance": ({"type": "switch"}, "finetune"),
     "finetune.mix": ({"math": 1, "law": 2}, "finetune"),
     "finetune.tokens": (96, "finetune"),
     "evaluate.tokens": (9, "measure:finetuned"),
@@ -102,7 +102,7 @@ def test_a_builtin_seed_depends_on_no_setting_that_it_overrides_or_has_no_use_fo
     world.set("seed", {"checkpoint": "builtin", "data": ["data/math.jsonl"]})
     world.set("domains", {"math": {"data": ["data/law.jsonl"], "tokens": 64}})
     before = {label: world.key(label) for label in ("tokenizer", "tokens:seed", "seed", "train:math")}
-    for key, value in {"train.learning_rate": 5e-5, "data.loss_on": "completion"}.items():
+    for key, value in {"train.learning_rate": 5e-5, "data.loss_mask": "completion"}.items():
         world.set(key, value)
         for label in ("tokenizer", "tokens:seed", "seed"):
             assert world.key(label) == before[label], (key, label)

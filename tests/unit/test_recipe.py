@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btx.conversions.registry import load_recipe, schema
+from btx.conversions.registry import load_recipe, recipe_model, schema
 from btx.errors import RecipeError
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import FinetuneSettings, TrainSettings
@@ -127,10 +128,28 @@ def test_split_experts_count_their_chunks() -> None:
 
 
 def test_the_schema_holds_for_the_embedded_recipe_and_names_every_section() -> None:
-    assert set(schema()["properties"]) == {*Recipe.model_fields, "dense", "upcycle"}
+    assert set(schema()["properties"]) == {*Recipe.model_fields, *recipe_model().conversions} >= {"dense", "upcycle"}
     assert schema()["additionalProperties"] is False
 
 
 def test_the_recipes_that_come_along_are_read() -> None:
     found = sorted((Path(__file__).parents[2] / "pipelines").glob("*.yaml"))
     assert [load_recipe(path, []).name for path in found]
+
+
+@pytest.mark.parametrize(
+    ("said", "about"),
+    [
+        ("train.clip=2", r"train\.clip: this key is called max_grad_norm now\."),
+        ("train.min_learning_rate=0", r"train\.min_learning_rate: this key is called min_lr_ratio now\."),
+        ("dense.min_learning_rate=0", r"dense\.min_learning_rate: this key is called min_lr_ratio now\."),
+        ("data.loss_on=completion", r"data\.loss_on: this key is called loss_mask now\."),
+        ("finetune.balance.form=btx", r"finetune\.balance\.form: this key is called type now\."),
+        ("merge.experts=one", r"merge\.experts: one is called per_model now\."),
+        ("merge.experts=two", r"merge\.experts: should be 'per_model', .*found 'two'"),
+        ("train.form=btx", r"train\.form: there is no such key"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path, said: str, about: str) -> None:
+    with pytest.raises(RecipeError, match=about):
+        loaded(tmp_path, json.dumps(SMALL), said)

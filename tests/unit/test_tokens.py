@@ -38,11 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encoder(folder: Path, loss_on: str = "all", template: str | None = None) -> Encoder:
+def encoder(folder: Path, loss_mask: str = "all", template: str | None = None) -> Encoder:
     """An encoder with or without a chat template."""
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template
-    return Encoder(tokenizer, loss_on)
+    return Encoder(tokenizer, loss_mask)
 
 
 def written(
@@ -53,7 +53,7 @@ def written(
     files = {"data": rows, "valid": valid or []}
     for name, records in files.items():
         write_jsonl(out / f"{name}.jsonl", records)
-    settings_ = DataSettings(loss_on=using.loss_on, **more)
+    settings_ = DataSettings(loss_mask=using.loss_mask, **more)
     split = Split([str(out / "data.jsonl")], [str(out / "valid.jsonl")] if valid else [], settings_)
     facts = write_tokens(out, split, settings=settings_, encoder=using)
     return Tokens(out), facts
@@ -133,11 +133,11 @@ def test_only_completions_are_learned_and_the_mask_says_so_token_by_token(tmp_pa
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
+@pytest.mark.parametrize("loss_mask", ["all", "completion"])
 def test_conversations_follow_the_template_in_training_and_held_out_alike(
-    tmp_path: Path, folder: Path, template: str | None, loss_on: str
+    tmp_path: Path, folder: Path, template: str | None, loss_mask: str
 ) -> None:
-    using = encoder(folder, loss_on, template)
+    using = encoder(folder, loss_mask, template)
     other = [{"role": "user", "content": "and now"}]
     tokens, _ = written(tmp_path, [{"messages": CHAT}], using, valid=[{"messages": other}])
     plain = "User: Wie heißt du?\n\nAssistant: Ada 🜁\n\nUser: the fox\n\nAssistant: jumps\n\n"
@@ -147,7 +147,7 @@ def test_conversations_follow_the_template_in_training_and_held_out_alike(
     said = using.tokenizer.decode(list(ids[1:]))
     assert said == ("[user]and now\n" if template else "User: and now\n\n")
     assert size == len(said.encode())
-    if loss_on == "all":
+    if loss_mask == "all":
         assert tokens.mask is None
     else:
         learned = documents(tokens.train[tokens.mask == 1], using)[0]
@@ -159,7 +159,7 @@ def test_a_template_that_refuses_or_rewrites_is_told_in_a_sentence(tmp_path: Pat
     with pytest.raises(RecipeError, match=r"\(user, assistant, .*roles must alternate"):
         written(tmp_path, [{"messages": CHAT}], refusing)
     rewriting = encoder(folder, "completion", "{{ messages | length }}" + TEMPLATE.replace("content", "content[:2]"))
-    with pytest.raises(RecipeError, match=r"data.jsonl:1: .*rewrites .* message 2.*loss_on: all"):
+    with pytest.raises(RecipeError, match=r"data.jsonl:1: .*rewrites .* message 2.*loss_mask: all"):
         written(tmp_path, [{"messages": CHAT}], rewriting)
 
 
