@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +192,7 @@ class Step(BaseModel):
             facts = self.run(out, self.work, tell)
             hashed: dict[str, str] = facts.pop(HASHED, {})
             manifest["facts"] = facts
+            manifest["environment"] = environment(self.where)
             manifest["cost"] = cost_of(facts, seconds=time.time() - started, folder=out).written()
             manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             return hashed
@@ -229,6 +231,29 @@ def _encode(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise TypeError(f"a step's identity cannot hold {value!r} exactly")
+
+
+def environment(where: RunSettings) -> dict[str, Any]:
+    """What of this process may change a result within rounding, versions aside; nothing where torch had no part."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    on_gpu = where.device != "cpu" and torch.cuda.is_available()
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": torch.distributed.get_world_size() if several else 1,
+    }
+
+
+def elsewhere(manifest: dict[str, Any], where: RunSettings) -> list[str]:
+    """In what a published step's environment is another than this one's, as `there, here`: its folder is used still."""
+    there = {**manifest.get("environment", {}), **manifest["versions"]}
+    here = {**environment(where), **versions()}
+    return [f"{name} {there[name]}, here {here[name]}" for name in ("device", "instructions", "torch", "transformers")
+            if name in there and name in here and there[name] != here[name]]  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -56,3 +56,8 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*\S[^\x00]*$")]
 def execution(default: Any, **more: Any) -> Any:
     """A field that is recorded but does not decide the result."""
     return Field(default, json_schema_extra={"execution": True}, **more)
+
+
+def environment(default: Any, **more: Any) -> Any:
+    """An execution field that may change a result within rounding, as versions and processors do."""
+    return Field(default, json_schema_extra={"execution": True, "environment": True}, **more)

@@ -1,7 +1,8 @@
 """The settings of every step, as strict models: what a recipe may say, with its defaults and its bounds.
 
-A field marked `execution` says how a thing is done (device, workers, paths): it is recorded but decides no result,
-so it is no part of a step's identity. Everything else is. No torch here: a recipe is read in milliseconds.
+Every setting is of one of three classes. Most are *identity*: they decide the result, and are part of a step's key.
+Those marked `environment` (device, threads, passes) may change it within rounding: they are recorded, like versions and
+processors. Those marked `execution` (paths, workers) do neither. No torch here: a recipe is read in milliseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from btx.recipe.fields import Bytes, Count, Part, Positive, Share, Text, Weight, Whole, execution
+from btx.recipe.fields import Bytes, Count, Part, Positive, Share, Text, Weight, Whole, environment, execution
 
 if TYPE_CHECKING:
     import torch
@@ -220,7 +221,7 @@ class MeasureSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of all models of a report; auto: bf16 on a GPU that has it, fp32 on a CPU"
     )
-    batch_tokens: Count = execution(8192)
+    batch_tokens: Count = environment(8192)
 
 
 class EvaluateSettings(MeasureSettings):
@@ -254,14 +255,14 @@ class RunSettings(Settings):
     directory: Text = execution("runs", description="relative to the working directory")
     engine: Literal["local"] = execution("local")
     workers: Count | Literal["auto"] = execution("auto", description="training jobs at once; auto: one a device")
-    device: Literal["auto", "cpu", "cuda"] = execution("auto")
-    kernel: Text = execution("auto", description="expert kernel; see `btx doctor` for those at hand")
-    micro_batch: Count | Literal["auto"] = execution(
+    device: Literal["auto", "cpu", "cuda"] = environment("auto")
+    kernel: Text = environment("auto", description="expert kernel; see `btx doctor` for those at hand")
+    micro_batch: Count | Literal["auto"] = environment(
         "auto", description="sequences per device and backward pass; any number gives the same result but for rounding"
     )
-    threads: Count | Literal["auto"] = execution("auto", description="CPU threads of a job")
+    threads: Count | Literal["auto"] = environment("auto", description="CPU threads of a job")
     max_memory: Bytes = execution(2**30, description="of a merge, above the interpreter's own: 1GiB, 4GB, ...")
     checkpoint_minutes: Positive = execution(10.0, description="time between saved training states")
     checkpoint_steps: Count | None = execution(None, description="save after this many steps instead")
-    launch: Text | None = execution(None, description="an `accelerate config` file: jobs start by accelerate launch")
+    launch: Text | None = environment(None, description="an `accelerate config` file: jobs start by accelerate launch")
     report_to: list[Text] = execution([], description="trackers of accelerate: tensorboard, wandb, ...")

@@ -10,7 +10,7 @@ from typing import Any
 
 from btx.graph.artifact import STATES, locked, read_manifest
 from btx.graph.cost import Cost
-from btx.graph.step import undone
+from btx.graph.step import elsewhere, undone
 from btx.report.figures import human, probe_tables
 
 
@@ -117,11 +117,15 @@ def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
     for name in ("planned → happened", "FLOPs", "memory", "disk", "seconds"):
         costs.add_column(name, no_wrap=True, justify="left" if costs.columns == [] else "right")
     steps = [step for step in graph.steps.values() if step.kind != "given"]
+    other: dict[str, list[str]] = {}  # labels of steps made in another environment, by what is other
     todo = {step.label for step in undone(steps)}
     for step in steps:
         state = _state(step) if step.label in todo else "done"
         states.add_row(step.label, state, _near(step.folder) if step.folder.exists() else "")
-        cost = Cost.read(read_manifest(step.folder)) if state == "done" else None
+        manifest = read_manifest(step.folder) if state == "done" else None
+        if manifest and (differing := elsewhere(manifest, step.where)):
+            other.setdefault("; ".join(differing), []).append(step.label)
+        cost = Cost.read(manifest) if manifest else None
         if cost or step.label in planned:
             costs.add_row(step.label, *_beside(planned.get(step.label), cost))
     console = Console(width=None, soft_wrap=True)
@@ -129,6 +133,8 @@ def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
     if costs.rows:
         console.print()
         console.print(costs)
+    for said, labels in other.items():
+        console.print(f"\nUsed as they are, though made elsewhere ({said}): {', '.join(labels)}.")
 
 
 def _beside(planned: Planned | None, cost: Cost | None) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from btx.graph.cost import Cost
 from tests.conftest import write_project
+from tests.faults.world import edit_json
 from tests.integration.test_run import btx
 
 
@@ -36,3 +37,9 @@ def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: 
     assert states.count("done") == len(states.splitlines()) - 1
     row = next(line for line in costs.splitlines() if line.startswith("train:math"))
     assert row.count("→") == 3  # FLOPs, memory and disk, planned and happened
+
+    assert manifest["environment"].keys() == {"device", "instructions", "threads", "processes"}
+    edit_json(next(steps.glob("train-math-*")) / "btx.json", environment={**manifest["environment"], "device": "GPU"})
+    said = btx("status", "recipe.yaml", cwd=tmp_path).stdout
+    assert said.count("done") == states.count("done")
+    assert "Used as they are, though made elsewhere (device GPU, here cpu): train:math." in said

@@ -1,0 +1,158 @@
+"""Every setting of a recipe is of one of three classes, and settings.txt says of which, and what it re-keys first.
+
+The table is made of the recipe's own model, so a new setting stands in it, or the test fails. To write it anew:
+`python -m tests.unit.test_settings_table` in the project's root.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel
+
+from btx.cli.main import graph_of
+from btx.conversions.registry import recipe_model
+from tests.faults.world import World
+
+TABLE = Path(__file__).with_name("settings.txt")
+VALUES: dict[str, Any] = {  # where a value made up of the type alone makes no good recipe
+    "name": "other", "data.directory": ".",
+    "train.batch_tokens": 64, "train.sequence_length": 8, "finetune.batch_tokens": 64, "finetune.sequence_length": 8,
+    "dense.batch_tokens": 64, "dense.sequence_length": 8, "upcycle.batch_tokens": 64, "upcycle.sequence_length": 8,
+    "seed.builtin.batch_tokens": 64, "seed.builtin.hidden_size": 64, "seed.builtin.heads": 2,
+    "data.date": "2026-01-31", "evaluate.sequence_length": 8, "export.shard_bytes": 9999,
+    "finetune.soft_first_layer": True, "upcycle.soft_first_layer": True, "merge.shared": "linear",
+    "merge.shared_expert": None, "merge.layers": None, "finetune.mix": {"math": 1.0, "law": 2.0},
+    "dense.mix": {"math": 1.0, "law": 2.0}, "upcycle.mix": {"math": 1.0, "law": 2.0}, "upcycle.experts": 4,
+    "merge.experts": "split", "merge.router": "orthogonal", "run.threads": 3, "run.launch": "x.yaml",
+    "merge.copies": 2, "run.engine": "local",
+    **{f"{section}.precision": "bf16" for section in ("train", "finetune", "dense", "upcycle", "evaluate")},
+}  # fmt: skip
+BESIDE: dict[str, dict[str, Any]] = {  # what has to be said with it
+    "finetune.soft_first_layer": {"finetune.routing": "sample_top1"},
+    "upcycle.soft_first_layer": {"upcycle.routing": "sample_top1"},
+    "merge.chunks": {"merge.experts": "split"},
+    "merge.router_tokens": {"merge.router": "activations"},
+}
+SKIPPED = {  # names of what is read, whose content is what counts; and shapes that other tests have
+    "seed.checkpoint", "seed.data", "seed.valid", "seed.tokens", "seed.architecture", "domains", "merge.shared",
+    "merge.layers", "merge.shared_expert",
+}  # fmt: skip
+
+
+def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting below a model by its path, sections that may be left out among them."""
+    for name, field in model.model_fields.items():
+        where = f"{path}.{name}" if path else name
+        inner = next((t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        if inner and where not in SKIPPED:
+            yield from leaves(inner, where)
+        elif where not in SKIPPED:
+            yield where, field
+
+
+def _types(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return [t for part in get_args(annotation) for t in _types(part)]
+    return [annotation]
+
+
+def other(field: Any) -> Any:
+    """A value of the field's type that is not its default."""
+    was = field.get_default(call_default_factory=True)
+    for kind in _types(field.annotation):
+        if get_origin(kind) is Literal:
+            return next(value for value in get_args(kind) if value != was)
+        if kind is bool:
+            return not was
+        if kind is int:
+            return (was if isinstance(was, int) else 0) + 1
+        if kind is float:
+            return was / 2 if was else 0.25
+        if kind is str:
+            return "x"
+        if get_origin(kind) is list:
+            return ["x"]
+        if get_origin(kind) is tuple:
+            return [0.5, 0.5]
+    raise AssertionError(f"no value is known for {field}")
+
+
+def world_of(root: Path) -> World:
+    """A world with every section; two experts of data, so that routers can be made of it."""
+    world = World(root)
+    for section in recipe_model().conversions:
+        world.set(section, {})
+    for section in ("train", "evaluate"):  # what is automatic depends on the machine
+        world.set(f"{section}.precision", "fp32")
+    world.set("probes", {name: {} for name in recipe_model().model_fields["probes"].annotation.model_fields})  # type: ignore[union-attr]
+    return world
+
+
+def builtin_of(root: Path) -> World:
+    """The same with a seed that btx makes."""
+    world = world_of(root)
+    world.set("seed", {"checkpoint": "builtin", "data": ["data/math.jsonl"], "builtin": {}})
+    world.set("domains", {name: {"data": [f"data/{name}.jsonl"], "tokens": 64} for name in ("math", "law")})
+    return world
+
+
+def first_changed(world: World, path: str, field: Any) -> list[str]:
+    """Kinds of the steps that a setting re-keys, whose parents it does not."""
+    recipe, world.recipe = world.recipe, _copied(world.recipe)
+    try:
+        for key, value in BESIDE.get(path, {}).items():
+            world.set(key, value)
+        before = graph_of(world.write(), ()).steps
+        world.set(path, VALUES[path] if path in VALUES else other(field))
+        after = graph_of(world.write(), ()).steps
+    finally:
+        world.recipe = recipe
+    changed = {label for label, step in after.items() if label not in before or before[label].key != step.key}
+    first = [label for label in changed if not changed & after[label].parents.keys()]
+    return sorted({after[label].kind for label in first})
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def table(root: Path) -> list[str]:
+    """A line per setting: its path, its class, and what it re-keys first."""
+    plain, builtin = world_of(root / "plain"), builtin_of(root / "builtin")
+    rows = []
+    for path, field in leaves(recipe_model()):
+        changed = first_changed(builtin if path.startswith("seed.builtin") else plain, path, field)
+        marks = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        kind = "environment" if marks.get("environment") else "neither" if marks.get("execution") else "identity"
+        rows.append(f"{path:34}{kind:13}{', '.join(changed)}".rstrip())
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The table as it is."""
+    return table(tmp_path_factory.mktemp("table"))
+
+
+def test_the_table_is_that_of_the_settings(rows: list[str]) -> None:
+    assert rows == TABLE.read_text(encoding="utf-8").splitlines(), "see the head of this file"
+
+
+def test_what_is_marked_re_keys_nothing_and_all_else_something(rows: list[str]) -> None:
+    for row in rows:
+        _, kind, *changed = row.split(maxsplit=2)
+        assert bool(changed) == (kind == "identity"), row
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("plain", "builtin"):
+            (Path(scratch) / name).mkdir()
+        sys.stdout.write("\n".join(table(Path(scratch))) + "\n")
