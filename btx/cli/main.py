@@ -18,6 +18,7 @@ from btx.cli.bench import bench
 from btx.cli.command import Command
 from btx.cli.moe import moe
 from btx.cli.terminal import plain_where_needed
+from btx.conversions import STAGES
 from btx.errors import BtxError, full_disks_told
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a value of the recipe.")
-STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from btx.conversions import experts
+from btx.conversions import STAGES, experts
 from btx.conversions.place import check_place
 from btx.conversions.registry import conversions
 from btx.conversions.sources import Model, Sources, Start
@@ -27,8 +27,6 @@ from btx.steps.merge import SEED, Merge
 from btx.steps.report import Report
 from btx.steps.tokens import Reads
 from btx.steps.train import Train
-
-STAGES = ("branch", "train", "merge", "finetune", "evaluate", "export", "report")
 
 
 class Graph:

@@ -1,7 +1,7 @@
 """The ledger of compute: parameters, FLOPs and bytes of a model, from its config alone.
 
-Plain integers from the dict of a Hugging Face `config.json`; torch is not imported, so that a plan costs
-nothing. Conventions, used for every figure of the project:
+The native model is built on torch's meta device, without memory, and counts itself. Conventions, used for every figure
+of the project:
 
 - A model's *active* parameters are those that one token's forward pass visits, the embedding table included,
   as in the BTX paper's 6.7B and 11.1B for top-1 and top-2 (arXiv 2403.07816). Training costs 6 · active ·
@@ -12,59 +12,21 @@ nothing. Conventions, used for every figure of the project:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from btx.models.families import DENSE, MOE, WITH_ATTENTION, Family
 
 Config = Mapping[str, Any]
 Precision = Literal["bf16", "fp32"]
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one `model_type` is counted; a bias that is a str is the name of the config field that decides."""
-
-    qkv_bias: bool | str = False
-    output_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: Literal["none", "head", "full"] = "none"  # over one head's width, or over all heads at once
-    head_field: str = "head_dim"  # field with the width of a head
-    head_dim: int | None = None  # of the config class, where the field is absent; None: hidden_size / heads
-    kv_heads: int | None = None  # likewise; None: as many as attention heads
-    expert_width: str | None = None  # field with the width of an expert; None: a dense family
-    shared_expert: bool = False
-    attention_experts: bool = False  # query and output projections are experts too, with a router, and two biases
-    dense_layers: bool = False  # obeys mlp_only_layers and decoder_sparse_step
-
-
-FAMILIES = {
-    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Family(kv_heads=8),
-    "mixtral": Family(kv_heads=8, expert_width="intermediate_size"),
-    "qwen2": Family(qkv_bias=True),
-    "qwen2_moe": Family(
-        qkv_bias="qkv_bias", expert_width="moe_intermediate_size", shared_expert=True, dense_layers=True
-    ),
-    "qwen3": Family(
-        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="head", head_dim=128, kv_heads=32
-    ),
-    "qwen3_moe": Family(
-        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="head", kv_heads=4,
-        expert_width="moe_intermediate_size", dense_layers=True,
-    ),
-    "olmo2": Family(qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="full"),
-    "flex_olmo": Family(
-        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="full",
-        expert_width="intermediate_size",
-    ),
-    "granite": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
-    "granitemoe": Family(
-        qkv_bias="attention_bias", output_bias="attention_bias", expert_width="intermediate_size"
-    ),
-    "jetmoe": Family(head_field="kv_channels", expert_width="intermediate_size", attention_experts=True),
-}  # fmt: skip
+FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # that no config does without
 
 
 class Parameters(NamedTuple):
@@ -91,75 +53,87 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+class Shape:
+    """A native model without memory, and what is read off it."""
+
+    def __init__(self, config: Config) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.native: Any = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            self.model: Any = AutoModelForCausalLM.from_config(self.native)
+        kind = str(config["model_type"])
+        self.family: Family | None = MOE.get(kind)
+        self.attention_experts = kind == WITH_ATTENTION.moe
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return int(getattr(self.native, self.family.experts_field)) if self.family else 1
+
+    @property
+    def chosen(self) -> int:
+        """Experts that a token visits."""
+        return int(self.native.num_experts_per_tok) if self.family else 1
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        found = getattr(self.native, "head_dim", None) or getattr(self.native, "kv_channels", None)
+        return int(found or self.native.hidden_size // self.native.num_attention_heads)
+
+    @property
+    def projections(self) -> tuple[int, int]:
+        """Widths of all query heads and of all key heads; values are as wide as keys."""
+        heads = int(self.native.num_attention_heads)
+        kv_heads = int(getattr(self.native, "num_key_value_heads", None) or heads)
+        queries = kv_heads * self.chosen if self.attention_experts else heads
+        return queries * self.head_dim, kv_heads * self.head_dim
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Counted by the model; experts are modules of a `...Experts` class, as in every native one."""
+        total = sum(p.numel() for p in self.model.parameters())
+        experts = sum(p.numel() for module in experts_in(self.model) for p in module.parameters())
+        embedding = self.model.get_input_embeddings().weight.numel()
+        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        idle = experts * (self.experts - self.chosen) // self.experts
+        return Parameters(total, total - idle, embedding, 0 if tied else embedding)
+
+    def norm_width(self, layer: nn.Module) -> int:
+        """Width of the norm over queries: one head's, or all heads'; 0 where there is none."""
+        return next((m.weight.numel() for name, m in layer.named_modules() if name.endswith("q_norm")), 0)
+
+
+def experts_in(model: nn.Module) -> list[nn.Module]:
+    """The modules of a native model that hold experts."""
+    return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
+
+
+def shape_of(config: Config) -> Shape:
+    """The model of a config; ValueError for an unknown `model_type`, or a field that is absent or out of range."""
+    return _shape(json.dumps(dict(config), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=32)
+def _shape(text: str) -> Shape:
+    config = json.loads(text)
+    kind = config.get("model_type")
+    if kind not in DENSE and kind not in MOE:
+        raise ValueError(f"unknown model_type {kind!r}; known: {', '.join((*DENSE, *MOE))}")
+    for field in FIELDS:
+        value = config.get(field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config field {field} is {value!r}; a {kind} needs a positive integer")
+    shape = Shape(config)
+    if shape.chosen > shape.experts:
+        raise ValueError(f"config field num_experts_per_tok is {shape.chosen}, more than the {shape.experts} experts")
+    return shape
+
+
 def parameters(config: Config) -> Parameters:
-    """Exact counts for a causal language model of a known family.
-
-    ValueError for another `model_type`, naming the known ones, or a field that is absent or out of range.
-    """
-    family = _family(config)
-    width, layers = _count(config, "hidden_size"), _count(config, "num_hidden_layers")
-    embedding = _count(config, "vocab_size") * width
-    tied = bool(config.get("tie_word_embeddings", False))
-    common = layers * (_attention(config, family) + 2 * width) + width + embedding * (1 if tied else 2)
-    sparse = sum(_is_sparse(config, family, layer) for layer in range(layers))
-    stored = used = 0
-    if sparse < layers:
-        stored = used = (layers - sparse) * _mlp(config, family, "intermediate_size")
-    if sparse:
-        extra = _router_and_shared(config, family)
-        expert = _mlp(config, family, str(family.expert_width))
-        if family.attention_experts:  # _attention has counted K of them
-            one = 2 * width * _projections(config, family)[1]
-            stored += sparse * (_experts(config) - _chosen(config)) * one
-        stored += sparse * (extra + _experts(config) * expert)
-        used += sparse * (extra + _chosen(config) * expert)
-    return Parameters(common + stored, common + used, embedding, 0 if tied else embedding)
-
-
-def _attention(config: Config, family: Family) -> int:
-    width, (queries, keys) = _count(config, "hidden_size"), _projections(config, family)
-    total = 2 * width * (queries + keys)
-    total += (queries + 2 * keys) * _has(config, family.qkv_bias) + width * _has(config, family.output_bias)
-    norms = {"none": 0, "head": 2 * _head_dim(config, family), "full": queries + keys}
-    return total + norms[family.qk_norm]
-
-
-def _projections(config: Config, family: Family) -> tuple[int, int]:
-    """Widths of all query heads and of all key heads; values are as wide as keys."""
-    head_dim, heads = _head_dim(config, family), _count(config, "num_attention_heads")
-    kv_heads = config.get("num_key_value_heads", family.kv_heads) or heads
-    queries = int(kv_heads) * _chosen(config) if family.attention_experts else heads
-    return queries * head_dim, int(kv_heads) * head_dim
-
-
-def _head_dim(config: Config, family: Family) -> int:
-    given = config.get(family.head_field, family.head_dim)
-    return int(given) if given else _count(config, "hidden_size") // _count(config, "num_attention_heads")
-
-
-def _mlp(config: Config, family: Family, field: str) -> int:
-    """Gate, up and down projections of a SwiGLU block whose width is in `field`."""
-    width, inner = _count(config, "hidden_size"), _count(config, field)
-    return 3 * width * inner + (2 * inner + width) * _has(config, family.mlp_bias)
-
-
-def _router_and_shared(config: Config, family: Family) -> int:
-    width = _count(config, "hidden_size")
-    router = _experts(config) * width
-    if family.attention_experts:
-        return 2 * (router + width)  # one for attention, one for the feed-forward; a bias beside each
-    if not family.shared_expert:
-        return router
-    return router + _mlp(config, family, "shared_expert_intermediate_size") + width  # and its gate, width → 1
-
-
-def _is_sparse(config: Config, family: Family, layer: int) -> bool:
-    if family.expert_width is None:
-        return False
-    if not family.dense_layers:
-        return True
-    step = int(config.get("decoder_sparse_step", 1))
-    return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
+    """Exact counts for a causal language model of a known family; errors as in `shape_of`."""
+    return shape_of(config).parameters
 
 
 def training_flops(config: Config, tokens: int) -> int:
@@ -171,18 +145,13 @@ def training_flops(config: Config, tokens: int) -> int:
     return 6 * parameters(config).active * _tokens(tokens)
 
 
-def forward_flops(config: Config, tokens: int) -> int:
-    """2 · active parameters · tokens: evaluation, or generation of `tokens` tokens, without attention."""
-    return 2 * parameters(config).active * _tokens(tokens)
-
-
 def attention_flops(config: Config, tokens: int, *, sequence: int, causal: bool = True) -> int:
     """Training FLOPs of Q Kᵀ and of the product with V: 12 · L · H · d_head · S a token, half if causal.
 
     `sequence` is S, the length attended over, in tokens. A forward pass alone is a third of it.
     """
-    queries, _ = _projections(config, _family(config))
-    whole = 12 * _count(config, "num_hidden_layers") * queries * sequence * _tokens(tokens)
+    shape = shape_of(config)
+    whole = 12 * int(shape.native.num_hidden_layers) * shape.projections[0] * sequence * _tokens(tokens)
     return whole // 2 if causal else whole
 
 
@@ -219,16 +188,15 @@ def activation_bytes(config: Config, *, tokens: int, precision: Precision, check
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"unknown precision {precision!r}; known: bf16, fp32")
-    family, width = _family(config), _count(config, "hidden_size")
-    size = 2 if precision == "bf16" else 4
-    depth = _count(config, "num_hidden_layers")
-    layers = [_layer_bytes(config, family, layer, size) for layer in range(depth)]
-    head = (8 + size) * width + 4 * _count(config, "vocab_size")
-    body = depth * 4 * width + max(layers) if checkpointing else sum(layers)
+    shape = shape_of(config)
+    width, size = int(shape.native.hidden_size), 2 if precision == "bf16" else 4
+    layers = [_layer_bytes(shape, layer, size) for layer in shape.model.base_model.layers]
+    head = (8 + size) * width + 4 * int(shape.native.vocab_size)
+    body = len(layers) * 4 * width + max(layers) if checkpointing else sum(layers)
     return _tokens(tokens) * (body + head)
 
 
-def _layer_bytes(config: Config, family: Family, layer: int, size: int) -> int:
+def _layer_bytes(shape: Shape, layer: nn.Module, size: int) -> int:
     """Bytes a token that one layer saves, `size` bytes to each element of a matrix product's operands.
 
     A norm keeps its input and its quotient in fp32, autocast one copy of a norm's output per product that
@@ -236,52 +204,22 @@ def _layer_bytes(config: Config, family: Family, layer: int, size: int) -> int:
     and product; each chosen expert moreover its input, its output and 40 bytes of indices and weights, and
     the router its probabilities.
     """
-    width, (queries, keys) = _count(config, "hidden_size"), _projections(config, family)
+    native, (queries, keys), k = shape.native, shape.projections, shape.chosen
+    width = int(native.hidden_size)
     readers = 5 if size == 2 else 2  # q, k, v and gate, up; in fp32 each norm's readers share its output
     norms = 16 * width + readers * size * width
-    attention = 2 * size * (queries + keys) + 4 * _count(config, "num_attention_heads")
-    if family.attention_experts:  # inputs, outputs, queries and attended values of each, keys and values repeated
-        k = _chosen(config)
-        attention += k * (size * (4 * width + 2 * keys) + 40) + 2 * (k - 1) * size * keys + 4 * _experts(config)
-    attention += {"none": 0, "head": 4 + size, "full": 8}[family.qk_norm] * (queries + keys)
-    if not _is_sparse(config, family, layer):
-        return norms + attention + 4 * size * _count(config, "intermediate_size")
-    chosen = size * (4 * _count(config, str(family.expert_width)) + 2 * width) + 40
-    experts = _chosen(config) * chosen + 4 * _experts(config)
-    if family.shared_expert:
-        experts += size * (4 * _count(config, "shared_expert_intermediate_size") + width)
+    attention = 2 * size * (queries + keys) + 4 * int(native.num_attention_heads)
+    if shape.attention_experts:  # inputs, outputs, queries and attended values of each, keys and values repeated
+        attention += k * (size * (4 * width + 2 * keys) + 40) + 2 * (k - 1) * size * keys + 4 * shape.experts
+    if over := shape.norm_width(layer):
+        attention += (8 if over == queries else 4 + size) * (queries + keys)
+    if shape.family is None or not experts_in(layer):
+        return norms + attention + 4 * size * int(native.intermediate_size)
+    chosen = size * (4 * int(getattr(native, shape.family.width_field)) + 2 * width) + 40
+    experts = k * chosen + 4 * shape.experts
+    if shape.family.shared:
+        experts += size * (4 * int(getattr(native, shape.family.shared.width_field)) + width)
     return norms + attention + experts
-
-
-def _family(config: Config) -> Family:
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
-
-
-def _count(config: Config, field: str) -> int:
-    value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config field {field} is {value!r}; a {config.get('model_type')} needs a positive integer")
-    return value
-
-
-def _experts(config: Config) -> int:
-    """The number of experts, under either of its published names."""
-    return _count(config, "num_local_experts" if "num_local_experts" in config else "num_experts")
-
-
-def _chosen(config: Config) -> int:
-    chosen = _count(config, "num_experts_per_tok")
-    if chosen > _experts(config):
-        raise ValueError(f"config field num_experts_per_tok is {chosen}, more than the {_experts(config)} experts")
-    return chosen
-
-
-def _has(config: Config, bias: bool | str) -> int:
-    absent = bias == "qkv_bias"  # the one such field that is on in its config class
-    return int(bool(config.get(bias, absent) if isinstance(bias, str) else bias))
 
 
 def _tokens(tokens: int) -> int:

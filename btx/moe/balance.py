@@ -137,24 +137,6 @@ def transformers_loss(layers: Sequence[Routing], everywhere: Everywhere = here) 
     return _experts(layers) * load_E @ prob_E
 
 
-def convert_coefficient(coefficient: float, *, source: str, target: str, layers: int, k: int) -> float:
-    """The coefficient in convention `target` that weighs balanced routing as `coefficient` does in `source`.
-
-    The losses at balance are L (`btx`), 1 (`switch`) and K (`transformers`), and the factor is their ratio:
-    the paper's 0.01 at 32 layers is 0.32 in `switch`. It holds everywhere, in value, between `btx` and
-    `switch` when the gates are 1 (Switch routing), and between `switch` and `transformers` when all layers
-    route alike; otherwise it aligns scales, not losses. ValueError for `none`, which no coefficient turns
-    into a loss.
-    """
-    scale = {"btx": float(layers), "switch": 1.0, "transformers": float(k)}
-    for form in (source, target):
-        if form not in scale:
-            raise ValueError(f"no coefficient converts with form {form!r}; convertible: {', '.join(scale)}")
-    if layers < 1 or k < 1:
-        raise ValueError(f"layers = {layers} and k = {k} must both be at least 1")
-    return coefficient * scale[source] / scale[target]
-
-
 def _experts(layers: Sequence[Routing]) -> int:
     return layers[0].logits_TE.shape[-1]
 

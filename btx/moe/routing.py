@@ -184,7 +184,6 @@ class LayerStatistics(NamedTuple):
     """One MoE layer's routing in numbers: shares per expert, which sum to 1, entropies, and who is dead."""
 
     load: list[float]  # share of the token-choices (T · K of them) that went to each expert
-    gate_share: list[float]  # share of the gate weight that each expert was given
     entropy: float  # mean over tokens of the full softmax's entropy, in nats
     entropy_share: float  # the same as a share of log E
     dead: list[int]  # experts whose load is below the threshold
@@ -205,7 +204,7 @@ class RoutingTotals:
     """Sums over the tokens of several forward passes from which the statistics of all of them are made."""
 
     def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._layers: list[tuple[Tensor, Tensor, int]] = []
 
     def add(self, layers: Sequence[Routing]) -> None:
         """Count the tokens of one more forward pass; every pass has the same layers."""
@@ -213,49 +212,46 @@ class RoutingTotals:
         if self._layers:
             assert len(found) == len(self._layers)
             found = [
-                (c + choices_E, g + gates_E, e + entropy, n + tokens)
-                for (c, g, e, n), (choices_E, gates_E, entropy, tokens) in zip(self._layers, found, strict=True)
+                (c + choices_E, e + entropy, n + tokens)
+                for (c, e, n), (choices_E, entropy, tokens) in zip(self._layers, found, strict=True)
             ]
         self._layers = found
 
     @property
     def tokens(self) -> int:
         """How many were counted."""
-        return self._layers[0][3] if self._layers else 0
+        return self._layers[0][2] if self._layers else 0
 
     def statistics(self, *, dead_below: float | None = None) -> list[LayerStatistics]:
         """As the function of that name, over all that was counted."""
         return [_layer_statistics(*totals, dead_below) for totals in self._layers]
 
 
-def _totals(layer: Routing) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A layer's choices and gate weight of each expert (E,), its summed entropy, and how many tokens it saw."""
+def _totals(layer: Routing) -> tuple[Tensor, Tensor, int]:
+    """A layer's choices of each expert (E,), its summed entropy, and how many tokens it saw."""
     experts = layer.logits_TE.shape[-1]
-    choices_E = _sums(layer.index_TK, torch.ones_like(layer.weight_TK), experts)
-    gates_E = _sums(layer.index_TK, layer.weight_TK, experts)
-    return choices_E, gates_E, _entropy_T(layer.logits_TE).double().sum(), len(layer.logits_TE)
+    choices_E = _counts(layer.index_TK, experts)
+    return choices_E, _entropy_T(layer.logits_TE).double().sum(), len(layer.logits_TE)
 
 
-def _layer_statistics(
-    choices_E: Tensor, gates_E: Tensor, entropy: Tensor, tokens: int, dead_below: float | None
-) -> LayerStatistics:
+def _layer_statistics(choices_E: Tensor, entropy: Tensor, tokens: int, dead_below: float | None) -> LayerStatistics:
     experts = len(choices_E)
     load: list[float] = (choices_E / choices_E.sum()).tolist()
     threshold = 0.1 / experts if dead_below is None else dead_below
     mean = float(entropy) / tokens
     return LayerStatistics(
         load=load,
-        gate_share=(gates_E / gates_E.sum()).tolist(),
         entropy=mean,
         entropy_share=mean / math.log(experts) if experts > 1 else 1.0,
         dead=[expert for expert, share in enumerate(load) if share < threshold],
     )
 
 
-def _sums(index_TK: Tensor, amount_TK: Tensor, experts: int) -> Tensor:
-    amount = amount_TK.detach().double().flatten()
-    total_E = torch.zeros(experts, dtype=torch.float64, device=amount.device)
-    return total_E.index_add_(0, index_TK.flatten(), amount)
+def _counts(index_TK: Tensor, experts: int) -> Tensor:
+    """How often each expert was chosen (E,); unlike bincount it does not wait for the device."""
+    index = index_TK.flatten()
+    ones = torch.ones(len(index), dtype=torch.float64, device=index.device)
+    return torch.zeros(experts, dtype=torch.float64, device=index.device).index_add_(0, index, ones)
 
 
 def mean_entropy(logits_TE: Tensor) -> float:

@@ -67,14 +67,12 @@ class Finetune(ModelStep):
 
 
 def freeze(model: Any, trainable: str) -> None:
-    """Leave gradients only to what is trained: everything, the routers, or everything but the experts.
-
-    Experts are modules of a `...Experts` class, as in every native one.
-    """
+    """Leave gradients only to what is trained: everything, the routers, or everything but the experts."""
+    from btx.models.flops import experts_in
     from btx.moe.hooks import find_routers
 
     routers = {id(p) for router in find_routers(model).values() for p in router.parameters()}
-    experts = {id(p) for m in model.modules() if type(m).__name__.endswith("Experts") for p in m.parameters()}
+    experts = {id(p) for module in experts_in(model) for p in module.parameters()}
     for parameter in model.parameters():
         kept = {"all": True, "router": id(parameter) in routers, "no_experts": id(parameter) not in experts}
         parameter.requires_grad_(kept[trainable])

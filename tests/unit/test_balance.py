@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from btx.moe.balance import FORMS, balance_loss, convert_coefficient, over_processes
+from btx.moe.balance import FORMS, balance_loss, over_processes
 from btx.moe.routing import Routing, route
 from tests.routing_cases import logits, routing, spread
 
@@ -69,29 +69,6 @@ def test_pooling_calls_layers_balanced_that_collapsed_onto_different_experts() -
     assert float(balance_loss("btx", layers)) == pytest.approx(16.0)
 
 
-@pytest.mark.parametrize("source", LOSSES)
-@pytest.mark.parametrize("target", LOSSES)
-def test_converted_coefficients_weigh_balanced_routing_alike_and_return(source: str, target: str) -> None:
-    layers = [spread(64, 8, 8, 2)] * 5
-    there = convert_coefficient(0.01, source=source, target=target, layers=5, k=2)
-    assert there * float(balance_loss(target, layers)) == pytest.approx(0.01 * float(balance_loss(source, layers)))
-    assert convert_coefficient(there, source=target, target=source, layers=5, k=2) == pytest.approx(0.01)
-
-
-def test_the_papers_coefficient_is_32_times_larger_as_a_mean_over_its_layers() -> None:
-    assert convert_coefficient(0.01, source="btx", target="switch", layers=32, k=2) == pytest.approx(0.32)
-
-
-def test_conversion_is_exact_where_it_is_said_to_be() -> None:
-    switched = [routing(logits(30, 4, seed=s), "switch", 1) for s in range(3)]
-    factor = convert_coefficient(1.0, source="btx", target="switch", layers=3, k=1)
-    assert float(balance_loss("btx", switched)) == pytest.approx(factor * float(balance_loss("switch", switched)))
-    alike = [routing(logits(30, 4))] * 3
-    factor = convert_coefficient(1.0, source="transformers", target="switch", layers=3, k=2)
-    want = factor * float(balance_loss("switch", alike))
-    assert float(balance_loss("transformers", alike)) == pytest.approx(want)
-
-
 def test_no_loss_adds_nothing_to_a_loss_that_is_differentiated() -> None:
     parameter = torch.tensor(3.0, requires_grad=True)
     (parameter**2 + 0.01 * balance_loss("none", [routing(logits(3, 4))])).backward()
@@ -127,7 +104,3 @@ def test_unknown_forms_and_absent_layers_are_refused_by_name() -> None:
         balance_loss("megatron", [routing(logits(3, 4))])
     with pytest.raises(ValueError, match="at least one MoE layer"):
         balance_loss("btx", [])
-    with pytest.raises(ValueError, match="form 'none'; convertible: btx, switch, transformers"):
-        convert_coefficient(0.01, source="none", target="btx", layers=2, k=2)
-    with pytest.raises(ValueError, match="layers = 0 and k = 2"):
-        convert_coefficient(0.01, source="switch", target="btx", layers=0, k=2)

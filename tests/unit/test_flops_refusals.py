@@ -19,7 +19,7 @@ MIXTRAL_8X7B = BTX | {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "unknown model_type 'gemma'; known: llama, mistral, mixtral"),
+        ({"model_type": "gemma"}, "unknown model_type 'gemma'; known: llama, mistral, qwen2"),
         ({"model_type": None}, "unknown model_type None"),
         ({"hidden_size": None}, "field hidden_size is None; a mixtral needs a positive integer"),
         ({"vocab_size": 0}, "field vocab_size is 0"),

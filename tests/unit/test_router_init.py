@@ -98,19 +98,18 @@ def test_one_expert_is_nothing_to_route() -> None:
 
 def test_statistics_of_balanced_routing_are_uniform() -> None:
     (layer,) = statistics([spread(64, 4, 4, 2)])
-    assert layer.load == layer.gate_share == [0.25] * 4
+    assert layer.load == [0.25] * 4
     assert layer.entropy == pytest.approx(math.log(4), abs=1e-6)
     assert layer.entropy_share == pytest.approx(1.0, abs=1e-6)
     assert layer.dead == []
 
 
-def test_statistics_count_choices_and_weigh_gates_by_hand() -> None:
+def test_statistics_count_choices_by_hand() -> None:
     index_TK = torch.tensor([[0, 1], [0, 2], [0, 1]])
     weight_TK = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.75, 0.25]], requires_grad=True)
     logits_TE = torch.tensor([[0.0, 0.0, -1e4, -1e4]]).expand(3, 4)
     (layer,) = statistics([Routing(logits_TE, index_TK, weight_TK)])
     assert layer.load == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0.0])
-    assert layer.gate_share == pytest.approx([2.25 / 3, 0.75 / 3, 0.0, 0.0])
     assert (layer.entropy, layer.entropy_share) == pytest.approx((math.log(2), 0.5), abs=1e-6)
     assert layer.dead == [3]
 
@@ -127,7 +126,6 @@ def test_statistics_are_plain_numbers_one_entry_a_layer() -> None:
     layers = statistics([routing(logits(8, 3, seed=s)) for s in range(3)])
     assert len(layers) == 3
     for layer in layers:
-        assert [type(value) for value in layer] == [list, list, float, float, list]
-        assert {type(share) for share in layer.load + layer.gate_share} == {float}
+        assert [type(value) for value in layer] == [list, float, float, list]
+        assert {type(share) for share in layer.load} == {float}
         assert sum(layer.load) == pytest.approx(1.0)
-        assert sum(layer.gate_share) == pytest.approx(1.0)

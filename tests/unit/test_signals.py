@@ -29,7 +29,10 @@ main()
 def test_a_stop_that_meets_an_exec_of_source_ends_with_75_too(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "stopped.py").write_text(STOPPED)
     command = [sys.executable, "-m", "stopped", "inside-an-exec", str(int(number))]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
     assert ended.returncode == 75, ended.stderr
     assert "interrupted" in ended.stderr
 
