@@ -6,20 +6,23 @@ to its log. Jobs are no children of the terminal: the first signal is passed on 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from btx.signals import Stop
 
 Tell = Callable[[dict[str, Any]], None]
+HUNG = 5  # the exit code of a job that hung again, that of a machine that has not what it takes
 LAUNCHER_FAILED = 1  # what torchrun and its like end with, whatever their processes ended with
 
 
@@ -44,6 +47,7 @@ class Job:
     argv: list[str]
     log: Path
     launcher: bool = False  # whether it is a launcher of processes, whose own exit code says nothing of theirs
+    patience: float | None = None  # seconds without an event after which it counts as hung; None: it may take its time
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Ended:
 
     code: int
     error: str = ""
+    hung: Job | None = None  # the job, where it was killed because it hung
 
 
 @dataclass
@@ -62,6 +67,8 @@ class _Running:
     error: str = ""
     code: int = 0  # that its last word ends with
     asked: bool = False
+    heard: float | None = field(default_factory=time.monotonic)  # when it last told of itself; None while it waits
+    hung: bool = False
 
 
 class Local:
@@ -69,10 +76,12 @@ class Local:
 
     def __init__(self, slots: int, *, devices: int = 0) -> None:
         self.slots, self.devices = slots, devices
+        self.again: set[str] = set()  # labels of jobs that hung once and were started again
 
     def run(self, jobs: list[Job], tell: Tell, more: Callable[[], list[Job]] = list) -> dict[str, Ended]:
         """Run all jobs to their ends; after a signal no more are started, the running ones are asked to stop.
 
+        A job that hangs (`Job.patience`) is killed and started again, once; the others go on meanwhile.
         `more` is asked for further jobs whenever one has ended and none has failed, as long as others run, or several
         devices wait for work: with one device and nothing beside it a process of its own gains nothing.
         """
@@ -88,12 +97,23 @@ class Local:
                     if stop.asked and not one.asked:
                         one.asked = True
                         one.process.send_signal(signal.SIGTERM)
+                    _kill_hung(one)
                 beside = self._take(events, running, ended, tell) and (running or self.devices > 1)
+                waiting += self._hung(ended, tell)
                 if beside and not any(one.code for one in ended.values()):
                     waiting += more()
         for job in waiting:
             ended[job.label] = Ended(os.EX_TEMPFAIL, "not started, as the run was asked to stop.")
         return ended
+
+    def _hung(self, ended: dict[str, Ended], tell: Tell) -> list[Job]:
+        """Take those that hung for the first time out of what has ended, to be started again."""
+        found = [end.hung for end in ended.values() if end.hung and end.hung.label not in self.again]
+        for job in found:
+            self.again.add(job.label)
+            del ended[job.label]
+            tell({"label": job.label, "warning": f"{_silent(job)}: it is ended and started again"})
+        return found
 
     def _free(self, running: dict[str, _Running]) -> int:
         return min(set(range(self.slots)) - {one.slot for one in running.values()})
@@ -124,11 +144,14 @@ class Local:
             one = running.pop(label)
             ended[label] = _end(one)
             tell({"label": label, "ended": ended[label].code})
-        elif "error" in event:
-            running[label].error, running[label].code = str(event["error"]), int(event.get("code", 0))
+            return True
+        one = running[label]
+        one.heard = None if event.get("waits") or event.get("done", 0) == event.get("total", -1) else time.monotonic()
+        if "error" in event:
+            one.error, one.code = str(event["error"]), int(event.get("code", 0))
         else:
             tell(event)
-        return event is None
+        return False
 
 
 def _end(one: _Running) -> Ended:
@@ -137,12 +160,26 @@ def _end(one: _Running) -> Ended:
     A job that our signal met outside its loop, where it has nothing to save, was interrupted like the others.
     """
     code = one.process.wait()
+    if one.hung and code:
+        return Ended(HUNG, f"{_silent(one.job)}, and did so again after it was started anew.", one.job)
     hidden = one.job.launcher and code == LAUNCHER_FAILED
     if one.asked and not one.error and (hidden or code == -signal.SIGTERM):
         return Ended(
             os.EX_TEMPFAIL, "was asked to stop. Run the same command again to go on from its last saved state."
         )
     return Ended((one.code or code) if hidden else code, one.error)
+
+
+def _silent(job: Job) -> str:
+    return f"told nothing for {(job.patience or 0) / 60:g} minutes"
+
+
+def _kill_hung(one: _Running) -> None:
+    """End a job that is silent for longer than its patience, with every process that it started."""
+    if one.job.patience and one.heard is not None and time.monotonic() - one.heard > one.job.patience and not one.hung:
+        one.hung = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGKILL)
 
 
 def _listen(label: str, process: subprocess.Popen[bytes], events: queue.Queue[Any]) -> None:

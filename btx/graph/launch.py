@@ -103,7 +103,8 @@ class Launcher:
             start += ["-c", LAUNCHER, "--config_file", str(expanded(config, "run.launch").absolute())]
         told = ["--launched"] if config else []
         argv = [*start, "-m", "btx", "_step", str(freeze(step, threads=threads)), *told]
-        return Job(step.label, argv, step.log_file, launcher=bool(config))
+        patience = 60 * self.where.hang_minutes if step.trains else None
+        return Job(step.label, argv, step.log_file, launcher=bool(config), patience=patience)
 
 
 def _gpus() -> int:

@@ -146,7 +146,7 @@ class Step(BaseModel):
             return
 
         def waiting(owner: str) -> None:
-            tell({"label": self.label, "note": f"waits for {owner}, which is at work on it"})
+            tell({"label": self.label, "note": f"waits for {owner}, which is at work on it", "waits": True})
 
         with lock(self.lock_file, waiting=waiting):
             if self.done:

@@ -264,5 +264,8 @@ class RunSettings(Settings):
     max_memory: Bytes = execution(2**30, description="of a merge, above the interpreter's own: 1GiB, 4GB, ...")
     checkpoint_minutes: Positive = execution(10.0, description="time between saved training states")
     checkpoint_steps: Count | None = execution(None, description="save after this many steps instead")
+    hang_minutes: Positive = execution(
+        60.0, description="a training that finishes no step for so long is ended and started again, once"
+    )
     launch: Text | None = environment(None, description="an `accelerate config` file: jobs start by accelerate launch")
     report_to: list[Text] = execution([], description="trackers of accelerate: tensorboard, wandb, ...")

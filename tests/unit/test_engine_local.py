@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,46 @@ def test_a_job_is_named_once_in_the_sentence_of_its_end(tmp_path: Path) -> None:
         with pytest.raises(BtxError) as caught:
             _raise({"train:a": end}, jobs)
         assert str(caught.value) == said
+
+
+def patient(folder: Path, label: str, code: str) -> Job:
+    """A job that may be silent for a second."""
+    return replace(job(folder, label, code), patience=1.0)
+
+
+WORD = "print(json.dumps({{'label': '{0}', 'done': {1}, 'total': 2}}), flush=True)\n"
+
+
+def test_a_job_that_hangs_is_started_again_once_and_the_others_go_on(tmp_path: Path) -> None:
+    sign, events = tmp_path / "sign", list[dict[str, Any]]()
+    once = f"""import pathlib
+first = not pathlib.Path({str(sign)!r}).exists(); pathlib.Path({str(sign)!r}).touch()
+{WORD.format("hangs", 1)}
+time.sleep(60 if first else 0)"""
+    steady = "".join(WORD.format("steady", 1) + "time.sleep(0.4)\n" for _ in range(6))
+    ended = Local(2).run([patient(tmp_path, "hangs", once), patient(tmp_path, "steady", steady)], events.append)
+    assert {name: end.code for name, end in ended.items()} == {"hangs": 0, "steady": 0}
+    warnings = [event for event in events if "warning" in event]
+    assert [(w["label"], "started again" in w["warning"]) for w in warnings] == [("hangs", True)]
+
+
+def test_a_job_that_hangs_twice_has_failed_with_its_children(tmp_path: Path) -> None:
+    child = f"""import os, subprocess, pathlib
+own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path({str(tmp_path)!r}, str(own.pid)).touch()
+time.sleep(60)"""
+    ended = Local(1).run([patient(tmp_path, "hangs", child)], lambda _e: None)["hangs"]
+    assert (ended.code, ended.error) == (
+        ResourceError.exit_code, "told nothing for 0.0166667 minutes, and did so again after it was started anew."
+    )  # fmt: skip
+    children = [int(file.name) for file in tmp_path.iterdir() if file.name.isdecimal()]
+    assert len(children) == 2
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+                   for pid in children)  # fmt: skip
+
+
+def test_a_job_that_waits_or_has_done_its_last_step_may_be_silent(tmp_path: Path) -> None:
+    waits = "print(json.dumps({'label': 'waits', 'note': 'waits', 'waits': True}), flush=True); time.sleep(2)"
+    saves = WORD.format("saves", 2) + "time.sleep(2)"
+    ended = Local(2).run([patient(tmp_path, "waits", waits), patient(tmp_path, "saves", saves)], lambda _e: None)
+    assert {name: end.code for name, end in ended.items()} == {"waits": 0, "saves": 0}
