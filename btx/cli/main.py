@@ -64,11 +64,13 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
     graph.check(todo)
     if todo:
         graph.digests.save()
-        with for_person() as person:
-            run_steps(steps, launch=Launcher(graph.recipe.run, person.tell), tell=person.tell)
-    for step in steps:
-        if step.kind in ("export", "report"):
-            link(graph.root, step)
+        try:
+            with for_person() as person:
+                run_steps(steps, launch=Launcher(graph.recipe.run, person.tell), tell=person.tell)
+        finally:
+            for step in steps:
+                if step.exists:
+                    link(step)
     finish(graph, stage, domain, len(todo))
 
 

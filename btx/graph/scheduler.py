@@ -25,7 +25,8 @@ def run_steps(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
     def ready() -> list[Step]:  # asked again each time: a parent made anew may have other bytes than its children's
         todo = undone(steps)
         waiting = {step.label for step in todo}
-        return [step for step in todo if not waiting & step.parents.keys()]
+        once = {step.key: step for step in reversed(todo) if not waiting & step.parents.keys()}
+        return [step for step in todo if once.get(step.key) is step]
 
     def begun(some: list[Step]) -> list[Step]:
         built.update(step.label for step in some)
@@ -46,9 +47,10 @@ def run_steps(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
     return len(built)
 
 
-def link(root: Path, step: Step) -> None:
+def link(step: Step) -> None:
     """Give a published folder its short name, such as runs/demo/export, as a symbolic link."""
-    short, fresh = root / step.kind, root / f".{step.kind}.{os.getpid()}"
+    short = step.short
+    fresh = short.with_name(f".{short.name}.{os.getpid()}")
     target = Path("steps") / step.folder.name
     if short.is_symlink() and Path(os.readlink(short)) == target:
         return

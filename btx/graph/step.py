@@ -80,8 +80,13 @@ class Step(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Where it publishes."""
-        return self.root / "steps" / f"{self.label.replace(':', '-')}-{self.key[:12]}"
+        """Where it publishes: by kind and key, so that what two labels need is made once."""
+        return self.root / "steps" / f"{self.kind}-{self.key[:12]}"
+
+    @property
+    def short(self) -> Path:
+        """The link to its folder by its label, such as runs/demo/train-math or runs/demo/export."""
+        return self.root / self.label.replace(":", "-")
 
     @property
     def work(self) -> Path:

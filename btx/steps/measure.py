@@ -58,7 +58,7 @@ class Measure(Step):
         ])  # fmt: skip
         twin = self._measured(about)
         if twin:
-            tell({"label": self.label, "note": f"the same model as that of {twin.name}"})
+            tell({"label": self.label, "note": f"the same model as that of {read_manifest(twin)['step']}"})
             for file in (NUMBERS, ROWS, TABLES):
                 if (twin / file).is_file():
                     shutil.copyfile(twin / file, out / file)

@@ -22,7 +22,7 @@ LAUNCHES = {"ddp": FSDP.replace("distributed_type: FSDP", "distributed_type: MUL
 
 def manifest(folder: Path) -> Any:
     """Of the only training below a run directory."""
-    return json.loads(next(folder.glob("pico/steps/train-math-*/btx.json")).read_text())
+    return json.loads((folder / "pico/train-math/btx.json").read_text())
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_two_processes_save_together_stop_together_and_resume_to_the_same_digest
     wait_for_step(tmp_path / "stopped/pico", 50)
     runner.send_signal(number)
     assert runner.wait(timeout=120) == (-9 if number == signal.SIGKILL else 75)
-    wait_until_free(next((tmp_path / "stopped/pico/work").glob("train-math-*.lock")))
+    wait_until_free(next((tmp_path / "stopped/pico/work").glob("train-*.lock")))
     btx(*argv, cwd=tmp_path)
     whole, stopped = manifest(tmp_path / "whole"), manifest(tmp_path / "stopped")
     assert whole["facts"]["processes"] == stopped["facts"]["processes"] == 2

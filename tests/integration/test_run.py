@@ -231,7 +231,7 @@ def test_a_killed_training_goes_on_to_the_same_digest(project: Path, whole: str,
     runner.send_signal(number)
     _, stderr = runner.communicate(timeout=120)
     assert runner.returncode == (-9 if number == signal.SIGKILL else 75), stderr
-    for log in (root / "work").glob("train-math-*.log"):
+    for log in (root / "work").glob("train-*.log"):
         wait_until_free(log.with_suffix(".lock"))
     btx(*argv[3:], cwd=project)
     folder = Path(btx("path", "recipe.yaml", "train:math", *sets, cwd=project).stdout.strip())
@@ -243,7 +243,7 @@ def test_a_killed_training_goes_on_to_the_same_digest(project: Path, whole: str,
 def wait_for_step(root: Path, step: int) -> None:
     """Until the training has written that many lines of metrics."""
     for _ in range(1200):
-        for file in root.glob("work/train-math-*/metrics.jsonl"):
+        for file in root.glob("work/train-*/metrics.jsonl"):
             if len(file.read_text().splitlines()) >= step:
                 return
         time.sleep(0.05)

@@ -71,8 +71,7 @@ def test_several_experts_of_a_domain_in_some_layers_beside_a_shared_one(tmp_path
     found = results(tmp_path)
     assert found["experts"] == ["math.0", "math.1", "code", "law.0", "law.1", "seed.0", "seed.1"]
     assert {"expert:math.0", "expert:math.1", "expert:law.1"} <= found["bits_per_byte"].keys()
-    one, two = (load_file(next((tmp_path / "runs/pico/steps").glob(f"train-math.{n}-*")) / "model.safetensors")
-                for n in "01")  # fmt: skip
+    one, two = (load_file(tmp_path / f"runs/pico/train-math.{n}/model.safetensors") for n in "01")
     assert any((one[name] != two[name]).any() for name in one)
     assert json.loads((tmp_path / "runs/pico/export/config.json").read_text())["mlp_only_layers"] == [0]
 
@@ -86,8 +85,8 @@ def test_an_expert_trained_elsewhere_is_checked_and_merged_not_trained(tmp_path:
     found = results(tmp_path)
     assert found["experts"] == ["math", "code", "law", "seed"]
     assert set(found["bits_per_byte"]["expert:law"]) == {"math", "code"}
-    assert not list((tmp_path / "runs/pico/steps").glob("train-law*"))
-    lineage = json.loads(next((tmp_path / "runs/pico/steps").glob("branch-given-*/lineage.json")).read_text())
+    assert not (tmp_path / "runs/pico/train-law").exists()
+    lineage = json.loads((tmp_path / "runs/pico/branch-given/lineage.json").read_text())
     assert lineage["law"]["cosine"] > 0.9
 
 
@@ -117,7 +116,7 @@ def test_two_sharded_processes_train_to_the_weights_of_one(tmp_path: Path) -> No
     sets = ["run.directory=two", f"run.launch={tmp_path / 'two.yaml'}", "run.checkpoint_steps=2"]
     btx("run", recipe, "--until", "finetune", *(p for s in sets for p in ("--set", s)), cwd=tmp_path)
     for step in ("train-math", "finetune"):
-        one, two = (next((tmp_path / d / "pico/steps").glob(f"{step}-*")) for d in ("runs", "two"))
+        one, two = (tmp_path / d / "pico" / step for d in ("runs", "two"))
         assert json.loads((two / "btx.json").read_text())["facts"]["processes"] == 2
         first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
         assert first.keys() == second.keys()
@@ -162,16 +161,14 @@ def test_an_expert_with_tokens_of_its_own_is_merged_by_token(tmp_path: Path) -> 
     recipe.write_text(recipe.read_text().replace("train:", law, 1))
     btx("run", recipe, cwd=tmp_path)
     btx("check", "runs/pico/export", cwd=tmp_path)
-    steps = tmp_path / "runs/pico/steps"
+    run = tmp_path / "runs/pico"
     config = json.loads((tmp_path / "runs/pico/export/config.json").read_text())
     assert config["vocab_size"] == TOKENS + 2
-    lineage = json.loads(next(steps.glob("branch-given-*/lineage.json")).read_text())
+    lineage = json.loads((run / "branch-given/lineage.json").read_text())
     assert lineage["law"]["added_tokens"] == ["<law>", "</law>"]
     found = results(tmp_path)["bits_per_byte"]
     assert {*found["expert:law"]} == {"math", "code", "law"}
-    ids = {
-        name: set(Tokens(next(steps.glob(f"tokens-law{name}-*"))).train.tolist()) for name in ("", "@merged", "@law")
-    }
+    ids = {name: set(Tokens(run / f"tokens-law{name}").train.tolist()) for name in ("", "@merged", "@law")}
     assert TOKENS not in ids[""]
     assert {TOKENS, TOKENS + 1} <= ids["@merged"]
     assert ids["@merged"] == ids["@law"]
@@ -205,6 +202,6 @@ def test_conversations_are_written_alike_for_an_expert_with_a_chat_template_of_i
     law = '  law: {checkpoint: law, data: ["corpora/law.jsonl"]}\ntrain:'
     recipe.write_text(recipe.read_text().replace("train:", law, 1))
     btx("run", recipe, "--until", "evaluate", "--set", "finetune.tokens=256", cwd=tmp_path)
-    found = [json.loads(next((tmp_path / "runs/pico/steps").glob(f"tokens-law{n}-*/tokens.json")).read_text())["valid"]
+    found = [json.loads((tmp_path / f"runs/pico/tokens-law{n}/tokens.json").read_text())["valid"]
              for n in ("", "@merged", "@law")]  # fmt: skip
     assert all([row[2] for row in rows] == [row[2] for row in found[0]] for rows in found)

@@ -189,7 +189,7 @@ def test_a_run_with_an_adapter_as_an_expert(tmp_path: Path) -> None:
     btx("run", "recipe.yaml", cwd=tmp_path)
     btx("check", "runs/pico/export", cwd=tmp_path)
     assert results(tmp_path)["experts"] == ["math", "code", "law", "seed"]
-    merged = load_file(next((tmp_path / "runs/pico/steps").glob("merge-*/model.safetensors")))
+    merged = load_file(tmp_path / "runs/pico/merge/model.safetensors")
     down = merged["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
     torch.testing.assert_close(down, wanted["model.layers.1.mlp.down_proj.weight"], atol=1e-6, rtol=1e-5)
     write_json(tmp_path / "lora" / CONFIG, {**json.loads((tmp_path / "lora" / CONFIG).read_text()), "use_qalora": True})

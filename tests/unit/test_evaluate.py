@@ -68,7 +68,7 @@ def rows_of(nats: float, documents: list[Any]) -> list[dict[str, Any]]:
 def published(step: Any) -> None:
     """Run a step and publish what it made, as far as others look at it."""
     step.__dict__["key"] = f"{step.name:0<64}"
-    manifest: dict[str, Any] = {}
+    manifest: dict[str, Any] = {"step": step.label}
     publish(step.folder, lambda out: manifest.update(facts=step.run(out, out, lambda _event: None)), manifest)
 
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from btx.errors import ArtifactError
-from btx.graph.scheduler import run_steps
+from btx.graph.scheduler import link, run_steps
 from btx.graph.step import Step
 
 
@@ -66,3 +66,28 @@ def test_a_step_that_is_undone_again_ends_the_run(tmp_path: Path) -> None:
     steps = graph(tmp_path)[:2]
     with pytest.raises(ArtifactError, match="done, and undone again"):
         run_steps(steps, launch=lambda _ready, _more: None, tell=lambda _event: None)
+
+
+def test_what_two_labels_need_runs_once_and_both_are_links_to_it(tmp_path: Path) -> None:
+    """Also where both train, and an engine would start them at once."""
+    ran: list[str] = []
+    for kind in (Plain, Training):
+        twins = [kind(root=tmp_path, name=name) for name in "ab"]
+        assert twins[0].folder == twins[1].folder
+
+        def launch(ready: list[Step], _more: Any) -> None:
+            ran.extend(step.label for step in ready)
+            ready[0].build(lambda _event: None)
+
+        count = run_steps(twins, launch=launch, tell=lambda _event: None)
+        assert count == 1
+        for step in twins:
+            link(step)
+            assert step.short.resolve() == step.folder.resolve()
+            assert step.short.name == f"{kind.kind}-{step.name}"
+    assert ran == ["training:a"]
+    link(twins[0])  # again, and over an older one
+    twins[0].short.unlink()
+    twins[0].short.symlink_to("steps/older")
+    link(twins[0])
+    assert (twins[0].short / "name").read_text() == "training:a"
