@@ -19,12 +19,11 @@ from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from btx.data.documents import FLAGS, SAID, Message, Span, learned, require_learned
+from btx.data.documents import ABOUT, EMPTY, FLAGS, SAID, Message, Span, learned, require_learned
+from btx.data.watched import CLOSE, MARKS, OPEN, aliased, attempt, written_whole
 from btx.errors import RecipeError
 
-OPEN, CLOSE, TEXT, END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # of an answer; of a mark that is only text
-MARKS = re.compile("[\ufdd0-\ufdef]")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, which transformers passes as the first
+TEXT, END = "\ufdd2", "\ufdd3"  # of a mark that is only text, as OPEN and CLOSE are of an answer
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
           "December")  # fmt: skip
@@ -100,7 +99,6 @@ class Template:
             if date is not None:
                 day = datetime.date.fromisoformat(date)
                 environment.globals["strftime_now"] = lambda form: strftime(day, form)
-            self.names = self.variables | _names(tree)
             self.template = environment.from_string(text)
         except TemplateError as error:
             raise RecipeError(f"the tokenizer's chat template cannot be used: {error}. Mend it.") from error
@@ -118,23 +116,20 @@ class Template:
 
     # ---- what is read ----
 
-    def require_read(self, messages: Sequence[Message], extra: Mapping[str, Any]) -> None:
-        """ValueError for a key that the template does not read: it would be dropped in silence."""
-        for key in extra:
-            if key not in self.variables:
+    def read(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns beside the messages that the template reads; ValueError for one that it would drop in silence,
+        unless it is empty or says something about the record alone."""
+        for key, value in extra.items():
+            if key not in self.variables and key not in ABOUT and value not in EMPTY:
                 raise ValueError(f"the chat template does not read the column {key}")
-        for message in messages:
-            for key in message:
-                aliases = REASONING if key in REASONING else (key,)
-                if key not in SAID and not self.names.intersection(aliases):
-                    raise ValueError(f"the chat template does not read {key} of a message")
+        return {key: value for key, value in extra.items() if key in self.variables}
 
     def render(self, messages: Sequence[Message], extra: Mapping[str, Any], *, opened: bool = False) -> str:
         """The conversation, with marks; `opened` adds the header of an assistant's turn. TemplateError, TypeError or
         ValueError when the template refuses it."""
         context = {**self.marks, "tools": None, "documents": None, **extra}
-        aliased = [_aliased(m) for m in messages]
-        return self.template.render({**context, "messages": aliased, "add_generation_prompt": opened})
+        passed = [aliased(m) for m in messages]
+        return self.template.render({**context, "messages": passed, "add_generation_prompt": opened})
 
     # ---- the whole conversation ----
 
@@ -144,13 +139,13 @@ class Template:
         spoken = [{k: v for k, v in m.items() if k not in FLAGS} for m in messages]
         for message in messages:
             require_learned(message, answers=answers)
-        self.require_read(spoken, extra)
+        extra = self.read(extra)
         _require_unmarked([spoken, extra])
         marked = [self._mark_special(m) for m in spoken]
-        more = self._mark_special(dict(extra))
+        more = self._mark_special(extra)
         whole = self.render(marked, more)
         text, plain = _take_out(whole.replace(OPEN, "").replace(CLOSE, ""), TEXT, END)
-        if text != MARKS.sub("", self.render(spoken, extra)):
+        if text != written_whole(lambda messages: self.render(messages, extra), spoken):
             raise ValueError("the chat template changes a text that looks like one of its own marks")
         if not answers:
             return Rendered(text, [(0, len(text))], plain)
@@ -245,22 +240,7 @@ class Template:
 
     def _try(self, messages: Sequence[Message], extra: Mapping[str, Any], *, opened: bool = False) -> str | None:
         """A part of the conversation, None where the template refuses it."""
-        try:
-            return self.render(messages, extra, opened=opened)
-        except (TemplateError, TypeError, ValueError):
-            return None
-
-
-def _aliased(message: Message) -> Message:
-    """A message with its reasoning under both names that templates read, as transformers passes it."""
-    found = next((message[key] for key in REASONING if message.get(key) is not None), None)
-    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
-
-
-def _names(tree: nodes.Template) -> set[str]:
-    """Every attribute, and every constant text, that a template names."""
-    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
-    return attributes | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return attempt(lambda part: self.render(part, extra, opened=opened), messages)
 
 
 def _is_answer(message: Message) -> bool:

@@ -19,6 +19,7 @@ Span = tuple[int, int]  # characters of a text, from the first to behind the las
 
 FLAGS = ("weight", "train", "ignore")  # of a message: whether it is learned
 SAID = ("role", "content")
+EMPTY: tuple[Any, ...] = ("", [], {})  # values by which a key says nothing
 ABOUT = {  # columns that say something of a record and are no part of it
     *("id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "prompt_id", "conversation_id", "message_id"),
     *("url", "source", "dataset", "origin", "file", "path", "meta", "metadata", "split", "version", "license"),
@@ -77,11 +78,12 @@ class Document:
 
     def require_plain(self, *, answers: bool) -> None:
         """ValueError for what cannot be written without a chat template: it would be dropped in silence."""
-        for key in self.extra:
-            raise ValueError(f"the tokenizer has no chat template, so the column {key} cannot be written")
+        for key, value in self.extra.items():
+            if key not in ABOUT and value not in EMPTY:
+                raise ValueError(f"the tokenizer has no chat template, so the column {key} cannot be written")
         for message in self.messages:
-            for key in message:
-                if key not in (*SAID, *FLAGS):
+            for key, value in message.items():
+                if key not in (*SAID, *FLAGS) and value not in EMPTY:
                     raise ValueError(f"the tokenizer has no chat template, so {key} of a message cannot be written")
             require_learned(message, answers=answers)
 
@@ -90,19 +92,19 @@ def parse(record: Any, ignore: Sequence[str] = ()) -> Document:
     """A document from a record, its shape told by the columns; ValueError naming the columns found.
 
     What stands beside a `text` says something of it and is no part of it. Beside messages, or prompt and completion, a
-    column must be known to be of that kind (ABOUT), be one that a chat template may read, or be among `ignore`.
+    column must be known to be of that kind (ABOUT), be one that a chat template may read, be empty, or among `ignore`.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object with {WANTED}, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if key not in ignore}
     if "text" in record:
         return Document(((_string(record, "text"), True),))
-    more = {k: v for k, v in record.items() if k not in ABOUT and v is not None}
+    more = {k: v for k, v in record.items() if v is not None}
     if "messages" in record:
         return _conversation(record["messages"], {k: v for k, v in more.items() if k != "messages"}, ignore)
     if "prompt" in record and "completion" in record:
-        for key in more:
-            if key not in ("prompt", "completion"):
+        for key, value in more.items():
+            if key not in ("prompt", "completion", *ABOUT) and value not in EMPTY:
                 raise ValueError(
                     f"the column {key} beside prompt and completion is part of neither; write it into the prompt, or "
                     "name it under data.ignore"

@@ -134,7 +134,7 @@ def test_reasoning_is_learned_where_the_template_writes_it(where: str) -> None:
     ("record", "word"),
     [
         ({"messages": TALK[1:3], "tools": TOOLS}, "tools"),
-        ({"messages": TALK[1:3], "documents": []}, "documents"),
+        ({"messages": TALK[1:3], "documents": [{"title": "a"}]}, "documents"),
         ({"messages": TALK[1:3], "tools": "[]"}, "tools"),
         ({"messages": TALK[1:3], "weight": 0}, "weight"),
         ({"messages": [{**TALK[1], "name": "Ada"}, TALK[2]]}, "name"),
@@ -159,6 +159,64 @@ def test_texts_in_parts_are_joined_and_what_describes_a_record_is_no_part_of_it(
     parts = [{"type": "text", "text": "What is two "}, {"type": "text", "text": "plus three?", "image_url": None}]
     record = {"messages": [{**TALK[1], "content": parts}, TALK[2]], "id": 7, "source": "here", "tools": None}
     assert encoded(record, CHATML) == encoded({"messages": TALK[1:3]}, CHATML)
+
+
+ZEPHYR = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'U: ' + m.content }}{% elif m.role == 'system' %}"
+    "{{ 'S: ' + m.content }}{% elif m.role == 'assistant' %}{{ 'A: ' + m.content }}{% endif %}\n{% endfor %}"
+)
+EITHER = CHATML.replace("m.content +", "(m.content or m.tool_calls | tojson) +")
+NAMES = QWEN3.replace("(c.function | tojson)", "c.function.name")
+LAST = CHATML.replace("m.content +", "((m.thinking or '') + m.content if loop.last else m.content) +")
+THOUGHT = {**TALK[2], "reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "said"),
+    [
+        ([*TALK[1:3], {"role": "tool", "content": "5"}, TALK[4]], ZEPHYR, r"content of message 3 \(tool\)"),
+        ([{"role": "developer", "content": "Be brief."}, *TALK[1:3]], ZEPHYR, r"content of message 1 \(developer\)"),
+        (TALK, CHATML.replace("m.content", "'x'"), r"content of message 1 \(system\)"),
+        ([TALK[1], {**TALK[2], "tool_calls": CALL}], EITHER, r"tool_calls of message 2 \(assistant\)"),
+        ([{**TALK[1], "tool_calls": CALL}, TALK[2]], QWEN3, r"tool_calls of message 1 \(user\)"),
+        ([{**TALK[1], "name": "Ada"}, TALK[2]], NAMES, r"name of message 1 \(user\)"),
+        ([TALK[1], {**THOUGHT, "thinking": "aha"}], QWEN3, r"thinking of message 2"),
+    ],
+)
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+def test_what_the_template_passes_over_in_this_conversation_is_refused(
+    messages: Any, template: str, said: str, loss_on: str
+) -> None:
+    """Though it names the key somewhere, or writes the content of others."""
+    with pytest.raises(RecipeError, match=said):
+        encoded({"messages": messages}, template, loss_on=loss_on)
+
+
+@pytest.mark.parametrize("look", ["m.tool_calls", "m['tool_calls']", "m.get('tool_calls')", "m.items() | list", "m"])
+def test_a_key_is_read_in_whatever_way_the_template_looks_at_it(look: str) -> None:
+    template = CHATML.replace("m.content +", f"m.content + ({look}) | string +")
+    assert "add" in encoded({"messages": [TALK[1], {**TALK[2], "tool_calls": CALL}]}, template, loss_on="all")[0]
+
+
+def test_what_is_thought_may_be_written_in_the_last_turn_alone() -> None:
+    talk = [TALK[1], THOUGHT, TALK[3]]
+    for messages in (talk, [*talk, THOUGHT]):
+        said, _ = encoded({"messages": messages}, LAST, loss_on="all")
+        assert said == render({"messages": messages}, LAST) + "<|im_end|>" * (not said.rstrip().endswith("<|im_end|>"))
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_an_empty_key_or_column_says_nothing(template: str | None) -> None:
+    talk = [{**TALK[1], "tool_calls": [], "name": ""}, {**TALK[2], "reasoning_content": "", "tool_calls": []}]
+    record = {"messages": talk, "tools": [], "documents": [], "kwargs": {}}
+    assert encoded(record, template) == encoded({"messages": TALK[1:3]}, template)
+
+
+def test_a_column_about_the_record_is_written_where_the_template_reads_it() -> None:
+    template = "{{ 'In ' + language + '. ' if language else '' }}" + CHATML
+    record = {"messages": TALK, "language": "French"}
+    assert encoded(record, template, loss_on="all")[0] == render(record, template)
+    assert encoded(record, CHATML, loss_on="all")[0] == render({"messages": TALK}, CHATML)
 
 
 # ---- what is ambient, and what is refused ----
@@ -194,7 +252,7 @@ def test_a_template_that_draws_at_random_or_is_broken_is_refused(template: str) 
         encoded({"messages": TALK}, template)
 
 
-@pytest.mark.parametrize("shown", ["m.content + m.content", "m.content[:3]", "m.content.split()[0]", "'x'"])
+@pytest.mark.parametrize("shown", ["m.content + m.content", "m.content[:3]", "m.content.split()[0]"])
 def test_answers_that_cannot_be_told_are_refused(shown: str) -> None:
     template = "{{ messages | length }}{% for m in messages %}{{ m.role }}: {{ " + shown + " }}\n{% endfor %}"
     with pytest.raises(RecipeError, match=r"rewrites .* message 3.*loss_mask: all"):
