@@ -24,6 +24,7 @@ from btx.data.encoder import Encoder as Encoder
 from btx.data.encoder import load_tokenizer as load_tokenizer
 from btx.data.heldout import Side
 from btx.data.split import Held, Split
+from btx.errors import RecipeError
 from btx.graph.artifact import write_json
 from btx.recipe.settings import DataSettings
 
@@ -51,16 +52,35 @@ def write_tokens(out: Path, split: Split, *, settings: DataSettings, encoder: En
     return facts
 
 
-def survey(split: Split, encoder: Encoder | None, *, enough: int) -> int:
-    """Read a whole domain, and count the tokens to train on up to `enough`; without an encoder, bytes instead."""
-    look = encoder.written if encoder else None
-    return split.survey(lambda document: _size(document, encoder), enough=enough, look=look)
+def survey(split: Split, encoder: Encoder | None, *, enough: int, label: str) -> int:
+    """Read a whole domain, and count the tokens to train on up to `enough`; without an encoder, bytes instead.
+
+    RecipeError where answers are to be learned and there is none: the loss would be that of nothing.
+    """
+    learned = split.settings.loss_on == "all"
+
+    def size(document: Document) -> int:
+        nonlocal learned
+        found = list(encoder.encode([document])) if encoder else []
+        learned = learned or any(any(learn) for _, learn in found) or (not encoder and _answers(document))
+        return sum(len(ids) for ids, _ in found) if encoder else len(document.text.encode()) + 1
+
+    def look(document: Document) -> None:
+        nonlocal learned
+        written = encoder.written(document) if encoder else None
+        learned = learned or (bool(written.made.learned) if written else _answers(document))
+
+    tokens = split.survey(size, enough=enough, look=look)
+    if tokens and not learned:
+        raise RecipeError(
+            f"{label}: no document has an answer, so under data.loss_on: completion nothing would be learned. Give "
+            "answers the role assistant, or set data.loss_on: all."
+        )
+    return tokens
 
 
-def _size(document: Document, encoder: Encoder | None) -> int:
-    if encoder is None:
-        return len(document.text.encode()) + 1
-    return sum(len(ids) for ids, _ in encoder.encode([document]))
+def _answers(document: Document) -> bool:
+    return any(learned for _, learned in document.pieces)
 
 
 def train_tokens(folder: Path) -> int:

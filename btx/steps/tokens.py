@@ -67,7 +67,8 @@ class TokensStep(Reads):
             tokens, counts = train_tokens(self.folder), ""
         else:
             split = self.split()
-            tokens = survey(split, self.encoder() if self.tokenizer.folder.is_dir() else None, enough=asked + 1)
+            encoder = self.encoder() if self.tokenizer.folder.is_dir() else None
+            tokens = survey(split, encoder, enough=asked + 1, label=self.label)
             counts = f" ({split.summary(len(self.sources), len(self.valid))})"
             if split.counts.documents and not split.test and (self.data.holdout or self.valid):
                 raise RecipeError(

@@ -221,9 +221,11 @@ def test_surveying_counts_what_is_written(tmp_path: Path, folder: Path) -> None:
     rows = [{"text": f"the number {n} é"} for n in range(30)]
     using = encoder(folder)
     _, facts = written(tmp_path, rows, using)
-    counts = [survey(Split([str(tmp_path / "data.jsonl")], [], DataSettings()), using, enough=n)
+    counts = [survey(Split([str(tmp_path / "data.jsonl")], [], DataSettings()), using, enough=n, label="x")
               for n in (1, 50, 10**9)]  # fmt: skip
     assert counts[-1] == facts["train_tokens"]
     assert all(a < b for a, b in pairwise(counts))
-    assert survey(Split([str(tmp_path / "data.jsonl")], [], DataSettings()), None, enough=10**9) >= counts[-1]
+    assert (
+        survey(Split([str(tmp_path / "data.jsonl")], [], DataSettings()), None, enough=10**9, label="x") >= counts[-1]
+    )
     assert np.all(np.array(counts) >= [1, 50, 0])
