@@ -114,6 +114,7 @@ class Plan:
     topped: frozenset[int]  # held out beyond the share
     by_piece: bool  # no independent sources: pieces of one file stand on several sides
     sources: int  # distinct source documents, as far as that matters
+    names: dict[str, int] = field(default_factory=dict)  # ranks of source documents in pieces, by what they hold
 
     def side(self, document: Document) -> Side | None:
         """The side on which a document of this domain is held out."""
@@ -153,7 +154,7 @@ def plan(documents: Iterable[Document], settings: DataSettings, *, pieced: bool)
     ranks = survey.texts if by_piece else survey.sources
     test, select = ranks.bounds(end)
     topped = frozenset(r for r in ranks.above.sorted() if end <= r < select)
-    made = Plan(end, test, select, {}, topped, by_piece, count)
+    made = Plan(end, test, select, {}, topped, by_piece, count, names)
     if names and not by_piece:
         made.pieces.update(_held_pieces(made, names, survey, whole))
     return made
@@ -171,7 +172,7 @@ def halves(documents: Iterable[Document], settings: DataSettings) -> Plan:
     by_piece = bool(settings.select) and count // 2 < FEW and texts > count
     ranks = sorted((survey.texts if by_piece else survey.sources).distinct)
     middle = _WHOLE // 2 if len(ranks) >= FIFTH * LEAST else ranks[(len(ranks) - 1) // 2] + 1 if ranks else 0
-    made = Plan(0, middle if settings.select else _WHOLE, _WHOLE, {}, frozenset(), by_piece, count)
+    made = Plan(0, middle if settings.select else _WHOLE, _WHOLE, {}, frozenset(), by_piece, count, names)
     if names and not by_piece:
         made.pieces.update(_held_pieces(made, names, survey, whole))
     return made

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from btx.data.corpus import Counts, in_pieces, read
+from btx.data.corpus import BUILTIN, Counts, in_pieces, read
 from btx.data.documents import Document, rank_of
 from btx.data.heldout import SIDES, Plan, halves, plan
 from btx.recipe.settings import DataSettings
@@ -30,10 +30,9 @@ class _Kept:
     def __init__(self, limit: int) -> None:
         self.limit, self.found = limit, dict[int, Held]()
 
-    def add(self, document: Document) -> None:
+    def add(self, document: Document, source: int) -> None:
         number = document.rank
         if number not in self.found:
-            source = rank_of(document.source) if document.source else number
             self.found[number] = Held(document.shortened(self.limit), source)
         if len(self.found) > 2 * KEPT:
             self.found = {n: self.found[n] for n in sorted(self.found)[:KEPT]}
@@ -98,8 +97,15 @@ class Split:
     def _hold(self, document: Document) -> bool:
         side = self.plan.side(document)
         if side:
-            self.kept[side].add(replace(document, source="") if self.plan.by_piece else document)
+            self.kept[side].add(document, self._source(document))
         return side is not None
+
+    def _source(self, document: Document) -> int:
+        """Where its source document stands in the order: a file by what it holds, since where it lies may change; a
+        piece of the builtin texts by the name of its topic."""
+        if not document.source or self.plan.by_piece:
+            return document.rank
+        return rank_of(document.source) if document.source.startswith(BUILTIN) else self.plan.names[document.source]
 
     @property
     def warnings(self) -> list[str]:

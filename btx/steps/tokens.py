@@ -43,7 +43,7 @@ class TokensStep(Reads):
     """A tokens folder."""
 
     kind: ClassVar[str] = "tokens"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     tokenizer: Step  # a folder that holds the tokenizer
     template: Step | None = None  # a folder whose chat template writes the conversations instead of the tokenizer's own
 

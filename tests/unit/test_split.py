@@ -148,6 +148,18 @@ def test_the_first_documents_of_a_side_are_of_different_sources(tmp_path: Path) 
     assert len({*sources[: len({*sources})]}) == len({*sources})
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_the_order_of_held_out_texts_is_the_same_wherever_their_files_lie(tmp_path: Path, held: bool) -> None:
+    """The key of the tokens says what the files hold, not their paths."""
+    found = []
+    for place in ("a", "another"):
+        files = books(tmp_path / place, 60, 18_000)
+        split = Split(files[:30] if held else files, files[30:] if held else [], DataSettings())
+        found.append((*parts(split), [h.source for h in split.test]))
+    assert found[0] == found[1]
+    assert len({*found[0][3]}) > 5
+
+
 def test_a_single_text_is_split_by_pieces_and_that_is_said(tmp_path: Path) -> None:
     split = Split(books(tmp_path / "b", 1, length=1_000_000), [], DataSettings())
     trained, test, chosen = parts(split)
