@@ -91,6 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     _refuse_code(folder, config)
     require_size(config, str(folder))
+    if config["model_type"] == "mistral" and "layer_types" in config:
+        config["model_type"] = "ministral"  # as AutoConfig reads it: another choice of sliding layers
     return config
 
 

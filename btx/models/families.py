@@ -219,6 +219,9 @@ REFUSED = {
     "gemma2": "no MoE class of transformers has its four norms a layer and its soft-capped logits",
     "gemma3_text": "no MoE class of transformers has its four norms a layer",
     "olmo": "no MoE class of transformers has its norms without weights",
+    "ministral": "no MoE class of transformers has its mix of sliding and full layers (a mistral that states "
+    "layer_types is read as one; where all of its layers slide, take that key out, and where none does, set "
+    "sliding_window: null too)",
     "olmo3": "no MoE class of transformers has its mix of sliding and full layers",
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from btx.checkpoints.token_map import DECIDING
 from btx.checkpoints.validate import read_config
@@ -124,6 +125,29 @@ def test_nor_does_one_with_attention_experts_nor_one_that_said_otherwise() -> No
     assert found["aux_loss_coef"] == 0.0
     said = portable_config({**found, "aux_loss_coef": 0.5, "output_router_logits": True})
     assert (said["aux_loss_coef"], said["output_router_logits"]) == (0.0, False)
+
+
+@pytest.mark.parametrize("layers", [None, ["full_attention"] * 2, ["sliding_attention", "full_attention"]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_is_of_the_type_that_transformers_reads_it_as(
+    tmp_path: Path, family: str, layers: list[str] | None
+) -> None:
+    config = {**config_of(family).to_dict(), "layer_types": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config if layers else config_of(family).to_dict()))
+    assert read_config(tmp_path)["model_type"] == AutoConfig.from_pretrained(tmp_path).model_type
+
+
+def test_a_mistral_with_layer_types_is_refused_as_what_it_is_read_as(world: World) -> None:
+    for folder in (world.seed, world.law):
+        save_model(folder, config_of("mistral"))
+    world.examine()
+    edit_json(world.law / "config.json", layer_types=["full_attention"] * 2)
+    refused(world.write(), world.runs, 3, ("law", "model_type: seed 'mistral', expert 'ministral'"))
+    edit_json(world.seed / "config.json", layer_types=["full_attention"] * 2)
+    refused(world.write(), world.runs, 3, ("family ministral", "layer_types", "sliding_window: null"))
+    for folder in (world.seed, world.law):
+        edit_json(folder / "config.json", layer_types=None)
+    world.examine()
 
 
 ACTS = {
