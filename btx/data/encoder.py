@@ -28,12 +28,19 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # damaged files end in any of a dozen kinds, bare Exception of Rust among them
         why = (str(error).splitlines() or [repr(error)])[0]
         raise ArtifactError(
             f"the tokenizer in {folder} cannot be loaded ({why}). Copy the tokenizer files of its base model into it."
         ) from error
+    model = getattr(getattr(found, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        raise ArtifactError(
+            f"the tokenizer in {folder} leaves out merges at random (dropout {dropout:.3g} in tokenizer.json), so a "
+            "text has other ids at every reading. Set it to null."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -51,17 +58,33 @@ class Encoder:
         self.tokenizer, self.loss_mask, self.date = tokenizer, loss_mask, date
         self.ids = 1 + max(tokenizer.get_vocab().values())  # ids stay below; len(tokenizer) misses gaps
         self.end: int | None = tokenizer.eos_token_id
-        led = tokenizer(["a"], return_attention_mask=False, verbose=False)["input_ids"][0][:1]
-        self.start: int | None = led[0] if led and led[0] == tokenizer.bos_token_id else None
+        led = self._led()
+        if len(led) > 1:
+            raise ArtifactError(
+                f"the tokenizer puts {len(led)} marks in front of a text ({tokenizer.decode(led)}), btx one at "
+                "most. Use a seed whose tokenizer does so too, by its post_processor."
+            )
+        self.start: int | None = led[0] if led else None
         self.templates: dict[str, Template] = {}
         added = tokenizer.added_tokens_decoder
         self.special = tuple(token.content for token in added.values() if token.special)
-        self.special_ids = {*tokenizer.all_special_ids} | {n for n, token in added.items() if token.special}
+        special = {*tokenizer.all_special_ids} | {n for n, token in added.items() if token.special}
+        self.contents = {n: tokenizer.convert_ids_to_tokens(n) for n in special}
         if loss_mask == "completion" and not tokenizer.is_fast:
             raise RecipeError(
                 "data.loss_mask: completion needs a tokenizer that tells where its tokens stand in a text, which this "
                 "one does not. Give it a tokenizer.json, or set data.loss_mask: all."
             )
+
+    def _led(self) -> Ids:
+        """What the tokenizer puts in front of a text."""
+        marked, bare = (
+            self.tokenizer(["a"], add_special_tokens=marks, return_attention_mask=False, verbose=False)["input_ids"][0]
+            for marks in (True, False)
+        )
+        if not bare:  # it has no such letter
+            return [first for first in marked[:1] if first == self.tokenizer.bos_token_id]
+        return marked[: next((k for k in range(len(marked)) if marked[k : k + len(bare)] == bare), 0)]  # type: ignore[no-any-return]
 
     # ---- text ----
 
@@ -167,8 +190,12 @@ class Encoder:
             done = self._tokenized([written[n].made.text for n in chosen], split=not by_template, offsets=asked)
             places = done["offset_mapping"] if asked else [[]] * len(chosen)
             for n, ids, spans in zip(chosen, done["input_ids"], places, strict=True):
-                plain = written[n].made.plain
-                found[n] = self._respelt(written[n].made.text, ids, spans, plain) if plain else (ids, spans)
+                text, plain = written[n].made.text, written[n].made.plain
+                among = self.contents.keys() & {*ids} if not by_template else ()
+                if any(self.contents[token] in text for token in among):  # its vocabulary has the mark among the words
+                    spans = self._tokenized([text], split=True, offsets=True)["offset_mapping"][0]
+                    plain = [(0, len(text))]
+                found[n] = self._respelt(text, ids, spans, plain) if plain else (ids, spans)
         return found
 
     def _respelt(self, text: str, ids: Ids, offsets: list[Span], plain: list[Span]) -> tuple[Ids, list[Span]]:
@@ -176,23 +203,32 @@ class Encoder:
         new: Ids = []
         places: list[Span] = []
         for token, place in zip(ids, offsets, strict=True):
-            again = [token]
-            if token in self.special_ids and _overlaps(plain, place):
-                again = self._as_text(text[slice(*place)])
+            said = text[slice(*place)]
+            mark = self.contents.get(token) == said.strip() and _overlaps(plain, place)
+            again = self._as_text(said) if mark else [token]
             new += again
             places += [place] * len(again)
         return new, places
 
     def _as_text(self, mark: str) -> Ids:
-        """The tokens of a mark in the midst of a text: encoded behind something, which is taken off again."""
+        """The tokens of a mark in the midst of a text, in two parts where the vocabulary has it among the words."""
+        for parts in ((mark,), (mark[:1], mark[1:])):
+            found = [self._amid(part) for part in parts]
+            ids = [token for part in found for token in part]
+            if all(found) and (mark.strip() not in map(self.contents.get, ids) or mark == self.tokenizer.unk_token):
+                return ids
+        raise RecipeError(f"the tokenizer cannot write {mark!r} as text. Leave texts that hold it out.")
+
+    def _amid(self, text: str) -> Ids:
+        """The tokens of a text behind another one, which is taken off again; none where they cannot be told apart."""
         for before in ("\n", "a", "0", " "):
-            done = self._tokenized([before + mark], split=True, offsets=True)
+            done = self._tokenized([before + text], split=True, offsets=True)
             for n, (start, _) in enumerate(done["offset_mapping"][0]):
                 if start >= len(before):
                     if n and done["offset_mapping"][0][n - 1][1] <= len(before):
                         return done["input_ids"][0][n:]  # type: ignore[no-any-return]
                     break
-        raise RecipeError(f"the tokenizer cannot write {mark!r} as text. Leave texts that hold it out.")
+        return []
 
     # ---- held-out text ----
 

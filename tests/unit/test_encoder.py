@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from btx.data.documents import parse
 from btx.data.encoder import Encoder
+from btx.errors import ArtifactError
 from tests.chat_cases import CHATML, LLAMA3, QWEN3, tokenizer
+from tests.faults.world import World, refused
 
 # ---- marks that are text ----
 
@@ -38,6 +43,51 @@ def test_marks_within_a_text_are_text_and_those_of_the_template_stay(
         held = using.scored([parse(record)], 10**6)[0][0][1:]
         assert held.count(special) <= ids.count(special)
         assert text in using.tokenizer.decode(held)
+
+
+@pytest.mark.parametrize("record", [{"text": "two </s> plus</s>"}, {"prompt": "two", "completion": " </s> plus"}])
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+def test_so_they_are_where_the_vocabulary_has_marks_among_its_words(record: dict[str, str], loss_on: str) -> None:
+    """As Unigram models have that were converted from sentencepiece."""
+    words = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁<>/supltow")]
+    fast = Tokenizer(models.Unigram(words, unk_id=0))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    made = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>")
+    assert 1 in made("</s>", split_special_tokens=True)["input_ids"]
+    using = Encoder(made, loss_on)
+    ids, learn = next(using.encode([parse(record)]))
+    assert (ids.count(1), len(ids)) == (1, len(learn))
+    assert "".join(made.convert_ids_to_tokens(ids[:-1])).replace("▁", " ").lstrip() == "".join(record.values())
+    assert 1 not in using.scored([parse(record)], 100)[0][0][1:]
+    assert list(using.encode([parse({"text": "<unk>"})]))
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_mark_that_the_tokenizer_puts_in_front_stands_there_whatever_it_is_called(stated: bool) -> None:
+    made = marked(tokenizer(bos="<s>" if stated else None), "<s> $A")
+    ids = next(Encoder(made, "all").encode([parse({"text": "two plus"})]))[0]
+    assert ids == [*made("two plus")["input_ids"], made.eos_token_id]
+    assert Encoder(made, "all").scored([parse({"text": "two plus"})], 100)[0] == (made("two plus")["input_ids"], 8)
+
+
+def test_two_marks_in_front_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"2 marks in front of a text \(<pad><s>\)"):
+        Encoder(marked(tokenizer(), "<pad> <s> $A"), "all")
+
+
+def marked(made: Any, single: str) -> Any:
+    """A tokenizer with these marks around a text."""
+    ids = {mark: made.convert_tokens_to_ids(mark) for mark in single.split() if mark != "$A"}
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=list(ids.items()))
+    return made
+
+
+def test_a_tokenizer_that_draws_at_random_is_refused(world: World) -> None:
+    path = world.seed / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(data), encoding="utf-8")
+    refused(world.write(), world.runs, 3, ("leaves out merges at random", "dropout 0.1", "Set it to null"))
 
 
 # ---- pieces ----
