@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from btx.checkpoints.carried import carried
 from btx.checkpoints.names import EMBEDDING, HEAD
-from btx.checkpoints.validate import BUFFERS, CARRIED, DTYPES, Entry, read_config, read_entries
+from btx.checkpoints.validate import BUFFERS, DTYPES, Entry, read_config, read_entries
 from btx.errors import ArtifactError
 from btx.graph.artifact import file_digest, fingerprint
 
@@ -108,7 +109,7 @@ class Checkpoint(Tensors):
     def digest(self, file_digest: Callable[[Path], str] = file_digest) -> str:
         """SHA-256 over what decides the model: config, tokenizer files and weights."""
         names = {e.file for e in self.entries.values()} | {"config.json"} | ({self.head.file} if self.head else set())
-        names |= {n for n in CARRIED if (self.folder / n).is_file()}
+        names |= {*carried(self.folder)}
         return fingerprint([[n, file_digest(self.folder / n)] for n in sorted(names)])
 
 
@@ -151,9 +152,9 @@ def one_thread() -> Iterator[None]:
 
 def carry_files(source: Path, target: Path) -> None:
     """Copy tokenizer and generation files byte for byte, since converters of other tools look at them."""
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for name in carried(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 _EXPONENT = {  # of each dtype: the integers of its width, and the exponent bits, which NaN and infinity have all set

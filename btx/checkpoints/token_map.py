@@ -14,9 +14,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from btx.checkpoints.carried import CARRIED
 from btx.checkpoints.layouts import CONFIG, refuse_pointer
 from btx.checkpoints.reader import carry_files
-from btx.checkpoints.validate import CARRIED, read_config
+from btx.checkpoints.validate import read_config
 from btx.errors import ArtifactError
 from btx.graph.artifact import file_digest, fingerprint, write_json
 

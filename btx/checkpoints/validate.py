@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from btx.checkpoints.carried import CARRIED, TEMPLATES
 from btx.checkpoints.layouts import (
     CONFIG,
     INDEX,
@@ -31,17 +32,6 @@ from btx.checkpoints.layouts import (
 from btx.errors import ArtifactError
 
 HEADER_LIMIT = 100 * 2**20  # the limit of the safetensors library itself
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # older checkpoints store it; it is computed, not a weight
@@ -142,7 +132,7 @@ def refuse_link(path: Path, folder: Path) -> None:
 
 def refuse_links(folder: Path) -> None:
     """Links may not leave the folder; those of a Hugging Face cache may lead to its own blobs."""
-    for path in folder.iterdir():
+    for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")):
         refuse_link(path, folder)
 
 
@@ -161,6 +151,8 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     for name in ("tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             configs[name] = _json(folder / name)
+            if not isinstance(configs[name], dict):
+                raise ArtifactError(f"{folder / name} is no JSON object. Fetch the checkpoint again.")
     keys = {(key, name) for name, found in configs.items() for key, value in _walk(found) if value not in NOTHING}
     asked = [f"{key} in {name}" for key, name in sorted(keys) if key in ("auto_map", "trust_remote_code")]
     refuse_scripts(folder, asked)

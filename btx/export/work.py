@@ -7,6 +7,7 @@ what it did to every domain that `--data NAME=PATH` names.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -250,8 +251,8 @@ def add(work: Work, name: str, expert: Path) -> None:
             if round_ < ROUNDS - 1:
                 carry_files(work.folder, out)
                 rows = _fit(work, out, name)
-                for file in out.iterdir():
-                    file.unlink()
+                shutil.rmtree(out)
+                out.mkdir()
 
     work.finish(f"btx moe add {name}", write, {"mixture": work.folder, name: expert})
 

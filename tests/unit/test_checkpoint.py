@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from btx.checkpoints.carried import CARRIED
 from btx.checkpoints.layouts import SINGLE
 from btx.checkpoints.reader import (
     Checkpoint,
@@ -21,7 +22,7 @@ from btx.checkpoints.reader import (
     opened,
     require_finite,
 )
-from btx.checkpoints.validate import CARRIED, read_header
+from btx.checkpoints.validate import read_header
 from btx.errors import ArtifactError
 from tests.conftest import config_of, save_model
 

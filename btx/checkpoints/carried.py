@@ -1,0 +1,24 @@
+"""The files that go with a model besides config and weights: its tokenizer, its chat templates, how it generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TEMPLATES = "additional_chat_templates"  # the folder of those that are not the default one, such as for tools
+
+
+def carried(folder: Path) -> list[str]:
+    """What of a folder goes with its model besides config and weights, by relative name."""
+    templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
+    return [name for name in (*CARRIED, *templates) if (folder / name).is_file()]
