@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from btx.checkpoints.reader import Checkpoint
+from btx.checkpoints.reader import Checkpoint, one_thread
 from btx.errors import ArtifactError
 
 LEAST_COSINE = 0.3  # between all matrices of an expert and the seed; strangers have about 0
@@ -31,8 +31,11 @@ def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
 
 
 def distances(seed: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, dict[str, float]]:
-    """`distance` of several models, by name, side by side: reading and arithmetic let other threads run."""
-    with ThreadPoolExecutor() as pool:
+    """`distance` of several models, by name, side by side: reading and arithmetic let other threads run.
+
+    Each on one thread: how a sum is cut among several decides its last digits, and these are published.
+    """
+    with one_thread(), ThreadPoolExecutor() as pool:
         return dict(zip(others, pool.map(partial(distance, seed), others.values()), strict=True))
 
 

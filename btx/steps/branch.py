@@ -218,7 +218,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
     from btx.checkpoints.reader import opened, require_finite
     from btx.checkpoints.token_map import tokenizer_digest
-    from btx.merge.lineage import LEAST_COSINE, distance, require_same
+    from btx.merge.lineage import LEAST_COSINE, distances, require_same
     from btx.merge.padded import same_width
     from btx.merge.vocabulary import TruncatedView, added_tokens, common_ids, require_ids_as_stated, require_rows
     from btx.models.families import family_of
@@ -244,7 +244,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
         wide = same_width(models)
         require_same(wide["seed"], wide["other"], who)
         require_finite(other, f"the expert of domain {name}")
-        far = distance(wide["seed"], wide["other"])
+        far = distances(wide["seed"], {name: wide["other"]})[name]
     if far["cosine"] < LEAST_COSINE:
         raise ArtifactError(
             f"{who} is no descendant of the seed ({seed_folder}): the cosine between their weights is "

@@ -1,0 +1,27 @@
+"""How far an expert has gone from the seed: a number that is published, so it is the same however many threads sum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from btx.checkpoints.reader import opened
+from btx.merge.lineage import distances
+from tests.conftest import config_of, save_model
+
+
+def test_distances_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    config = config_of("llama", hidden_size=256, intermediate_size=640)
+    seed, other = (save_model(tmp_path / f"m{noise}", config, noise=noise) for noise in (0.0, 0.01))
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with opened(seed) as a, opened(other) as b:
+                found.append(distances(a, {"x": b, "y": b}))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert 0 < found[0]["x"]["change"] < 1
