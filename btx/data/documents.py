@@ -7,7 +7,8 @@ say something about the record; any other is refused by its name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -58,8 +59,11 @@ class Document:
 
     @cached_property
     def rank(self) -> int:
-        """Where its text stands in the order of hashes."""
-        return rank_of(self.text)
+        """Where what it says stands in the order of hashes: its text and, of a conversation, its calls and the like."""
+        more = [_more(message, (*SAID, *FLAGS)) for message in self.messages]
+        beside = _more(self.extra, ABOUT)
+        said = json.dumps([more, beside], sort_keys=True, default=str) if any(more) or beside else ""
+        return rank_of(self.text + said)
 
     def shortened(self, limit: int) -> Document:
         """Its first `limit` bytes, less a character that the limit would split; a conversation stays whole, since how
@@ -86,6 +90,10 @@ class Document:
                 if key not in (*SAID, *FLAGS) and value not in EMPTY:
                     raise ValueError(f"the tokenizer has no chat template, so {key} of a message cannot be written")
             require_learned(message, answers=answers)
+
+
+def _more(keys: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in known and value not in EMPTY}
 
 
 def parse(record: Any, ignore: Sequence[str] = ()) -> Document:

@@ -108,6 +108,24 @@ def test_only_the_smallest_hashes_are_stored_but_none_of_the_rest_is_trained_on(
     assert {*trained} == {*texts} - {*every} - {*chosen}
 
 
+def test_conversations_that_differ_in_their_calls_alone_are_not_the_same(tmp_path: Path) -> None:
+    def talk(n: int) -> dict[str, Any]:
+        call = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "add", "arguments": {"a": n}}}],
+        }
+        return {"id": n, "messages": [{"role": "user", "content": "Go on."}, call]}
+
+    write_jsonl(tmp_path / "x.jsonl", [*map(talk, range(40)), {**talk(7), "id": 99, "tools": []}])
+    split = Split([str(tmp_path / "x.jsonl")], [], DataSettings(holdout=0.2))
+    trained = [d.messages[1]["tool_calls"][0]["function"]["arguments"]["a"] for d in split.train()]
+    held = [h.document.messages[1]["tool_calls"][0]["function"]["arguments"]["a"] for h in (*split.test, *split.select)]
+    assert sorted({*trained, *held}) == [*range(40)]
+    assert not {*trained} & {*held}
+    assert len(held) == len({*held})
+
+
 # ---- source documents that come in pieces ----
 
 
