@@ -57,7 +57,7 @@ def survey(split: Split, encoder: Encoder | None, *, enough: int, label: str) ->
 
     RecipeError where answers are to be learned and there is none: the loss would be that of nothing.
     """
-    learned = split.settings.loss_on == "all"
+    learned = split.settings.loss_mask == "all"
 
     def size(document: Document) -> int:
         nonlocal learned
@@ -73,8 +73,8 @@ def survey(split: Split, encoder: Encoder | None, *, enough: int, label: str) ->
     tokens = split.survey(size, enough=enough, look=look)
     if tokens and not learned:
         raise RecipeError(
-            f"{label}: no document has an answer, so under data.loss_on: completion nothing would be learned. Give "
-            "answers the role assistant, or set data.loss_on: all."
+            f"{label}: no document has an answer, so under data.loss_mask: completion nothing would be learned. Give "
+            "answers the role assistant, or set data.loss_mask: all."
         )
     return tokens
 

@@ -21,7 +21,7 @@ def test_data_without_an_answer_is_refused_where_only_answers_are_learned(
     write_jsonl(world.math, rows)
     if template:
         (world.seed / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
-    world.set("data.loss_on", "completion")
+    world.set("data.loss_mask", "completion")
     refused(world.write(), world.runs, 2, ("tokens:math", "no document has an answer", "role assistant"))
     rows[7]["messages"].append({"role": "assistant", "content": "Seven."})
     write_jsonl(world.math, rows)

@@ -183,25 +183,25 @@ THOUGHT = {**TALK[2], "reasoning_content": "hm"}
         ([TALK[1], {**THOUGHT, "thinking": "aha"}], QWEN3, r"thinking of message 2"),
     ],
 )
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
+@pytest.mark.parametrize("loss_mask", ["all", "completion"])
 def test_what_the_template_passes_over_in_this_conversation_is_refused(
-    messages: Any, template: str, said: str, loss_on: str
+    messages: Any, template: str, said: str, loss_mask: str
 ) -> None:
     """Though it names the key somewhere, or writes the content of others."""
     with pytest.raises(RecipeError, match=said):
-        encoded({"messages": messages}, template, loss_on=loss_on)
+        encoded({"messages": messages}, template, loss_mask=loss_mask)
 
 
 @pytest.mark.parametrize("look", ["m.tool_calls", "m['tool_calls']", "m.get('tool_calls')", "m.items() | list", "m"])
 def test_a_key_is_read_in_whatever_way_the_template_looks_at_it(look: str) -> None:
     template = CHATML.replace("m.content +", f"m.content + ({look}) | string +")
-    assert "add" in encoded({"messages": [TALK[1], {**TALK[2], "tool_calls": CALL}]}, template, loss_on="all")[0]
+    assert "add" in encoded({"messages": [TALK[1], {**TALK[2], "tool_calls": CALL}]}, template, loss_mask="all")[0]
 
 
 def test_what_is_thought_may_be_written_in_the_last_turn_alone() -> None:
     talk = [TALK[1], THOUGHT, TALK[3]]
     for messages in (talk, [*talk, THOUGHT]):
-        said, _ = encoded({"messages": messages}, LAST, loss_on="all")
+        said, _ = encoded({"messages": messages}, LAST, loss_mask="all")
         assert said == render({"messages": messages}, LAST) + "<|im_end|>" * (not said.rstrip().endswith("<|im_end|>"))
 
 
@@ -215,8 +215,8 @@ def test_an_empty_key_or_column_says_nothing(template: str | None) -> None:
 def test_a_column_about_the_record_is_written_where_the_template_reads_it() -> None:
     template = "{{ 'In ' + language + '. ' if language else '' }}" + CHATML
     record = {"messages": TALK, "language": "French"}
-    assert encoded(record, template, loss_on="all")[0] == render(record, template)
-    assert encoded(record, CHATML, loss_on="all")[0] == render({"messages": TALK}, CHATML)
+    assert encoded(record, template, loss_mask="all")[0] == render(record, template)
+    assert encoded(record, CHATML, loss_mask="all")[0] == render({"messages": TALK}, CHATML)
 
 
 # ---- what is ambient, and what is refused ----

@@ -46,15 +46,15 @@ def test_marks_within_a_text_are_text_and_those_of_the_template_stay(
 
 
 @pytest.mark.parametrize("record", [{"text": "two </s> plus</s>"}, {"prompt": "two", "completion": " </s> plus"}])
-@pytest.mark.parametrize("loss_on", ["all", "completion"])
-def test_so_they_are_where_the_vocabulary_has_marks_among_its_words(record: dict[str, str], loss_on: str) -> None:
+@pytest.mark.parametrize("loss_mask", ["all", "completion"])
+def test_so_they_are_where_the_vocabulary_has_marks_among_its_words(record: dict[str, str], loss_mask: str) -> None:
     """As Unigram models have that were converted from sentencepiece."""
     words = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁<>/supltow")]
     fast = Tokenizer(models.Unigram(words, unk_id=0))
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
     made = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>")
     assert 1 in made("</s>", split_special_tokens=True)["input_ids"]
-    using = Encoder(made, loss_on)
+    using = Encoder(made, loss_mask)
     ids, learn = next(using.encode([parse(record)]))
     assert (ids.count(1), len(ids)) == (1, len(learn))
     assert "".join(made.convert_ids_to_tokens(ids[:-1])).replace("▁", " ").lstrip() == "".join(record.values())

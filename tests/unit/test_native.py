@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
