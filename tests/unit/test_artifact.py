@@ -243,11 +243,11 @@ def test_a_lock_that_cannot_be_written_is_a_resource_error_and_is_let_go(
 
 
 def test_a_folder_in_the_place_of_a_short_name_is_left_alone_and_told(tmp_path: Path) -> None:
-    step = SimpleNamespace(kind="export", folder=tmp_path / "steps" / "export-1")
-    link(tmp_path, step)
+    step = SimpleNamespace(short=tmp_path / "export", folder=tmp_path / "steps" / "export-1")
+    link(step)
     assert (tmp_path / "export").readlink() == Path("steps/export-1")
     (tmp_path / "export").unlink()
     (tmp_path / "export").mkdir()
     with pytest.raises(ResourceError, match=r"export cannot be made a link .*: Is a directory\. Move away"):
-        link(tmp_path, step)
+        link(step)
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
