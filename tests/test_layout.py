@@ -116,3 +116,10 @@ def test_the_readme_opens_with_the_two_commands_and_its_links_lead_somewhere() -
             assert ((ROOT / page).parent / name).exists(), f"{page} names {name}, which is not there"
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.index("make run") < text.index("make test") < 1500
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tests_import_no_other_tests(path: Path) -> None:
+    """What several need lies in tests/support."""
+    others = {name for name in imports(path) if name.startswith("tests.") and ".test_" in name}
+    assert not others

@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btx.checkpoints.reader import Checkpoint
-from tests.conftest import config_of, save_model, tokenizer_into
-from tests.faults.world import Break, World, edit_json, refused
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from tests.support.layouts import INDEX, WEIGHTS, sharded
+from tests.support.models import config_of, save_model, tokenizer_into
+from tests.support.world import Break, World, edit_json, refused
 
 
 def config(which: str, **changes: Any) -> Break:
@@ -58,18 +56,6 @@ def header(change: Any) -> Break:
         return struct.pack("<Q", len(text)) + text + data[end:]
 
     return bytes_of(do)
-
-
-def sharded(folder: Path, **changes: Any) -> None:
-    """The same model in two shards and an index."""
-    tensors = load_file(folder / WEIGHTS)
-    names = sorted(tensors)
-    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, some in shards.items():
-        save_file({n: tensors[n] for n in some}, folder / file)
-    weight_map = {n: file for file, some in shards.items() for n in some}
-    (folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, **changes}}))
-    (folder / WEIGHTS).unlink()
 
 
 def index(**changes: Any) -> Break:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chat_cases import CHATML
-from tests.faults.world import World, refused, write_jsonl
+from tests.support.chat_cases import CHATML
+from tests.support.world import World, refused, write_jsonl
 
 
 @pytest.mark.parametrize("roles", [("human", "gpt"), ("user", "model"), ("user", "Assistant"), ("user", "user")])

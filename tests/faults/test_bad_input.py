@@ -11,17 +11,12 @@ import pytest
 
 from btx.data.documents import parse
 from btx.data.packed import Encoder, load_tokenizer
-from tests.faults.world import Break, World, refused, write_jsonl
+from tests.support.world import Break, World, refused, setting, write_jsonl
 
 
 def test_the_unbroken_recipe_is_accepted_and_looking_at_it_writes_nothing(world: World) -> None:
     world.examine()
     assert not world.runs.exists()
-
-
-def setting(key: str, value: Any) -> Break:
-    """Break the recipe at one key."""
-    return lambda world: world.set(key, value)
 
 
 def rows(*records: Any) -> Break:

@@ -7,8 +7,7 @@ import pytest
 from btx.cli.main import graph_of
 from btx.errors import ArtifactError, RecipeError
 from btx.graph.artifact import lock, locked
-from tests.faults.test_bad_input import setting
-from tests.faults.world import Break, World, refused
+from tests.support.world import Break, World, refused, setting
 
 LAYOUTS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "layers of a family that has experts in all": (

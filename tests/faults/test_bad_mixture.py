@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from btx.cli.main import main
 from btx.graph.artifact import write_json
-from tests.conftest import config_of, save_model
-from tests.numerics.test_merge_identities import merge
+from tests.support.merges import merge
+from tests.support.mixtures import moe
+from tests.support.models import config_of, save_model
 
 NAMES = ["seed", "math", "code"]
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
@@ -34,15 +35,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_json(out / "experts.json", {"experts": NAMES})
     moe("mask", folder / "moe-llama", "--name", "math", "--name", "seed", out=folder / "masked-llama")
     return folder
-
-
-def moe(verb: str, *words: Path | str, out: Path, code: int = 0) -> str:
-    """`btx moe`, which ends with `code` and leaves nothing but, where that is 0, `out`."""
-    before = set(out.parent.iterdir())
-    result = CliRunner().invoke(main, ["moe", verb, *map(str, words), "--out", str(out)])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    assert set(out.parent.iterdir()) - before == ({out} if code == 0 else set())
-    return result.output
 
 
 def config(**fields: Any) -> Damage:

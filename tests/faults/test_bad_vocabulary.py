@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.world import World, edit_json, refused
-from tests.numerics.test_vocabulary import TOKENS, extended, plain
+from tests.support.vocabularies import TOKENS, extended, plain
+from tests.support.world import World, edit_json, refused
 
 
 def with_tokens(world: World, **changes: Any) -> Path:

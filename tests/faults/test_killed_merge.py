@@ -15,7 +15,7 @@ from btx.checkpoints.reader import opened
 from btx.checkpoints.writer import Resume
 from btx.merge.write import write_moe
 from btx.recipe.merge_settings import MergeSettings
-from tests.conftest import config_of, save_model
+from tests.support.models import config_of, save_model
 
 SHARD = 20_000  # bytes: several tensors of the pico models
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,29 +13,12 @@ from safetensors.torch import load_file, save_file
 from btx.checkpoints.reader import Checkpoint
 from btx.errors import ArtifactError
 from btx.merge.adapter import is_adapter
-from tests.conftest import config_of, save_model
-from tests.faults.test_bad_checkpoint import sharded
-from tests.faults.world import World, refused
-from tests.numerics.test_adapter import train_adapter
+from tests.support.adapters import train_adapter
+from tests.support.layouts import POINTER, Change, into_cache, put, sharded
+from tests.support.models import config_of, save_model
+from tests.support.world import World, refused
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-Change = Callable[[Path], Any]
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n"
-
-
-def into_cache(folder: Path, cache: Path) -> Path:
-    """The folder as the hub's client keeps it: blobs, and a snapshot of links to them; returns the entry's root."""
-    root, snapshot = cache, cache / "snapshots" / ("a" * 40)
-    (root / "blobs").mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("a" * 40)
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = file.relative_to(folder)
-        blob = root / "blobs" / f"sha-of-{str(name).replace('/', '-')}"
-        shutil.copy(file, blob)
-        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-        (snapshot / name).symlink_to(Path("../" * (2 + len(name.parts) - 1)) / "blobs" / blob.name)
-    return root
 
 
 def moved(name: str) -> Change:
@@ -68,18 +50,6 @@ def names(change: Callable[[str], str]) -> Change:
 def more(**tensors: torch.Tensor) -> Change:
     """Add tensors."""
     return lambda folder: save_file({**load_file(folder / WEIGHTS), **tensors}, folder / WEIGHTS)
-
-
-def put(name: str, text: str = "{}", *, gone: str = "") -> Change:
-    """Write a file, and remove another."""
-
-    def do(folder: Path) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-        if gone:
-            (folder / gone).unlink()
-
-    return do
 
 
 def both(*changes: Change) -> Change:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,17 +18,10 @@ from btx.errors import ArtifactError, ResourceError, disk_error, full_disks_told
 from btx.graph.digests import Digests
 from btx.graph.job import freeze, thaw
 from btx.graph.launch import ROLES, own_rank
-from tests.conftest import write_project
+from tests.support.machines import few_bytes
+from tests.support.project import write_project
 
 BTX = [sys.executable, "-m", "btx"]
-
-
-def few_bytes(size: int) -> None:
-    """Files of this process grow no longer than this, as on a disk that fills up."""
-    import signal
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -76,7 +68,7 @@ def test_a_full_disk_at_any_write_of_a_run_ends_with_5(tmp_path: Path, size: int
 def test_what_a_library_makes_of_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:
     """safetensors and tokenizers raise exceptions of their own."""
     code = f"""
-from tests.faults.test_machines import few_bytes
+from tests.support.machines import few_bytes
 import torch
 from safetensors.torch import save_file
 from btx.errors import ResourceError, full_disks_told

@@ -18,10 +18,10 @@ from btx.graph.artifact import write_json
 from btx.recipe.settings import ExportSettings
 from btx.steps.branch import require_complete
 from btx.steps.export import write_model
-from tests.conftest import config_of, save_model
-from tests.faults.test_bad_mixture import moe
-from tests.faults.world import World, refused
-from tests.numerics.test_merge_identities import load, logits, merge
+from tests.support.merges import load, logits, merge
+from tests.support.mixtures import moe
+from tests.support.models import config_of, save_model
+from tests.support.world import World, refused
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 from btx.conversions.dense import Dense
 from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe
-from tests.conftest import write_project
-from tests.integration.test_run import btx
+from tests.support.command import btx
+from tests.support.project import write_project
 
 
 def control(recipe: Path, *overrides: str) -> Dense:

@@ -13,9 +13,8 @@ import pytest
 from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe
 from btx.graph import artifact
-from tests.conftest import write_project
-from tests.integration.test_run import BTX, btx, wait_for_step, wait_until_free
-from tests.integration.test_variants import FSDP
+from tests.support.command import BTX, FSDP, btx, wait_for_step, wait_until_free
+from tests.support.project import write_project
 
 LAUNCHES = {"ddp": FSDP.replace("distributed_type: FSDP", "distributed_type: MULTI_GPU"), "fsdp": FSDP}
 

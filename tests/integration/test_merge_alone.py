@@ -8,7 +8,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from btx.cli.main import graph_of, main
-from tests.faults.world import World, refused
+from tests.support.world import World, refused
 
 
 def test_experts_from_elsewhere_are_merged_without_data_and_no_more(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from btx.cli.main import main
 from btx.export.portable import notes
 from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
-from tests.conftest import write_project
-from tests.integration.test_run import btx
+from tests.support.command import btx
+from tests.support.project import write_project
 
 
 @pytest.fixture(scope="module")

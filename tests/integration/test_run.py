@@ -10,20 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.conftest import write_project
-
-BTX = [sys.executable, "-m", "btx"]
-
-
-def btx(*argv: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command and expect an exit code."""
-    done = subprocess.run([*BTX, *map(str, argv)], cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+from tests.support.command import BTX, btx, results, wait_for_step, wait_until_free
+from tests.support.project import write_project
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +26,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "first.out").write_text(first.stdout)
     (folder / "first.err").write_text(first.stderr)
     return folder
-
-
-def results(folder: Path) -> Any:
-    """What the report holds."""
-    return json.loads((folder / "runs/pico/report/results.json").read_text())
 
 
 def test_the_matrix_has_every_model_and_domain(project: Path) -> None:
@@ -238,24 +224,6 @@ def test_a_killed_training_goes_on_to_the_same_digest(project: Path, whole: str,
     manifest = json.loads((folder / "btx.json").read_text())
     assert manifest["facts"]["resumed_from"] >= 10
     assert manifest["digest"] == whole
-
-
-def wait_for_step(root: Path, step: int) -> None:
-    """Until the training has written that many lines of metrics."""
-    for _ in range(1200):
-        for file in root.glob("work/train-*/metrics.jsonl"):
-            if len(file.read_text().splitlines()) >= step:
-                return
-        time.sleep(0.05)
-    raise AssertionError("the training did not start")
-
-
-def wait_until_free(path: Path) -> None:
-    """Until no process holds the lock: a worker dies with its parent, but not in the same instant."""
-    import fcntl
-
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def test_a_training_that_diverges_ends_with_4_and_names_the_step(project: Path) -> None:

@@ -15,11 +15,11 @@ from btx.export.proof import write_sums
 from btx.graph.artifact import write_json
 from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
-from tests.conftest import config_of, save_model
-from tests.faults.test_bad_mixture import moe
-from tests.faults.world import World
-from tests.integration.test_travelled import check, snapshot
-from tests.numerics.test_merge_identities import merge
+from tests.support.layouts import check, snapshot
+from tests.support.merges import merge
+from tests.support.mixtures import moe
+from tests.support.models import config_of, save_model
+from tests.support.world import World
 
 TOOL = f"{TEMPLATES}/tool_use.jinja"
 TEXTS = {"chat_template.jinja": "{{ messages }}", TOOL: "{{ tools }}{{ messages }}"}

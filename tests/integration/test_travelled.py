@@ -10,18 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from btx.cli.main import main
 from btx.export.proof import PROOF, SUMS, make_proof, write_sums
 from btx.graph.artifact import write_json
 from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
-from tests.conftest import config_of, save_model
-from tests.faults.test_bad_mixture import moe
-from tests.faults.test_layouts_of_people import POINTER, into_cache, put
-from tests.numerics.test_merge_identities import merge
+from tests.support.layouts import POINTER, check, put, snapshot
+from tests.support.merges import merge
+from tests.support.mixtures import moe
+from tests.support.models import config_of, save_model
 
 NAMES = ["seed", "math", "code"]
 CARD = "README.md"
@@ -42,18 +40,6 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (out / PROOF).is_file()
     assert make_proof(out)["prompts"]
     return out
-
-
-def check(folder: Path, code: int = 0) -> str:
-    """`btx check`."""
-    result = CliRunner().invoke(main, ["check", str(folder)])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result.output
-
-
-def snapshot(folder: Path, out: Path) -> Path:
-    """Through the hub's cache."""
-    return into_cache(folder, out / "models--org--name") / "snapshots" / ("a" * 40)
 
 
 def copied(change: Callable[[Path], Any]) -> Callable[[Path, Path], Path]:

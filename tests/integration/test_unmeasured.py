@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from btx.graph.cost import Cost
-from tests.conftest import write_project
-from tests.faults.world import edit_json
-from tests.integration.test_run import btx
+from tests.support.command import btx
+from tests.support.project import write_project
+from tests.support.world import edit_json
 
 
 def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from btx.conversions.upcycle import Upcycled
 from btx.errors import RecipeError
 from btx.models import model
 from btx.recipe.settings import RunSettings
-from tests.conftest import write_project
-from tests.integration.test_run import btx
+from tests.support.command import btx
+from tests.support.project import write_project
 
 
 def upcycled(recipe: Path, *overrides: str) -> Upcycled:

@@ -11,9 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from btx.data.packed import Tokens
-from tests.conftest import config_of, save_model, write_project
-from tests.integration.test_run import btx, results
-from tests.numerics.test_vocabulary import TOKENS, extended, plain
+from tests.support.command import FSDP, btx, results
+from tests.support.models import config_of, save_model
+from tests.support.project import write_project
+from tests.support.vocabularies import TOKENS, extended, plain
 
 pytestmark = pytest.mark.slow
 
@@ -88,24 +89,6 @@ def test_an_expert_trained_elsewhere_is_checked_and_merged_not_trained(tmp_path:
     assert not (tmp_path / "runs/pico/train-law").exists()
     lineage = json.loads((tmp_path / "runs/pico/branch-given/lineage.json").read_text())
     assert lineage["law"]["cosine"] > 0.9
-
-
-FSDP = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: FULL_STATE_DICT
-  fsdp_cpu_ram_efficient_loading: false
-num_machines: 1
-num_processes: 2
-machine_rank: 0
-mixed_precision: 'no'
-use_cpu: true
-main_process_port: 29517
-"""
 
 
 def test_two_sharded_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:

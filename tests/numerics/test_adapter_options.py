@@ -17,9 +17,9 @@ from btx.errors import ArtifactError
 from btx.graph.artifact import write_json
 from btx.merge.adapter import WEIGHTS, Adapter
 from btx.merge.lora_config import CONFIG, RECORDS, UNDERSTOOD, LoraOptions
-from tests.conftest import config_of, save_model
-from tests.numerics.test_adapter import EVERYWHERE, ours, train_adapter
-from tests.numerics.test_merge_identities import IDS
+from tests.support.adapters import EVERYWHERE, ours, train_adapter
+from tests.support.merges import IDS
+from tests.support.models import config_of, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what peft imports
 peft = pytest.importorskip("peft")

@@ -25,9 +25,9 @@ from btx.moe.hooks import Routed, find_routers, router_labels
 from btx.moe.routing import statistics
 from btx.recipe.merge_settings import MergeSettings
 from btx.steps.finetune import freeze
-from tests.conftest import config_of, save_model
-from tests.faults.world import World, refused
-from tests.numerics.test_merge_identities import IDS, load, logits, merge, rope
+from tests.support.merges import IDS, load, logits, merge, rope
+from tests.support.models import config_of, save_model
+from tests.support.world import World, refused
 
 FORM = "ffn+attention"
 ATTENTION = "model.layers.1.self_attention."

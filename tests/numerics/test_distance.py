@@ -8,7 +8,7 @@ import torch
 
 from btx.checkpoints.reader import opened
 from btx.merge.lineage import distances
-from tests.conftest import config_of, save_model
+from tests.support.models import config_of, save_model
 
 
 def test_distances_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:

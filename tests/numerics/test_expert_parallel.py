@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers.distributed import DistributedConfig
 
 from btx.models.kernels import absent, use_kernel
-from tests.moe_models import build
+from tests.support.moe_models import build
 
 WORLD = 2
 

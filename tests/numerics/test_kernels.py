@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from torch import Tensor
 
 from btx.models.kernels import absent, ours
-from tests.kernel_cases import Case, Experts, cases, compare, results, tensors
+from tests.support.kernel_cases import Case, Experts, cases, compare, results, tensors
 
 OTHERS = [name for name in ours() if name != "reference"]
 SLOW = ("sparse", "triton")  # interpreted here

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from btx.errors import RecipeError, ResourceError
 from btx.models.kernels import HUB, absent, choose, known, ours, use_kernel
-from tests.moe_models import FAMILIES, build, forward, use_checkpointing
+from tests.support.moe_models import FAMILIES, build, forward, use_checkpointing
 
 CPU = torch.device("cpu")
 HERE = [name for name in known() if name not in HUB]

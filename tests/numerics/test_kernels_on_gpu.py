@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from btx.models.kernels import absent, ours
-from tests.kernel_cases import Case, compare, results, tensors
+from tests.support.kernel_cases import Case, compare, results, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CASES = [

@@ -19,8 +19,9 @@ from btx.graph.artifact import write_json
 from btx.merge.router_fit import MARGIN, Normal, fit_rows, solve, targets
 from btx.models.families import DENSE
 from btx.moe.hooks import find_routers
-from tests.conftest import config_of, save_model
-from tests.numerics.test_merge_identities import load, logits, merge
+from tests.support.merges import load, logits, merge
+from tests.support.mixtures import change, only
+from tests.support.models import config_of, save_model
 
 NAMES = ["math", "code", "seed"]
 
@@ -36,15 +37,6 @@ def folder(tmp_path: Path, dense: list[Path]) -> Path:
     """The first three as a mixture whose router is far from even."""
     out = merge(tmp_path / "moe", dense[:3], top_k=2, router_entropy=0.5)
     write_json(out / "experts.json", {"experts": NAMES})
-    return out
-
-
-def change(folder: Path, name: str, work: Any) -> Path:
-    """Apply a change to a folder, into one beside it."""
-    out = folder.parent / name
-    out.mkdir()
-    with opened(folder) as checkpoint:
-        work(out, Moe(checkpoint))
     return out
 
 
@@ -90,14 +82,6 @@ def test_add_keeps_the_bits_of_everything_else_and_has_the_new_expert(
     assert one_hot.config.num_experts_per_tok == 2
     only(one_hot, 3)
     torch.testing.assert_close(logits(one_hot), logits(wanted), atol=1e-5, rtol=0)
-
-
-def only(model: Any, expert: int) -> None:
-    """Send every token to one expert."""
-    for router in find_routers(model).values():
-        router.register_forward_hook(
-            lambda _m, _i, out: (out[0], torch.tensor([1.0, 0.0]).expand_as(out[1]), out[2] * 0 + expert)
-        )
 
 
 @pytest.mark.parametrize("expert", range(3))

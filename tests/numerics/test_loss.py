@@ -13,7 +13,7 @@ from btx.data.sampler import IGNORED
 from btx.models.target import moe_config
 from btx.training import loss
 from btx.training.loss import linear_cross_entropy, output_head, without_head
-from tests.conftest import config_of
+from tests.support.models import config_of
 
 
 def case(tokens: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

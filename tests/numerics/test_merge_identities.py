@@ -11,42 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from btx.checkpoints.reader import carry_files, opened
+from btx.checkpoints.reader import opened
 from btx.merge.averaging import SharedTensors
-from btx.merge.write import RouterScales, write_average, write_moe
+from btx.merge.write import RouterScales, write_average
 from btx.models.families import DENSE
 from btx.models.model import published
 from btx.moe.hooks import Routed, find_routers
 from btx.moe.routing import statistics
 from btx.recipe.merge_settings import MergeSettings
-from tests.conftest import config_of, save_model
-
-IDS = torch.arange(40).reshape(2, 20) * 7 % 300
-
-
-def merge(out: Path, folders: list[Path], *, top_k: int, base: int = -1, **settings: Any) -> Path:
-    """Merge folders as models m0, m1, ...; the one at `base` is the seed."""
-    out.mkdir()
-    with ExitStack() as stack:
-        models = {f"m{i}": stack.enter_context(opened(f)) for i, f in enumerate(folders)}
-        write_moe(out, models, list(models.values())[base], MergeSettings(**settings), top_k)
-    carry_files(folders[0], out)
-    return out
-
-
-def load(folder: Path, implementation: str = "eager") -> Any:
-    """A model by its stock class, with no key missing, unexpected or mismatched."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, output_loading_info=True, experts_implementation=implementation
-    )
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
-
-
-@torch.inference_mode()
-def logits(model: Any) -> torch.Tensor:
-    """Logits on a fixed batch."""
-    return model(input_ids=IDS).logits
+from tests.support.merges import CARRIED, load, logits, merge
+from tests.support.models import config_of, save_model
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -57,23 +31,6 @@ def test_copies_of_a_seed_give_its_logits(tmp_path: Path, family: str, top_k: in
     torch.testing.assert_close(logits(load(merged, implementation)), logits(load(seed)), atol=1e-5, rtol=0)
 
 
-def rope(kind: str, **more: Any) -> dict[str, Any]:
-    """A config's rope scaling, far from its default theta."""
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 777.0, "factor": 2.0, **more}}
-
-
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-CARRIED = {
-    "tied": {"tie_word_embeddings": True},
-    "untied": {"tie_word_embeddings": False},
-    "all heads have keys": {"num_key_value_heads": 4},
-    "one head has keys": {"num_key_value_heads": 1},
-    "linear rope": rope("linear"),
-    "llama3 rope": rope("llama3", **LLAMA3),
-    "yarn rope": rope("yarn", original_max_position_embeddings=64),
-    "wide heads": {"head_dim": 20},
-    "norm epsilon": {"rms_norm_eps": 0.01},
-}
 BIASED = ("qwen3", "olmo2", "granite")  # and qwen2, always; the others' MoE class has no place for one
 
 

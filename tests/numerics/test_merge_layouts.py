@@ -24,9 +24,9 @@ from btx.moe.hooks import find_routers
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.settings import FinetuneSettings
 from btx.steps.finetune import Balanced
-from tests.conftest import config_of, save_model
-from tests.numerics.test_lifecycle import change
-from tests.numerics.test_merge_identities import IDS, load, logits, merge
+from tests.support.merges import IDS, load, logits, merge
+from tests.support.mixtures import change
+from tests.support.models import config_of, save_model
 
 HALVES = [family for family in DENSE if DENSE[family].dense_layers]
 SHARING = [family for family in DENSE if DENSE[family].shared]

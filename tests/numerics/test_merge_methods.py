@@ -15,7 +15,7 @@ from btx.errors import ResourceError
 from btx.merge.averaging import average, mean, require_memory
 from btx.merge.write import write_average
 from btx.recipe.merge_settings import GROUPS, AveragingSettings, MergeSettings, SharedSettings, group_of
-from tests.conftest import config_of, save_model
+from tests.support.models import config_of, save_model
 
 BASE = torch.linspace(-1, 1, 24).reshape(4, 6)
 METHODS = ["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]

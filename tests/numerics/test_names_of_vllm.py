@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from btx.checkpoints.validate import read_config
 from btx.export.portable import notes
-from tests.conftest import config_of
 from tests.portability.exports import export
+from tests.support.models import config_of
 
 ATTENTION = {
     "self_attn.q_proj.weight": "Hh D",
@@ -71,7 +71,7 @@ ARCHITECTURE = {
     "llama": "MixtralForCausalLM", "mistral": "MixtralForCausalLM", "qwen2": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3MoeForCausalLM", "olmo2": "FlexOlmoForCausalLM", "granite": "GraniteMoeForCausalLM",
 }  # fmt: skip
-TIED = ("qwen2", "qwen3", "granite")  # in tests/conftest.py; these need no lm_head.weight
+TIED = ("qwen2", "qwen3", "granite")  # in tests/support/models.py; these need no lm_head.weight
 D, F, V, H, K, S, LAYER_COUNT = 32, 48, 300, 4, 2, 128, 2
 
 

@@ -18,8 +18,8 @@ from btx.models.opened import Opened, Stock, opened_checkpoint
 from btx.recipe.settings import RunSettings, Settings
 from btx.steps.given import ExternalCheckpoint
 from btx.steps.model import ComposedStep
-from tests import moe_models
-from tests.conftest import FAMILIES, config_of, save_model
+from tests.support import moe_models
+from tests.support.models import FAMILIES, config_of, save_model
 
 WHERE = RunSettings(device="cpu", threads=1)
 CHANCE = torch.Generator().manual_seed(0)

@@ -15,9 +15,9 @@ from btx.merge.padded import Padded, same_width
 from btx.merge.write import write_moe
 from btx.models.families import DENSE, DOWN, GATE
 from btx.recipe.merge_settings import MergeSettings
-from tests.conftest import config_of, save_model
-from tests.numerics.test_lifecycle import only
-from tests.numerics.test_merge_identities import load, logits
+from tests.support.merges import load, logits
+from tests.support.mixtures import only
+from tests.support.models import config_of, save_model
 
 
 def merged(out: Path, folders: list[Path]) -> Path:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from btx.cli.main import graph_of, main
 from btx.cli.plan import rows
 from btx.conversions.registry import load_recipe
-from tests.conftest import config_of, save_model
-from tests.faults.world import World, edit_json
-from tests.numerics.test_vocabulary import extended, plain
+from tests.support.models import config_of, save_model
+from tests.support.vocabularies import extended, plain
+from tests.support.world import World, edit_json
 
 
 def planned(world: World) -> int:

@@ -13,9 +13,9 @@ from transformers import AutoConfig
 from btx.errors import ArtifactError
 from btx.export.portable import notes, portable_config
 from btx.export.proof import check, check_proof, load_stock, logits_of, write_sums
-from tests.conftest import config_of
-from tests.numerics.test_merge_identities import load, logits
 from tests.portability.exports import ROPES, export
+from tests.support.merges import load, logits
+from tests.support.models import config_of
 
 
 def config_in(folder: Path) -> dict[str, Any]:

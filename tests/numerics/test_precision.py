@@ -17,8 +17,8 @@ from btx.recipe.settings import FinetuneSettings, TrainSettings
 from btx.steps.finetune import Balanced
 from btx.training.cast_once import CastOnce
 from btx.training.loop import Loop
-from tests.conftest import config_of
-from tests.numerics.test_loop import WHERE, loop_of, stop_after, stream, weights
+from tests.support.loops import WHERE, loop_of, stop_after, stream, weights
+from tests.support.models import config_of
 
 
 def loop_in(family: str, folder: Path, kind: str, *, mixture: bool) -> Loop:

@@ -17,8 +17,8 @@ from btx.merge.router_init import Seen, fresh_routers, from_activations, scaled
 from btx.models.families import DENSE
 from btx.moe.hooks import Routed, find_routers
 from btx.moe.routing import init_router, mean_entropy
-from tests.conftest import config_of, save_model
-from tests.numerics.test_merge_identities import load, merge
+from tests.support.merges import load, merge
+from tests.support.models import config_of, save_model
 
 DOMAINS = ("math", "code", "law")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from btx.moe.balance import balance_loss
 from btx.moe.hooks import Routed, find_routers
 from btx.moe.routing import Routing
-from tests.moe_models import IDS, RULES, build, forward, use_checkpointing
+from tests.support.moe_models import IDS, RULES, build, forward, use_checkpointing
 
 
 def gradients(

@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from btx.moe.balance import balance_loss
 from btx.moe.hooks import Routed, find_routers
 from btx.moe.routing import Routing, route
-from tests.moe_models import FAMILIES, IDS, RULES, SHAPE, E, build, forward, hooks
+from tests.support.moe_models import FAMILIES, IDS, RULES, SHAPE, E, build, forward, hooks
 
 # --- what is replaced --------------------------------------------------------------------------------------
 

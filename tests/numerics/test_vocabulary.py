@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from btx.checkpoints.names import EMBEDDING, HEAD
 from btx.checkpoints.reader import opened
@@ -18,36 +18,11 @@ from btx.errors import ArtifactError
 from btx.merge.vocabulary import JointVocabulary, Vocabulary, added_tokens, is_extended, write_joint
 from btx.merge.write import write_average, write_moe
 from btx.recipe.merge_settings import MergeSettings
-from tests.conftest import config_of, save_model
-from tests.faults.world import edit_json
-from tests.numerics.test_merge_identities import load
+from tests.support.merges import load
+from tests.support.vocabularies import TOKENS, extended, plain
+from tests.support.world import edit_json
 
-TOKENS = 289  # that the tokenizer of the tests has
 IDS = torch.arange(40).reshape(2, 20) * 7 % TOKENS
-
-
-def plain(folder: Path, family: str, *, noise: float = 0.0, rows: int = TOKENS) -> Path:
-    """A model with the seed's tokenizer."""
-    return save_model(folder, config_of(family, vocab_size=rows), noise=noise)
-
-
-def extended(
-    folder: Path, family: str, tokens: list[str], *, noise: float = 0.0, rows: int = 0, before: int = TOKENS,
-    special: bool = True,
-) -> Path:  # fmt: skip
-    """A model whose tokenizer has more tokens, by transformers' own means, and its embedding rows for them."""
-    plain(folder, family, noise=noise, rows=before)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_tokens(tokens, special_tokens=special)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(len(tokens))
-    model.resize_token_embeddings(rows or len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            table[TOKENS:] = 0.1 * torch.randn_like(table[TOKENS:])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def joined(out: Path, seed: Path, experts: dict[str, Path], *, average: bool = False, **settings: Any) -> Path:

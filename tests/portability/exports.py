@@ -18,8 +18,8 @@ from btx.export.work import Work, extract
 from btx.graph.artifact import write_json
 from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
-from tests.conftest import FAMILIES, config_of, save_model
-from tests.numerics.test_merge_identities import CARRIED, merge
+from tests.support.merges import CARRIED, merge
+from tests.support.models import FAMILIES, config_of, save_model
 
 ROPES = {"default": {}, **{name.split()[0]: CARRIED[name] for name in ("linear rope", "llama3 rope", "yarn rope")}}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from btx.moe.balance import FORMS, balance_loss, over_processes
 from btx.moe.routing import Routing, route
-from tests.routing_cases import logits, routing, spread
+from tests.support.routing_cases import logits, routing, spread
 
 LOSSES = tuple(form for form in FORMS if form != "none")
 

@@ -18,8 +18,8 @@ from btx.models.opened import Stock
 from btx.probes.bits_per_byte import bits_per_byte, interval, nats, windows
 from btx.recipe.settings import EvaluateSettings
 from btx.steps.evaluate import summarise
-from tests import moe_models
-from tests.conftest import FAMILIES, config_of
+from tests.support import moe_models
+from tests.support.models import FAMILIES, config_of
 
 CHANCE = np.random.default_rng(0)
 DOCUMENTS = [(CHANCE.integers(0, 9, n), 3 * n) for n in (2, 5, 8, 9, 30)]

@@ -14,7 +14,7 @@ from btx.data.documents import parse
 from btx.data.encoder import Encoder
 from btx.errors import RecipeError
 from btx.recipe.settings import DataSettings
-from tests.chat_cases import CHATML, QWEN3, TAGGED, TALK, TEMPLATES, encoded, render, tokenizer
+from tests.support.chat_cases import CHATML, QWEN3, TAGGED, TALK, TEMPLATES, encoded, render, tokenizer
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -24,7 +24,7 @@ from btx.checkpoints.reader import (
 )
 from btx.checkpoints.validate import read_header
 from btx.errors import ArtifactError
-from tests.conftest import config_of, save_model
+from tests.support.models import config_of, save_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

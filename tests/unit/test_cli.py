@@ -14,7 +14,7 @@ from btx.cli.main import main
 from btx.cli.plan import rows
 from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe, schema
-from tests.conftest import config_of
+from tests.support.models import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,8 +20,8 @@ from btx.models.native import (
     idle_difference,
     native_config,
 )
-from tests.conftest import FAMILIES, config_of, save_model
-from tests.numerics.test_merge_identities import load, logits, merge
+from tests.support.merges import load, logits, merge
+from tests.support.models import FAMILIES, config_of, save_model
 
 CHANGED: dict[str, Any] = {  # another value of every field that decides, for a family that has it
     "hidden_act": "gelu", "rms_norm_eps": 0.5, "tie_word_embeddings": None, "attention_bias": None, "mlp_bias": None,

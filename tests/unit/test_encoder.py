@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from btx.data.documents import parse
 from btx.data.encoder import Encoder
 from btx.errors import ArtifactError
-from tests.chat_cases import CHATML, LLAMA3, QWEN3, tokenizer
-from tests.faults.world import World, refused
+from tests.support.chat_cases import CHATML, LLAMA3, QWEN3, tokenizer
+from tests.support.world import World, refused
 
 # ---- marks that are text ----
 

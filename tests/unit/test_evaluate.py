@@ -22,8 +22,9 @@ from btx.recipe.settings import DataSettings, EvaluateSettings, MeasureSettings,
 from btx.steps.evaluate import Evaluate
 from btx.steps.measure import Measure
 from btx.steps.model import ModelStep
-from tests.conftest import tokenizer_into, write_project
-from tests.faults.world import write_jsonl
+from tests.support.models import tokenizer_into
+from tests.support.project import write_project
+from tests.support.world import write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from btx.cli.main import graph_of
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.settings import EvaluateSettings, RunSettings, Settings, TrainSettings
-from tests.faults.world import World
+from tests.support.world import World
 
 LABELS = ("tokens:math", "branch", "train:math", "average", "merge", "finetune", "measure:finetuned",
           "evaluate", "export", "report")  # fmt: skip

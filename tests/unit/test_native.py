@@ -22,10 +22,10 @@ from btx.models.native import (
     declared,
 )
 from btx.models.target import class_name, moe_config, warnings_of
-from tests.conftest import FAMILIES, config_of, save_model
-from tests.faults.test_bad_mixture import moe
-from tests.faults.world import World, edit_json, refused
-from tests.numerics.test_merge_identities import load, logits, merge
+from tests.support.merges import load, logits, merge
+from tests.support.mixtures import moe
+from tests.support.models import FAMILIES, config_of, save_model
+from tests.support.world import World, edit_json, refused
 
 CACHES = {"sliding_window", "layer_types", "attention_chunk_size"}  # read for the cache of a generation, not for logits
 HARMLESS = {  # looked up by shared code: names of loading, of other kinds of model, or of outputs

@@ -9,7 +9,7 @@ import pytest
 
 from btx.data.corpus import Counts, read, resolve
 from btx.errors import RecipeError
-from tests.faults.world import World, write_jsonl
+from tests.support.world import World, write_jsonl
 
 
 def named(base: Path, *patterns: str) -> tuple[list[str], list[str]]:

@@ -17,8 +17,9 @@ from btx.probes import kl_to_seed, registry
 from btx.probes.contract import Data, Found, Probe
 from btx.probes.registry import ALWAYS, probes
 from btx.report.figures import probe_tables
-from tests import moe_models
-from tests.conftest import config_of, write_project
+from tests.support import moe_models
+from tests.support.models import config_of
+from tests.support.project import write_project
 
 CHANCE = np.random.default_rng(0)
 DOCUMENTS = [(CHANCE.integers(1, 31, n), n) for n in (2, 5, 8, 9, 30)]

@@ -17,8 +17,7 @@ from btx.errors import RecipeError
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import FinetuneSettings, TrainSettings
 from btx.recipe.strict_yaml import parse_yaml
-
-SMALL: dict[str, Any] = {"name": "r", "seed": {"checkpoint": "s"}, "domains": {"a": {"data": ["a"], "tokens": 5}}}
+from tests.support.project import SMALL
 
 
 def loaded(tmp_path: Path, text: str, *sets: str) -> Recipe:

@@ -12,7 +12,7 @@ from btx.moe.routing import (
     logit_std,
     statistics,
 )
-from tests.routing_cases import logits, routing, seeded, spread
+from tests.support.routing_cases import logits, routing, seeded, spread
 
 
 def mean_entropy_share(logits_TE: Tensor) -> float:

@@ -11,7 +11,7 @@ from btx.moe.routing import (
     route,
     temperature,
 )
-from tests.routing_cases import logits, rule_k, seeded
+from tests.support.routing_cases import logits, rule_k, seeded
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])

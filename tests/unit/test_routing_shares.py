@@ -10,7 +10,7 @@ from btx.models.opened import Stock
 from btx.moe.hooks import Routed
 from btx.probes.bits_per_byte import nats
 from btx.probes.routing_shares import RoutingShares
-from tests import moe_models
+from tests.support import moe_models
 
 CHANCE = np.random.default_rng(1)
 DOCUMENTS = [(CHANCE.integers(1, 31, n), n) for n in (2, 3, 3, 5, 8, 13, 21)]

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from btx.cli.main import graph_of
 from btx.conversions.registry import recipe_model
-from tests.faults.world import World
+from tests.support.world import World
 
 TABLE = Path(__file__).with_name("settings.txt")
 VALUES: dict[str, Any] = {  # where a value made up of the type alone makes no good recipe

@@ -8,8 +8,8 @@ import pytest
 
 from btx.recipe.mixing import mix
 from btx.recipe.recipe import Recipe
-from tests.faults.world import World
-from tests.unit.test_recipe import SMALL
+from tests.support.project import SMALL
+from tests.support.world import World
 
 
 def test_several_experts_of_a_domain_are_numbered_and_weighed_together() -> None:

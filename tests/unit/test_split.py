@@ -17,7 +17,7 @@ from btx.data.corpus import Counts, read
 from btx.data.split import Split
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import DataSettings
-from tests.faults.world import World, write_jsonl
+from tests.support.world import World, write_jsonl
 
 
 def sha(text: str) -> int:

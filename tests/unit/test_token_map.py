@@ -26,10 +26,10 @@ from btx.errors import ArtifactError
 from btx.merge.vocabulary import added_tokens
 from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
-from tests.conftest import config_of, save_model
-from tests.faults.test_bad_mixture import moe
-from tests.faults.world import World, edit_json, refused
-from tests.numerics.test_merge_identities import merge
+from tests.support.merges import merge
+from tests.support.mixtures import moe
+from tests.support.models import config_of, save_model
+from tests.support.world import World, edit_json, refused
 
 Change = Callable[[Any], Any]
 TEXTS = ("two plus three", " The  quick\nbrown Fox", "<|end|>x <|end|> y", "éàü ﬁ Ⅷ", "return a+b  # 12345", "")

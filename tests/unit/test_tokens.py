@@ -17,8 +17,8 @@ from btx.data.packed import Encoder, Tokens, load_tokenizer, survey, train_token
 from btx.data.split import Split
 from btx.errors import ArtifactError, RecipeError
 from btx.recipe.settings import DataSettings
-from tests.conftest import tokenizer_into
-from tests.faults.world import write_jsonl
+from tests.support.models import tokenizer_into
+from tests.support.world import write_jsonl
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 CHAT = [

@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner
 
 from btx.cli.main import graph_of, main
-from tests.conftest import config_of, save_model
+from tests.support.models import config_of, save_model
 
 Break = Callable[["World"], Any]
 
@@ -122,3 +122,8 @@ def refused(recipe: Path, runs: Path, code: int, words: Iterable[str], *options:
     assert not runs.exists()
     assert sorted(p for p in recipe.parent.rglob("*")) == before
     return result.output
+
+
+def setting(key: str, value: Any) -> Break:
+    """Break the recipe at one key."""
+    return lambda world: world.set(key, value)

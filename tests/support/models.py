@@ -1,0 +1,81 @@
+"""Pico models built on the spot, with a tokenizer; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMON = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+FAMILIES = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "mistral": {"sliding_window": 16, "head_dim": 12},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
+    "olmo2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.8,
+        "attention_multiplier": 0.3,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def config_of(family: str, **more: Any) -> Any:
+    """A pico config of a dense family."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **more})
+
+
+def tokenizer_into(folder: Path, *, extra: str = "") -> None:
+    """A byte-level tokenizer of 300 ids with an end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
+    fast.train_from_iterator(["the quick brown fox jumps over the lazy dog " + extra] * 4, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<|end|>", eos_token="<|end|>")
+    wrapped.save_pretrained(str(folder))
+
+
+def save_model(folder: Path, config: Any, *, seed: int = 0, noise: float = 0.0, dtype: Any = torch.float32) -> Path:
+    """A checkpoint folder with weights from `seed`, moved by `noise`, with a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.5)
+            if name.endswith(".bias"):  # which start at zero
+                parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
+        if noise:
+            generator = torch.Generator().manual_seed(int(noise * 1e6) + 7)
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer_into(folder)
+    return folder
