@@ -164,7 +164,8 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     for key, value in _walk(config):
         if key.endswith("implementation") and isinstance(value, str) and value not in NATIVE:
             raise ArtifactError(
-                f"{folder / 'config.json'} asks for code that may come from a hub ({key}: {value!r}). Remove that key."
+                f"{folder / 'config.json'} asks for an implementation that a package or a hub has to bring "
+                f"({key}: {value!r}). Remove that key."
             )
 
 

@@ -164,20 +164,18 @@ def path(recipe: Path, step: str, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--tflops",
     type=click.FloatRange(min=0, min_open=True),
-    default=400.0,
-    show_default=True,
-    help="Sustained 10^12 FLOPs/s of one device.",
+    help="Sustained 10^12 FLOPs/s of one device; default: 400, or as with --here where the device is a CPU.",
 )
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices per training.")
 @click.option("--here", is_flag=True, help="Measure what this machine sustains instead of --tflops (a second).")
-def plan(recipe: Path, overrides: tuple[str, ...], tflops: float, devices: int, here: bool) -> None:
+def plan(recipe: Path, overrides: tuple[str, ...], tflops: float | None, devices: int, here: bool) -> None:
     """Tokens, FLOPs, time, memory and disk, before anything runs."""
-    from btx.cli.plan import measured_tflops, seed_config, show_plan
+    from btx.cli.plan import show_plan, sustained
+    from btx.conversions.pipeline import resolved
     from btx.conversions.registry import load_recipe
 
-    read, base = load_recipe(recipe, list(overrides)), recipe.absolute().parent
-    tflops = measured_tflops(read, seed_config(read, base)) if here else tflops
-    show_plan(read, base, tflops=tflops, devices=devices)
+    read, base = resolved(load_recipe(recipe, list(overrides))), recipe.absolute().parent
+    show_plan(read, base, tflops=sustained(read, base, tflops, here=here), devices=devices)
 
 
 @main.command()

@@ -20,6 +20,7 @@ from btx.recipe.settings import FinetuneSettings, TrainSettings, steps_of
 from btx.report.figures import human, human_count
 
 Config = dict[str, Any]
+GPU = 400.0  # 10^12 FLOPs/s that a training sustains on one of today's, in bf16
 EFFICIENCY = 0.5  # of a training, as a share of a large product's speed: 0.45 to 0.6 was seen on CPUs
 
 
@@ -79,7 +80,7 @@ def _row(label: str, config: Config, tokens: int, settings: TrainSettings, dtype
     count = flops.parameters(config)
     steps = steps_of(tokens, settings)
     seen = steps * settings.batch_tokens
-    precision: flops.Precision = "fp32" if settings.precision == "fp32" else "bf16"
+    precision: flops.Precision = "bf16" if settings.precision == "bf16" else "fp32"
     rows = max(1, 16_384 // settings.sequence_length)
     memory = flops.memory(
         config,
@@ -160,6 +161,16 @@ def warnings(recipe: Recipe, base: Path) -> list[str]:
     return [f"Warning: {text}" for folder, config in configs.items() for text in warnings_of(config, str(folder))]
 
 
+def sustained(recipe: Recipe, base: Path, said: float | None, *, here: bool) -> float:
+    """10^12 FLOPs/s of a device: as said, measured where that is asked for or the run's device is a CPU, or a GPU's."""
+    from btx.models.model import device_of
+
+    at_hand = recipe.seed.is_builtin or (base / Path(recipe.seed.checkpoint).expanduser()).is_dir()
+    if here or (said is None and at_hand and device_of(recipe.run).type == "cpu"):
+        return measured_tflops(recipe, seed_config(recipe, base))
+    return said or GPU
+
+
 def measured_tflops(recipe: Recipe, config: Config) -> float:
     """10^12 FLOPs/s that a training is likely to sustain here: EFFICIENCY of a product's, in its precision.
 
@@ -170,12 +181,9 @@ def measured_tflops(recipe: Recipe, config: Config) -> float:
     import torch
 
     from btx.models import model
-    from btx.recipe.precision import automatic
 
     model.set_threads(recipe.run)
-    said = recipe.train.precision
-    precision = automatic(recipe.run.device) if said == "auto" else said
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     device = model.device_of(recipe.run)
     rows, width, inner = 2048, int(config["hidden_size"]), int(config["intermediate_size"])
     left = torch.randn(rows, width, dtype=dtype, device=device)
@@ -218,8 +226,9 @@ def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list
         f"Wall time of the trainings with {devices} device(s) each: {_hours(hours)} with all experts at once, "
         f"{_hours(whole)} one after another, at {tflops:.3g} TFLOP/s sustained a device (--tflops, or --here to "
         "measure).",
-        "FLOPs: 6 · active parameters · tokens, and attention (causal). Memory: weights, gradients and AdamW state "
-        "in fp32, bf16 copies, and an estimate of the activations, on one device without sharding.",
+        "FLOPs: 6 · active parameters · tokens, and attention (causal). Memory: weights, gradients and AdamW state in "
+        f"fp32, {'bf16 copies, ' * (settings.precision == 'bf16')}and an estimate of the activations, on one device "
+        f"without sharding. Precision: {settings.precision} (train.precision, by run.device where it is auto).",
         f"Finetuning: {settings.routing}, balance {settings.balance.type} · {settings.balance.weight:g}; "
         f"data: {shares}.",
     ]
