@@ -182,7 +182,7 @@ def kept_bytes(work: Callable[[], Tensor], besides: list[Tensor]) -> int:
 
 
 def measure(
-    shape: str, dtype: torch.dtype, names: list[str], device: torch.device, *, rounds: int, tell: Callable[[str], None]
+    shape: str, dtype: torch.dtype, names: list[str], device: torch.device, *, rounds: int, say: Callable[[str], None]
 ) -> list[Row]:
     """Every kernel at one shape, in turns, after one call each that is not counted."""
     layer = _Layer(SHAPES[shape], dtype, device)
@@ -193,7 +193,7 @@ def measure(
     both: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(rounds + 1):
         for name in rows:
-            tell(f"{shape} {kind} {name}, round {number} of {rounds}")
+            say(f"{shape} {kind} {name}, round {number} of {rounds}")
             work = dense if name == DENSE else layer
             if name != DENSE:
                 use_kernel(layer, name)
@@ -238,7 +238,7 @@ def bench_kernels(
     dtypes: list[str],
     rounds: int,
     out: Path | None,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Row]:
     """Measure and write `out` (JSON: rows, versions, device, date); returns the rows.
 
@@ -255,7 +255,7 @@ def bench_kernels(
     rows: list[Row] = []
     for shape in shapes:
         for dtype in dtypes:
-            rows += measure(shape, getattr(torch, dtype), kernels, device, rounds=rounds, tell=tell)
+            rows += measure(shape, getattr(torch, dtype), kernels, device, rounds=rounds, say=say)
             if out:  # after each, so that a later failure loses nothing
                 _write(out, rows, rounds, device)
     return rows

@@ -33,7 +33,7 @@ def at_hand() -> list[str]:
 
 
 def bench_loss(
-    *, tokens: int, vocabulary: int, width: int, dtype: str, rounds: int, names: list[str], tell: Callable[[str], None]
+    *, tokens: int, vocabulary: int, width: int, dtype: str, rounds: int, names: list[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Median seconds, peak bytes and errors of each way.
 
@@ -51,7 +51,7 @@ def bench_loss(
     found: dict[str, Any] = {name: {"what": WAYS[name], "rounds": []} for name in names}
     for number in range(rounds):
         for name in names:
-            tell(f"round {number + 1} of {rounds}: {name}")
+            say(f"round {number + 1} of {rounds}: {name}")
             about = {"name": name, "tokens": tokens, "vocabulary": vocabulary, "width": width, "dtype": dtype}
             said = apart("btx.bench.loss", about)
             found[name]["rounds"].append(said.pop("seconds"))

@@ -211,7 +211,7 @@ def _write_tokenizer(folder: Path, size: int) -> None:
 
 
 def bench_merge(
-    *, shape: str, models: int, rounds: int, sparse: bool, directory: Path | None, tell: Callable[[str], None]
+    *, shape: str, models: int, rounds: int, sparse: bool, directory: Path | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure, in turns, `rounds` of each side; returns medians and ratios, sizes in bytes.
 
@@ -222,10 +222,10 @@ def bench_merge(
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         place = Path(scratch)
         _require_room(place, SHAPES[shape], models, sparse)
-        tell(f"making {models} models of {shape}")
+        say(f"making {models} models of {shape}")
         folders = make_models(place, SHAPES[shape], models, sparse=sparse)
         return {"shape": shape, "models": models, "sparse": sparse, "rounds": rounds,
-                **(_simulated(folders, place) if sparse else _compared(folders, place, rounds, tell))}  # fmt: skip
+                **(_simulated(folders, place) if sparse else _compared(folders, place, rounds, say))}  # fmt: skip
 
 
 def _require_room(place: Path, shape: dict[str, Any], models: int, sparse: bool) -> None:
@@ -257,10 +257,10 @@ def _simulated(folders: list[Path], place: Path) -> dict[str, Any]:
     }
 
 
-def _compared(folders: list[Path], place: Path, rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def _compared(folders: list[Path], place: Path, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     mine, copies, theirs, about = list[Spent](), list[float](), list[Spent](), dict[str, Any]()
     for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
+        say(f"round {number + 1} of {rounds}")
         mine.append(ours(folders, place / "out"))
         about = _written(place / "out")
         copies.append(copied(place / "out", place / "copy"))

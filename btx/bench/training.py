@@ -34,7 +34,7 @@ CONTENDERS = {
 
 
 def bench_training(
-    *, model: Path | None, tokens: int, steps: int, rounds: int, names: list[str], tell: Callable[[str], None]
+    *, model: Path | None, tokens: int, steps: int, rounds: int, names: list[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Tokens/s (median over rounds, the first step left out), losses of every step and peak memory of each contender.
 
@@ -44,7 +44,7 @@ def bench_training(
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for name in names:
-                tell(f"round {number + 1} of {rounds}: {name}")
+                say(f"round {number + 1} of {rounds}: {name}")
                 about = {"name": name, "model": str(model or ""), "tokens": tokens, "steps": steps, "folder": folder}
                 row = apart("btx.bench.training", about)
                 found[name]["rates"].append(row["rate"])
@@ -133,7 +133,7 @@ def _ours(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tuple[l
     stream = Stream({"x": Tokens(folder)}, weights={"x": 1.0}, sequences=len(ids), length=LENGTH, seed=0)
     stream.batch = lambda numbers: Batch(*_batch(ids, numbers), numbers)  # type: ignore[method-assign]
     loop = Loop(net, stream, settings, where=RunSettings(), work=folder / "work", label="bench",
-                tell=lambda _event: None)  # fmt: skip
+                emit=lambda _event: None)  # fmt: skip
     started: list[float] = []
     inner = loop._one_step
 

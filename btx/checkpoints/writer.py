@@ -33,7 +33,7 @@ from btx.graph.artifact import canonical, file_digest, fingerprint, sync
 SHARD_BYTES = 5 * 10**9
 QUEUED = 12  # blocks that may wait to be hashed and written: with 4, one side waited for the other half of the time
 FLUSHED = 2**28  # bytes after which they are brought to the disk
-Progress = Callable[[Path, int, int], None]  # takes the file at work, bytes of tensors done and in all
+Meter = Callable[[Path, int, int], None]  # takes the file at work, bytes of tensors done and in all
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def copies(source: Checkpoint) -> list[TensorSpec]:
 
 def write_weights(
     out: Path, rows: list[TensorSpec], *, shard_bytes: int | None = None, resume: Resume | None = None,
-    progress: Progress | None = None,
+    progress: Meter | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write rows into safetensors shards in `out`; returns the SHA-256 of each. One shard is `model.safetensors`.
 
@@ -86,13 +86,13 @@ def write_weights(
     done, digests = 0, {}
     for file, some in shards.items():
 
-        def tell(written: int, file: str = file, before: int = done) -> None:
+        def emit(written: int, file: str = file, before: int = done) -> None:
             if progress:
                 progress(out / file, before + written, total)
 
-        digests[file] = _kept(out, file, some, resume, tell) if resume else _write_shard(out / file, some, tell)
+        digests[file] = _kept(out, file, some, resume, emit) if resume else _write_shard(out / file, some, emit)
         done += sum(row.nbytes for row in some)
-        tell(0, before=done)
+        emit(0, before=done)
     write_index(out, shards)
     return digests
 
@@ -121,7 +121,7 @@ def shards_of(rows: list[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]
     return dict(zip(names, shards, strict=True))
 
 
-def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, tell: Callable[[int], None]) -> str:
+def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, emit: Callable[[int], None]) -> str:
     """A shard as an earlier attempt left it, or written anew and left for a later one; linked into `out`."""
     resume.folder.mkdir(parents=True, exist_ok=True)
     done, record = resume.folder / file, resume.folder / f"{file}.json"
@@ -130,7 +130,7 @@ def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, tell: Ca
     if digest is None:
         part = resume.folder / f"{file}.part"
         record.unlink(missing_ok=True)
-        digest = _write_shard(part, rows, tell)
+        digest = _write_shard(part, rows, emit)
         part.replace(done)
         part.write_text(json.dumps({"about": about, "sha256": digest}), encoding="utf-8")
         sync(part)
@@ -165,7 +165,7 @@ def header_of(rows: list[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, rows: list[TensorSpec], tell: Callable[[int], None]) -> str:
+def _write_shard(path: Path, rows: list[TensorSpec], emit: Callable[[int], None]) -> str:
     """Write one file and bring it to the disk; returns its SHA-256."""
     digest = hashlib.sha256()
     with (
@@ -181,7 +181,7 @@ def _write_shard(path: Path, rows: list[TensorSpec], tell: Callable[[int], None]
             if done - flushed > FLUSHED:  # the disk is at work while the rest is made, not only at the end
                 flushing.put(data[:0])
                 flushed = done
-            tell(done)
+            emit(done)
     sync(path)
     return digest.hexdigest()
 

@@ -39,7 +39,7 @@ def bench_train(
     console = Console()
     with console.status("") as status:
         found = bench_training(model=model, tokens=tokens // 256 * 256, steps=steps, rounds=rounds,
-                               names=list(names or CONTENDERS), tell=status.update)  # fmt: skip
+                               names=list(names or CONTENDERS), say=status.update)  # fmt: skip
     console.print(table(found))
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -71,7 +71,7 @@ def bench_loss(
     console = Console()
     with console.status("") as status:
         found = bench_loss(tokens=tokens, vocabulary=vocabulary, width=width, dtype=dtype, rounds=rounds,
-                           names=list(names or at_hand()), tell=status.update)  # fmt: skip
+                           names=list(names or at_hand()), say=status.update)  # fmt: skip
     console.print(table(found))
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -97,7 +97,7 @@ def bench_kernels(
     console = Console()
     with console.status("") as status:
         rows = measure(shapes=list(shapes), kernels=list(kernels), dtypes=list(dtypes) or ["float32", "bfloat16"],
-                       rounds=rounds, out=out, tell=status.update)  # fmt: skip
+                       rounds=rounds, out=out, say=status.update)  # fmt: skip
     console.print(table(rows))
 
 
@@ -119,7 +119,7 @@ def bench_merge(shape: str, models: int, rounds: int, sparse: bool, directory: P
     console = Console()
     with console.status("") as status:
         found = measure(shape=shape, models=models, rounds=rounds, sparse=sparse, directory=directory,
-                        tell=status.update)  # fmt: skip
+                        say=status.update)  # fmt: skip
     for name, value in found.items():
         text = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         console.print(f"{name:<18} {text}")

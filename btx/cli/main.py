@@ -66,7 +66,7 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
         graph.digests.save()
         try:
             with for_person() as person:
-                run_steps(steps, launch=Launcher(graph.recipe.run, person.tell), tell=person.tell)
+                run_steps(steps, launch=Launcher(graph.recipe.run, person.emit), emit=person.emit)
         finally:
             for step in steps:
                 if step.exists:
@@ -249,6 +249,7 @@ main.add_command(moe)
 def one_step(job: Path, launched: bool) -> None:
     """One step in this process, events as JSON lines: what an engine starts."""
     from btx.conversions.registry import classes
+    from btx.events import Failed
     from btx.graph.job import thaw
     from btx.graph.launch import die_with_parent, end_process, own_rank
     from btx.report.progress import Events
@@ -261,9 +262,9 @@ def one_step(job: Path, launched: bool) -> None:
         step = thaw(job, classes())
         label = step.label
         with full_disks_told():
-            step.build(events.tell, rank=rank)
+            step.build(events.emit, rank=rank)
     except BtxError as error:
-        events.tell({"label": label, "error": str(error), "code": error.exit_code})
+        events.emit(Failed(label, str(error), error.exit_code))
         end_process(error.exit_code)
         sys.exit(error.exit_code)
     end_process()

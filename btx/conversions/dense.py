@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from btx.conversions.contract import Config, Conversion, Training
 from btx.conversions.experts import Experts
 from btx.conversions.sources import Model, Sources, Start
-from btx.graph.step import Tell
+from btx.events import Emit
 from btx.recipe.fields import Count, Weight
 from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe, Section, require_whole_batches
@@ -61,14 +61,14 @@ class Dense(ModelStep):
         """Whether the seed has as many positions as a sequence."""
         require_positions(self.branch.seed, "dense.sequence_length", self.train.sequence_length)
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
         from btx.steps.train import fit
 
         seed = self.branch.seed.folder
         return fit(
             self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,
-            settings=self.train, out=out, work=work, tell=tell,
+            settings=self.train, out=out, work=work, emit=emit,
         )  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """Runs jobs as processes of this machine: so many at once, each with its device, a failed one leaves the others alone.
 
-A job is a command line that writes events as JSON lines to its standard output; what it writes to standard error goes
-to its log. Jobs are no children of the terminal: the first signal is passed on to them once, so that they save.
+A job is a command line that writes events (`btx/events.py`) as lines to its standard output; what it writes to standard
+error goes to its log. Jobs are no children of the terminal: the first signal is passed on to them once, so that they
+save.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from btx.events import Emit, Event, Exited, Failed, Note, Trained, Waiting, Warned, parse
 from btx.signals import Stop
 
-Tell = Callable[[dict[str, Any]], None]
 HUNG = 5  # the exit code of a job that hung again, that of a machine that has not what it takes
 LAUNCHER_FAILED = 1  # what torchrun and its like end with, whatever their processes ended with
 
@@ -78,7 +78,7 @@ class Local:
         self.slots, self.devices = slots, devices
         self.again: set[str] = set()  # labels of jobs that hung once and were started again
 
-    def run(self, jobs: list[Job], tell: Tell, more: Callable[[], list[Job]] = list) -> dict[str, Ended]:
+    def run(self, jobs: list[Job], emit: Emit, more: Callable[[], list[Job]] = list) -> dict[str, Ended]:
         """Run all jobs to their ends; after a signal no more are started, the running ones are asked to stop.
 
         A job that hangs (`Job.patience`) is killed and started again, once; the others go on meanwhile.
@@ -86,33 +86,33 @@ class Local:
         devices wait for work: with one device and nothing beside it a process of its own gains nothing.
         """
         waiting, running, ended = list(jobs), dict[str, _Running](), dict[str, Ended]()
-        events: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
+        events: queue.Queue[tuple[str, Event | None]] = queue.Queue()
         with Stop() as stop:
             while running or (waiting and not stop.asked):
                 while waiting and len(running) < self.slots and not stop.asked:
                     job = waiting.pop(0)
                     running[job.label] = self._start(job, self._free(running), events)
-                    tell({"label": job.label, "note": f"starts; log: {job.log}"})
+                    emit(Note(job.label, f"starts; log: {job.log}"))
                 for one in running.values():
                     if stop.asked and not one.asked:
                         one.asked = True
                         one.process.send_signal(signal.SIGTERM)
                     _kill_hung(one)
-                beside = self._take(events, running, ended, tell) and (running or self.devices > 1)
-                waiting += self._hung(ended, tell)
+                beside = self._take(events, running, ended, emit) and (running or self.devices > 1)
+                waiting += self._hung(ended, emit)
                 if beside and not any(one.code for one in ended.values()):
                     waiting += more()
         for job in waiting:
             ended[job.label] = Ended(os.EX_TEMPFAIL, "not started, as the run was asked to stop.")
         return ended
 
-    def _hung(self, ended: dict[str, Ended], tell: Tell) -> list[Job]:
+    def _hung(self, ended: dict[str, Ended], emit: Emit) -> list[Job]:
         """Take those that hung for the first time out of what has ended, to be started again."""
         found = [end.hung for end in ended.values() if end.hung and end.hung.label not in self.again]
         for job in found:
             self.again.add(job.label)
             del ended[job.label]
-            tell({"label": job.label, "warning": f"{_silent(job)}: it is ended and started again"})
+            emit(Warned(job.label, f"{_silent(job)}: it is ended and started again"))
         return found
 
     def _free(self, running: dict[str, _Running]) -> int:
@@ -134,7 +134,7 @@ class Local:
         return _Running(job, process, slot)
 
     @staticmethod
-    def _take(events: queue.Queue[Any], running: dict[str, _Running], ended: dict[str, Ended], tell: Tell) -> bool:
+    def _take(events: queue.Queue[Any], running: dict[str, _Running], ended: dict[str, Ended], emit: Emit) -> bool:
         """Take in one event; returns whether it was the end of a job."""
         try:
             label, event = events.get(timeout=0.2)
@@ -143,14 +143,15 @@ class Local:
         if event is None:
             one = running.pop(label)
             ended[label] = _end(one)
-            tell({"label": label, "ended": ended[label].code})
+            emit(Exited(label, ended[label].code))
             return True
         one = running[label]
-        one.heard = None if event.get("waits") or event.get("done", 0) == event.get("total", -1) else time.monotonic()
-        if "error" in event:
-            one.error, one.code = str(event["error"]), int(event.get("code", 0))
+        patient = isinstance(event, Waiting) or (isinstance(event, Trained) and event.done == event.total)
+        one.heard = None if patient else time.monotonic()
+        if isinstance(event, Failed):
+            one.error, one.code = event.text, event.code
         else:
-            tell(event)
+            emit(event)
         return False
 
 
@@ -186,11 +187,7 @@ def _listen(label: str, process: subprocess.Popen[bytes], events: queue.Queue[An
     assert process.stdout
     with process.stdout as lines:
         for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict):
+            if event := parse(line):
                 events.put((label, event))
     process.wait()
     events.put((label, None))

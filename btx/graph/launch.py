@@ -11,8 +11,9 @@ from pathlib import Path
 
 from btx.engines.local import Ended, Job, Local
 from btx.errors import ArtifactError, BtxError, DivergedError, InterruptedRunError, RecipeError, ResourceError
+from btx.events import Emit
 from btx.graph.job import freeze
-from btx.graph.step import Step, Tell
+from btx.graph.step import Step
 from btx.recipe.paths import expanded
 from btx.recipe.settings import RunSettings
 
@@ -69,8 +70,8 @@ def end_process(code: int = 0) -> None:
 class Launcher:
     """Starts steps as jobs of the local engine."""
 
-    def __init__(self, where: RunSettings, tell: Tell) -> None:
-        self.where, self.tell = where, tell
+    def __init__(self, where: RunSettings, emit: Emit) -> None:
+        self.where, self.emit = where, emit
 
     def __call__(self, steps: list[Step], more: Callable[[], list[Step]]) -> None:
         """Run them all, and what becomes ready meanwhile where there is room for it; each failure has its log.
@@ -88,7 +89,7 @@ class Launcher:
             jobs.extend(added)
             return added
 
-        _raise(Local(slots, devices=devices).run(list(jobs), self.tell, further), jobs)
+        _raise(Local(slots, devices=devices).run(list(jobs), self.emit, further), jobs)
 
     def _threads(self, slots: int) -> int | None:
         """Share this machine's cores among jobs that run at once; None for all, or as the recipe says."""

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from btx.errors import ArtifactError, ResourceError
-from btx.graph.step import Step, Tell, undone
+from btx.events import Emit
+from btx.graph.step import Step, undone
 
 More = Callable[[], list[Step]]
 Launch = Callable[[list[Step], More], None]
 
 
-def run_steps(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
+def run_steps(steps: list[Step], *, launch: Launch, emit: Emit) -> int:
     """Run what is not done, parents first; returns how many steps were run.
 
     What trains goes to `launch` with all that is ready, and with a function that says what has become ready since: an
@@ -43,7 +44,7 @@ def run_steps(steps: list[Step], *, launch: Launch, tell: Tell) -> int:
         if chosen[0].trains:
             launch(chosen, lambda: begun([step for step in ready() if step.label not in built]))
         else:
-            chosen[0].build(tell)
+            chosen[0].build(emit)
     return len(built)
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from btx import __version__
 from btx.errors import ArtifactError
+from btx.events import Emit, Note, Waiting
 from btx.graph.artifact import (
     STATES,
     fingerprint,
@@ -37,9 +38,6 @@ from btx.recipe.settings import RunSettings, Settings
 
 HASHED = "hashed"  # of a step's facts, kept out of its manifest
 
-Tell = Callable[[dict[str, Any]], None]
-"""Takes an event of a running step: `label`, and of a training `done`, `total`, `loss`, `tokens_per_second`."""
-
 
 class Step(BaseModel):
     """One stage. Subclasses say `kind`, `version`, `run`; a field that is a Step, or holds Steps, is a dependency."""
@@ -53,7 +51,7 @@ class Step(BaseModel):
     where: RunSettings = execution(RunSettings())
     name: str | None = execution(None)
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Fill `out` (private, empty); `work` keeps state between attempts. Returns facts for the manifest.
 
         SHA-256 of files that were hashed as they were written may be among the facts, by name under `HASHED`.
@@ -140,7 +138,7 @@ class Step(BaseModel):
         """SHA-256 of what it published."""
         return str(read_manifest(self.folder)["digest"])
 
-    def build(self, tell: Tell, *, rank: int = 0) -> None:
+    def build(self, emit: Emit, *, rank: int = 0) -> None:
         """Run and publish, unless it is done; one process at a time does it, others wait and find it done.
 
         `rank` is this process's in a distributed training. Whoever starts it says so; the environment does not, since
@@ -151,7 +149,7 @@ class Step(BaseModel):
             return
 
         def waiting(owner: str) -> None:
-            tell({"label": self.label, "note": f"waits for {owner}, which is at work on it", "waits": True})
+            emit(Waiting(self.label, f"waits for {owner}, which is at work on it"))
 
         with lock(self.lock_file, waiting=waiting):
             if self.done:
@@ -161,7 +159,7 @@ class Step(BaseModel):
                     f"{self.folder} was made from other inputs than those there now. "
                     "Remove it and run the same command again."
                 )
-            self._attempt(tell)
+            self._attempt(emit)
 
     def _help(self) -> None:
         """As a further process of a distributed training: compute with the first one, which alone publishes.
@@ -178,7 +176,7 @@ class Step(BaseModel):
         with tempfile.TemporaryDirectory() as scratch:
             self.run(Path(scratch), self.work, lambda _event: None)
 
-    def _attempt(self, tell: Tell) -> None:
+    def _attempt(self, emit: Emit) -> None:
         started = time.time()
         for parent in self.parents.values():
             if parent.folder.parent == self.folder.parent:  # what we published; a given checkpoint is hashed by itself
@@ -194,7 +192,7 @@ class Step(BaseModel):
 
         def produce(out: Path) -> dict[str, str]:
             forget_peak()
-            facts = self.run(out, self.work, tell)
+            facts = self.run(out, self.work, emit)
             hashed: dict[str, str] = facts.pop(HASHED, {})
             manifest["facts"] = facts
             manifest["environment"] = environment(self.where)
@@ -204,7 +202,7 @@ class Step(BaseModel):
 
         publish(self.folder, produce, manifest)
         shutil.rmtree(self.work / STATES, ignore_errors=True)
-        tell({"label": self.label, "note": f"done in {manifest['cost']['wall_seconds']} s"})
+        emit(Note(self.label, f"done in {manifest['cost']['wall_seconds']} s"))
 
 
 def undone(steps: list[Step]) -> list[Step]:

@@ -17,7 +17,7 @@ import torch
 
 from btx.checkpoints.names import EMBEDDING
 from btx.checkpoints.reader import Checkpoint
-from btx.checkpoints.writer import Progress, Resume, TensorSpec, write_weights
+from btx.checkpoints.writer import Meter, Resume, TensorSpec, write_weights
 from btx.errors import ArtifactError, RecipeError
 from btx.merge.averaging import SharedTensors
 from btx.merge.layout import Experts, layout
@@ -42,7 +42,7 @@ SEED = "seed"
 
 def write_average(
     out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings,
-    resume: Resume | None = None, progress: Progress | None = None, joint: JointVocabulary | None = None,
+    resume: Resume | None = None, progress: Meter | None = None, joint: JointVocabulary | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write the dense average of all models (feed-forward blocks too) as weights in `out`; returns files' SHA-256."""
     shared_ = SharedTensors(models, base, settings, joint)
@@ -52,7 +52,7 @@ def write_average(
 
 def write_moe(
     out: Path, models: Mapping[str, Checkpoint], base: Checkpoint, settings: MergeSettings, top_k: int,
-    resume: Resume | None = None, progress: Progress | None = None, joint: JointVocabulary | None = None,
+    resume: Resume | None = None, progress: Meter | None = None, joint: JointVocabulary | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write the merged Mixture of Experts (config and weights, published names) into `out`; returns files' SHA-256.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from types import TracebackType
 from typing import Any
+
+from btx.events import Event, Exited, Note, Progress, Trained, Warned
 
 PLAIN_EVERY = 10.0  # seconds between two lines of one training
 
@@ -24,29 +25,31 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         return
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """Print an event; those of a training at most every PLAIN_EVERY seconds, and the last one."""
-        text = _words(event)
-        if "loss" in event or "unit" in event:
+    def emit(self, event: Event) -> None:
+        """Print an event; those of progress at most every PLAIN_EVERY seconds, and the last one."""
+        if isinstance(event, (Trained, Progress)):
             now = time.monotonic()
-            if now - self.last.get(event["label"], -PLAIN_EVERY) < PLAIN_EVERY and event["done"] != event["total"]:
+            if now - self.last.get(event.label, -PLAIN_EVERY) < PLAIN_EVERY and event.done != event.total:
                 return
-            self.last[event["label"]] = now
-        if text:
-            print(f"{time.strftime('%H:%M:%S')}  {event['label']:<16} {text}", file=sys.stderr, flush=True)
+            self.last[event.label] = now
+        if text := _words(event):
+            print(f"{time.strftime('%H:%M:%S')}  {event.label:<16} {text}", file=sys.stderr, flush=True)
 
 
-def _words(event: dict[str, Any]) -> str:
-    if "loss" in event:
-        rate = event["tokens_per_second"]
-        return f"step {event['done']}/{event['total']}  loss {event['loss']:.3f}  {rate:,.0f} tokens/s"
-    if "unit" in event:
-        return f"{event['done']:,} of {event['total']:,} {event['unit']}"
-    if "ended" in event:
-        return "" if event["ended"] == 0 else f"ended with exit code {event['ended']}"
-    if "warning" in event:
-        return f"warning: {event['warning']}"
-    return str(event.get("note", ""))
+def _words(event: Event) -> str:
+    match event:
+        case Trained():
+            speed = f"{event.tokens_per_second:,.0f} tokens/s"
+            return f"step {event.done}/{event.total}  loss {event.loss:.3f}  {speed}"
+        case Progress():
+            return f"{event.done:,} of {event.total:,} {event.unit}"
+        case Exited():
+            return f"ended with exit code {event.code}" if event.code else ""
+        case Warned():
+            return f"warning: {event.text}"
+        case Note():
+            return event.text
+    return ""
 
 
 class Bars:
@@ -71,16 +74,16 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.progress.stop()
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def emit(self, event: Event) -> None:
         """Show an event."""
-        label = event["label"]
-        if "done" in event:
+        label = event.label
+        if isinstance(event, (Trained, Progress)):
             if label not in self.tasks:
-                self.tasks[label] = self.progress.add_task(label, total=event["total"], loss="", rate="")
-            fields: dict[str, Any] = {"rate": event.get("unit", "")}
-            if "loss" in event:
-                fields = {"loss": f"loss {event['loss']:.3f}", "rate": f"{event['tokens_per_second']:,.0f} tok/s"}
-            self.progress.update(self.tasks[label], completed=event["done"], total=event["total"], **fields)
+                self.tasks[label] = self.progress.add_task(label, total=event.total, loss="", rate="")
+            fields: dict[str, Any] = {"rate": event.unit} if isinstance(event, Progress) else {
+                "loss": f"loss {event.loss:.3f}", "rate": f"{event.tokens_per_second:,.0f} tok/s"
+            }  # fmt: skip
+            self.progress.update(self.tasks[label], completed=event.done, total=event.total, **fields)
         elif text := _words(event):
             self.progress.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim]  {label:<14} {text}", highlight=False)
 
@@ -94,10 +97,10 @@ class Events:
     def __exit__(self, *_: object) -> None:
         return
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def emit(self, event: Event) -> None:
         """Write an event as one line; when nobody reads any more, go on: a signal to stop is on its way."""
         try:
-            sys.stdout.write(json.dumps(event) + "\n")
+            sys.stdout.write(event.line() + "\n")
             sys.stdout.flush()
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

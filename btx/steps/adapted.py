@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from btx.events import Emit
 from btx.graph.artifact import write_json
-from btx.graph.step import HASHED, Step, Tell
+from btx.graph.step import HASHED, Step
 from btx.recipe.fields import execution
 from btx.steps.given import ExternalCheckpoint
 from btx.steps.model import ModelStep
@@ -33,7 +34,7 @@ class MergedLora(ModelStep):
         with opened(self.seed.folder) as seed:
             Adapter(self.path).require_fit(seed)
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Check, add and write."""
         from btx.checkpoints.reader import carry_files, one_thread, opened
         from btx.checkpoints.writer import write_weights

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.checkpoints.validate import read_config
 from btx.errors import ArtifactError, RecipeError
+from btx.events import Emit, Warned
 from btx.graph.artifact import write_json
-from btx.graph.step import Step, Tell
+from btx.graph.step import Step
 from btx.models.families import LAYER
 from btx.models.native import config_difference, idle_difference, native_config
 from btx.steps.given import ExternalCheckpoint
@@ -36,7 +37,7 @@ class VerifySeed(Step):
         """The folder of the tokenizer files that the Mixture of Experts has."""
         return self.folder / "tokenizer"
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Check the seed, write the lineage."""
         from btx.checkpoints.token_map import carry_beside
 
@@ -44,7 +45,7 @@ class VerifySeed(Step):
         write_json(out / "lineage.json", lineage)
         carry_beside(self.seed.folder, out / self.tokenizer.name, lineage["becomes"])
         for warning in lineage["warnings"]:
-            tell({"label": self.label, "warning": warning})
+            emit(Warned(self.label, warning))
         return {"family": lineage["family"], "becomes": lineage["becomes"]}
 
     def check(self, asked: int) -> None:
@@ -96,12 +97,12 @@ class VerifyExperts(Step):
     seed: ModelStep
     given: dict[str, ModelStep]  # by name
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Check the experts, write the lineage."""
         lineage = self.examine()
         write_json(out / "lineage.json", lineage)
         for warning in (warning for about in lineage.values() for warning in about["warnings"]):
-            tell({"label": self.label, "warning": warning})
+            emit(Warned(self.label, warning))
         return {"experts": list(lineage)}
 
     def check(self, asked: int) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from btx.data.heldout import LEAST
+from btx.events import Emit, Warned
 from btx.graph.artifact import write_json
-from btx.graph.step import Step, Tell
+from btx.graph.step import Step
 from btx.recipe.settings import EvaluateSettings
 from btx.steps.branch import require_positions
 from btx.steps.measure import MISSING, Measure, experts_of
@@ -38,7 +39,7 @@ class Evaluate(Step):
         for measure in self.measures.values():
             require_positions(self.seed, f"{section}.sequence_length", measure.length)
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Put the measurements together and write."""
         from btx.data.packed import Tokens
 
@@ -46,7 +47,7 @@ class Evaluate(Step):
         documents = {n: t.valid(self.settings.tokens, self.settings.split) for n, t in folders.items()}
         sources = {n: t.sources(len(documents[n]), self.settings.split) for n, t in folders.items()}
         for name, found in sources.items():
-            self._tell_few(name, len(set(found)), tell)
+            self._tell_few(name, len(set(found)), emit)
         read = _read(self.measures)
         scores = {name: _nats(found.rows) for name, found in read.items()}
         results = summarise(scores, documents, sources, self.settings)
@@ -64,14 +65,14 @@ class Evaluate(Step):
         )
         return {"mean": results["mean"]}
 
-    def _tell_few(self, domain: str, count: int, tell: Tell) -> None:
+    def _tell_few(self, domain: str, count: int, emit: Emit) -> None:
         """A warning for a domain with few held-out documents."""
         if count < LEAST:
-            tell({
-                "label": self.label,
-                "warning": f"{domain}: intervals over {count} held-out source documents are too narrow, {LEAST} or "
-                "more are better. Raise evaluate.tokens, lower data.valid_bytes, or give the domain more documents",
-            })  # fmt: skip
+            emit(Warned(
+                self.label,
+                f"{domain}: intervals over {count} held-out source documents are too narrow, {LEAST} or more are "
+                "better. Raise evaluate.tokens, lower data.valid_bytes, or give the domain more documents",
+            ))  # fmt: skip
 
 
 def _read(measures: dict[str, Measure]) -> dict[str, Found]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.errors import RecipeError
+from btx.events import Emit
 from btx.graph.artifact import read_manifest, write_json
-from btx.graph.step import Step, Tell
+from btx.graph.step import Step
 from btx.recipe.settings import ExportSettings
 from btx.steps.evaluate import Evaluate
 from btx.steps.finetune import Finetune
@@ -38,7 +39,7 @@ class Export(Step):
                 "the export: --until evaluate."
             )
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Copy, describe, prove."""
         from btx.export.card import card
         from btx.export.proof import write_sums

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.errors import RecipeError
-from btx.graph.step import Tell
+from btx.events import Emit, Warned
 from btx.recipe.settings import FinetuneSettings
 from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
@@ -51,15 +51,15 @@ class Finetune(ModelStep):
         if self.where.kernel not in ("auto", "eager"):
             raise RecipeError(f"{why} computes its experts by loops of its own. Set run.kernel: auto.")
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
         from btx.steps.train import fit
 
         names: list[str] = json.loads((self.merge.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
         facts = fit(
             self, folder=self.merge.folder, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
-            budget=self.settings.tokens, settings=self.settings, out=out, work=work, tell=tell,
-            prepare=lambda model: Balanced(model, self.settings, self.label, tell, names),
+            budget=self.settings.tokens, settings=self.settings, out=out, work=work, emit=emit,
+            prepare=lambda model: Balanced(model, self.settings, self.label, emit, names),
             experts_per_token=self.settings.experts_per_token or len(names),
         )  # fmt: skip
         (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
@@ -81,13 +81,13 @@ def freeze(model: Any, trainable: str) -> None:
 class Balanced:
     """The hook of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
 
-    def __init__(self, model: Any, settings: FinetuneSettings, label: str, tell: Tell, names: list[str]) -> None:
+    def __init__(self, model: Any, settings: FinetuneSettings, label: str, emit: Emit, names: list[str]) -> None:
         from btx.moe.hooks import Routed, find_routers, route_in_float32, router_labels
         from btx.moe.routing import RoutingTotals
 
         freeze(model, settings.trainable)
         experts: Any = next(iter(find_routers(model).values())).num_experts
-        self.settings, self.label, self.tell, self.experts = settings, label, tell, int(experts)
+        self.settings, self.label, self.emit, self.experts = settings, label, emit, int(experts)
         self.names, self.labels = names, router_labels(model)
         route_in_float32(model)
         self.routed = Routed(
@@ -166,4 +166,4 @@ class Balanced:
             if (n, expert) not in self.warned:
                 self.warned.add((n, expert))
                 said = f"the expert {self.names[expert]} is dead ({layers[n].load[expert]:.1%} of the choices)"
-                self.tell({"label": self.label, "warning": f"layer {self.labels[n]}: {said}"})
+                self.emit(Warned(self.label, f"layer {self.labels[n]}: {said}"))

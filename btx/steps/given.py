@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.graph.step import Tell
+from btx.events import Emit
 from btx.recipe.fields import execution
 from btx.steps.model import ModelStep
 
@@ -37,9 +37,9 @@ class ExternalCheckpoint(ModelStep):
         """Its content's."""
         return self.content
 
-    def build(self, tell: Tell, *, rank: int = 0) -> None:
+    def build(self, emit: Emit, *, rank: int = 0) -> None:
         """Nothing is to be done."""
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Never called."""
         raise AssertionError("a given checkpoint is not built")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from btx.errors import RecipeError
+from btx.events import Emit, Note
 from btx.graph.artifact import fingerprint, is_published, read_manifest, write_json
-from btx.graph.step import Step, Tell
+from btx.graph.step import Step
 from btx.recipe.settings import MeasureSettings, RoutingRule
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
@@ -47,7 +48,7 @@ class Measure(Step):
     settings: MeasureSettings
     rule: RoutingRule | None = None  # of a Mixture of Experts
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Measure, unless the same bytes were measured already; write."""
         about = fingerprint([
             [self.probe, self.probe_version, self.options], self.model.digest,
@@ -58,13 +59,13 @@ class Measure(Step):
         ])  # fmt: skip
         twin = self._measured(about)
         if twin:
-            tell({"label": self.label, "note": f"the same model as that of {read_manifest(twin)['step']}"})
+            emit(Note(self.label, f"the same model as that of {read_manifest(twin)['step']}"))
             for file in (NUMBERS, ROWS, TABLES):
                 if (twin / file).is_file():
                     shutil.copyfile(twin / file, out / file)
             return {"measured": about}
         documents = self.documents()
-        tell({"label": self.label, "note": f"looks at {sum(map(len, documents.values()))} documents"})
+        emit(Note(self.label, f"looks at {sum(map(len, documents.values()))} documents"))
         found = self._measure(documents)
         write_json(out / NUMBERS, {MISSING: found.missing} if found.missing else found.numbers)
         write_json(out / ROWS, found.rows)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from btx.errors import RecipeError
+from btx.events import Emit, Note, Progress
 from btx.graph.artifact import STATES, fingerprint, write_json
-from btx.graph.step import HASHED, Tell
+from btx.graph.step import HASHED
 from btx.recipe.merge_settings import FROM_DATA, MergeSettings
 from btx.steps.branch import VerifyExperts, VerifySeed
 from btx.steps.given import ExternalCheckpoint
@@ -23,7 +24,7 @@ from btx.steps.vocabulary import VocabularyStep
 if TYPE_CHECKING:
     import torch
 
-    from btx.checkpoints.writer import Progress, Resume
+    from btx.checkpoints.writer import Meter, Resume
     from btx.merge.layout import Experts
     from btx.merge.vocabulary import JointVocabulary
 
@@ -82,7 +83,7 @@ class Models(ModelStep):
 
         return Resume(work / STATES, fingerprint({label: parent.digest for label, parent in self.parents.items()}))
 
-    def progress(self, tell: Tell) -> Progress:
+    def progress(self, emit: Emit) -> Meter:
         """Tells of a merge that takes a while how many bytes are written, once a second."""
         last = time.monotonic()
 
@@ -90,7 +91,7 @@ class Models(ModelStep):
             nonlocal last
             if time.monotonic() - last > TELL_EVERY:
                 last = time.monotonic()
-                tell({"label": self.label, "done": done // 10**6, "total": total // 10**6, "unit": "MB"})
+                emit(Progress(self.label, done // 10**6, total // 10**6, "MB"))
 
         return told
 
@@ -100,14 +101,14 @@ class Average(Models):
 
     kind: ClassVar[str] = "average"
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Average and write."""
         from btx.checkpoints.reader import carry_files
         from btx.merge.write import write_average
 
         with ExitStack() as stack:
             models, seed, joint = self.opened(stack)
-            hashed = write_average(out, models, seed, self.settings, self.resume(work), self.progress(tell), joint)
+            hashed = write_average(out, models, seed, self.settings, self.resume(work), self.progress(emit), joint)
             config = {**seed.config, "dtype": _dtype_name(self.settings.torch_dtype(seed.dtype))}
             write_json(out / "config.json", config)
             carry_files(self.tokenizer, out)
@@ -157,7 +158,7 @@ class Merge(Models):
                     f"{width_of(step.folder)}, the seed's {width}. Use experts: per_model, or leave that domain out."
                 )
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Merge and write, with how far each expert has gone from the seed."""
         from btx.checkpoints.reader import carry_files
         from btx.checkpoints.token_map import carry_tokenizer
@@ -169,7 +170,7 @@ class Merge(Models):
             models, seed, joint = self.opened(stack)
             experts = layout(self.settings, list(models), seed.config, str(seed.folder))
             top_k = min(TOP_K, experts.count)
-            hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(tell), joint)
+            hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(emit), joint)
             if self.vocabulary or self.settings.attention:
                 carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
             else:  # tried beside this family once, where the seed was looked at
@@ -179,7 +180,7 @@ class Merge(Models):
             far = {n: known.get(n) or new[n] for n in models if n != SEED}
         names = list(experts.owners)
         if self.settings.router in FROM_DATA:
-            tell({"label": self.label, "note": f"routers from {self.settings.router}"})
+            emit(Note(self.label, f"routers from {self.settings.router}"))
             changed = self._route(out, experts)
             hashed = {file: digest for file, digest in hashed.items() if file not in changed}
         write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})

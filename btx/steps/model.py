@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btx.graph.step import Step, Tell
+from btx.events import Emit
+from btx.graph.step import Step
 from btx.recipe.settings import RoutingRule, RunSettings, Settings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class ComposedStep(ModelStep):
         """Scores (..., V) of the next token, normalised afterwards, from log-probabilities (..., V) of the parts."""
         raise NotImplementedError
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Write the file, and the tokenizer beside it."""
         from btx.checkpoints.reader import carry_files
         from btx.models.composed import describe

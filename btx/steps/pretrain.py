@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.graph.step import Tell
+from btx.events import Emit
 from btx.recipe.settings import BuiltinSeed, TrainSettings
 from btx.steps.model import ModelStep
 from btx.steps.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ class Pretrain(ModelStep):
         """A sequence."""
         return {self.tokens.label: self.train.sequence_length}
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Pretrain and save."""
         from btx.data.packed import load_tokenizer
         from btx.steps.train import fit
@@ -35,7 +35,7 @@ class Pretrain(ModelStep):
         config = llama_config(self.shape, load_tokenizer(self.tokenizer.folder), self.train.sequence_length)
         return fit(
             self, config=config, like=self.tokenizer.folder, tokens={"seed": self.tokens}, weights={"seed": 1.0},
-            budget=self.shape.tokens, settings=self.train, out=out, work=work, tell=tell,
+            budget=self.shape.tokens, settings=self.train, out=out, work=work, emit=emit,
         )  # fmt: skip
 
 

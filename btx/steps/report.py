@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+from btx.events import Emit
 from btx.graph.artifact import LOGS, read_manifest, write_json
 from btx.graph.cost import Cost
-from btx.graph.step import Step, Tell
+from btx.graph.step import Step
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 
@@ -20,7 +21,7 @@ class Report(Step):
     evaluate: Evaluate
     export: Export
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Join the evaluation with the costs and draw."""
         from btx.report.charts import matrix_svg, page, routing_svg
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from btx.graph.step import Tell
+from btx.events import Emit
 from btx.steps.tokens import Reads
 
 END = "<|endoftext|>"
@@ -18,7 +18,7 @@ class Tokenizer(Reads):
     version: ClassVar[int] = 3
     vocab_size: int
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train on what is not held out, and save as a transformers fast tokenizer."""
         from tokenizers import Tokenizer as Fast
         from tokenizers import decoders, models, pre_tokenizers, trainers

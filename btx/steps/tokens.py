@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.errors import RecipeError
-from btx.graph.step import Step, Tell
+from btx.events import Emit, Warned
+from btx.graph.step import Step
 from btx.recipe.fields import execution
 from btx.recipe.settings import DataSettings
 
@@ -82,18 +83,18 @@ class TokensStep(Reads):
                 f"training takes {asked + 1}. Give it more, or a shorter sequence_length."
             )
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Tokenise all documents."""
         from btx.data.packed import write_tokens
 
         split, encoder = self.split(), self.encoder()
         facts = write_tokens(out, split, settings=self.data, encoder=encoder)
         for warning in (*self.notes, *split.warnings, *encoder.warnings):
-            tell({"label": self.label, "warning": warning})
+            emit(Warned(self.label, warning))
         for number, what in (
             (facts["left_out"], "documents are held out, here or for another domain, and not trained on"),
             (facts["read"]["bad"], f"bad lines skipped, first {facts['read']['first_bad']}"),
         ):
             if number:
-                tell({"label": self.label, "warning": f"{number} {what}"})
+                emit(Warned(self.label, f"{number} {what}"))
         return facts

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.errors import ResourceError
+from btx.events import Emit, Note
 from btx.graph.artifact import LOGS
-from btx.graph.step import Step, Tell
+from btx.graph.step import Step
 from btx.recipe.settings import TrainSettings, steps_of, torch_dtype
 from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.model import ModelStep
@@ -42,18 +43,18 @@ class Train(ModelStep):
         """Whether the seed has as many positions as a sequence."""
         require_positions(self.branch.seed, "train.sequence_length", self.train.sequence_length)
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
         return fit(
             self, folder=self.branch.seed.folder, like=self.branch.seed.folder, tokens={OWN: self.tokens},
-            weights={OWN: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, tell=tell,
+            weights={OWN: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, emit=emit,
             part=self.part,
         )  # fmt: skip
 
 
 def fit(
     step: Step, *, like: Path, tokens: dict[str, TokensStep], weights: dict[str, float], budget: int,
-    settings: TrainSettings, out: Path, work: Path, tell: Tell, folder: Path | None = None, config: Any = None,
+    settings: TrainSettings, out: Path, work: Path, emit: Emit, folder: Path | None = None, config: Any = None,
     prepare: Any = None, part: tuple[int, int] = (0, 1), experts_per_token: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
@@ -87,9 +88,9 @@ def fit(
     )
     kernel = kernel_of(net.config.model_type, step.where.kernel, device)
     if kernel:
-        tell({"label": step.label, "note": f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"})
-    loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, tell=tell, hook=hook)
-    tell({"label": step.label, "note": f"computes in {loop.precision} on {device}"})
+        emit(Note(step.label, f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"))
+    loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, emit=emit, hook=hook)
+    emit(Note(step.label, f"computes in {loop.precision} on {device}"))
     with closing(loop):
         try:
             outcome = loop.run()

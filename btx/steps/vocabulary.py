@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from btx.errors import ArtifactError
-from btx.graph.step import Step, Tell
+from btx.events import Emit
+from btx.graph.step import Step
 
 
 class VocabularyStep(Step):
@@ -17,7 +18,7 @@ class VocabularyStep(Step):
     seed: Step
     experts: dict[str, Step]  # that have tokens, or rows of the embedding, otherwise than the seed
 
-    def run(self, out: Path, work: Path, tell: Tell) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Write it, and see that it reads as it should."""
         from btx.data.packed import load_tokenizer
         from btx.merge.vocabulary import write_joint

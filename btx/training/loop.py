@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from btx.data.sampler import IGNORED, Batch, Stream
 from btx.errors import DivergedError, InterruptedRunError, RecipeError
+from btx.events import Emit
 from btx.models.families import MOE
 from btx.moe.hooks import find_routers
 from btx.recipe.precision import automatic
@@ -88,13 +88,13 @@ class Loop:
 
     def __init__(
         self, model: Any, stream: Stream, settings: TrainSettings, *, where: RunSettings, work: Path, label: str,
-        tell: Callable[[dict[str, Any]], None], hook: TrainingHook | None = None,
+        emit: Emit, hook: TrainingHook | None = None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
         torch.manual_seed(settings.seed)
         self.settings, self.stream, self.where, self.work, self.hook = settings, stream, where, work, hook
-        self.label, self.tell = label, tell
+        self.label, self.emit = label, emit
         self.batch = settings.batch_tokens // settings.sequence_length
         self.steps = stream.sequences // self.batch
         cpu = where.device == "cpu"
@@ -139,7 +139,7 @@ class Loop:
         resumed = self.step = load_state(self.work, self.accelerator, self.model, self.optimizer)
         saved = time.monotonic()
         with (
-            Metrics(self.work, label=self.label, total=self.steps, tell=self.tell, loop=self) as metrics,
+            Metrics(self.work, label=self.label, total=self.steps, emit=self.emit, loop=self) as metrics,
             Stop() as stop,
         ):
             while self.step < self.steps:

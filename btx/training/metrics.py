@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from btx.events import Emit, Trained
 
 FILE = "metrics.jsonl"
 TELL_EVERY = 0.5  # seconds
@@ -19,10 +20,8 @@ TELL_EVERY = 0.5  # seconds
 class Metrics:
     """Writes one line a step, hands it to the trackers, and tells of the progress now and then."""
 
-    def __init__(
-        self, work: Path, *, label: str, total: int, tell: Callable[[dict[str, Any]], None], loop: Any
-    ) -> None:
-        self.label, self.total, self.tell, self.loop = label, total, tell, loop
+    def __init__(self, work: Path, *, label: str, total: int, emit: Emit, loop: Any) -> None:
+        self.label, self.total, self.emit, self.loop = label, total, emit, loop
         self.main = loop.accelerator.is_main_process
         self.started = self.told = time.monotonic()
         self.first = loop.step
@@ -45,15 +44,7 @@ class Metrics:
             self.loop.accelerator.log(numbers, step=figures["step"])
         if self.main and (now - self.told > TELL_EVERY or figures["step"] in (1, self.total)):
             self.told = now
-            self.tell(
-                {
-                    "label": self.label,
-                    "done": figures["step"],
-                    "total": self.total,
-                    "loss": figures["loss"],
-                    "tokens_per_second": figures["tokens_per_second"],
-                }
-            )
+            self.emit(Trained(self.label, figures["step"], self.total, figures["loss"], figures["tokens_per_second"]))
 
     def __enter__(self) -> Metrics:
         return self

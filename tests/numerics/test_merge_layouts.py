@@ -239,7 +239,7 @@ def test_a_dead_expert_is_told_with_the_layer_that_it_is_in(tmp_path: Path) -> N
     model.train()(input_ids=IDS)
     watch.loss()
     watch.figures()
-    assert [event["warning"].split(" is ")[0] for event in told] == [
+    assert [event.text.split(" is ")[0] for event in told] == [
         "layer 1: the expert code", "layer 3: the expert code",
     ]  # fmt: skip
 

@@ -38,7 +38,7 @@ def loop_in(family: str, folder: Path, kind: str, *, mixture: bool) -> Loop:
         settings = FinetuneSettings(**common, tokens=512)
         watch = Balanced(model, settings, "x", lambda _e: None, list("abc"))
     return Loop(model, stream(folder / "data"), settings, where=WHERE, work=folder / kind, label="x",
-                tell=lambda _e: None, hook=watch)  # fmt: skip
+                emit=lambda _e: None, hook=watch)  # fmt: skip
 
 
 @pytest.mark.parametrize("mixture", [False, True], ids=["dense", "mixture"])

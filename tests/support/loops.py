@@ -67,7 +67,7 @@ def loop_of(
         where=where,
         work=folder / work,
         label="x",
-        tell=lambda _e: None,
+        emit=lambda _e: None,
         hook=watch,
     )
 

@@ -9,37 +9,50 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from btx.engines.local import Ended, Job, Local
 from btx.errors import BtxError, InterruptedRunError, ResourceError
+from btx.events import Event, Note, Warned
 from btx.graph.launch import _raise
 
 
+def texts(events: list[Event]) -> list[str]:
+    """What notes say."""
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+PREAMBLE = """
+import os, signal, sys, time
+from btx.events import Failed, Note, Trained, Waiting
+def say(event): print(event.line(), flush=True)
+def note(text): say(Note(label, text))
+"""
+
+
 def job(folder: Path, label: str, code: str) -> Job:
-    """A job that runs a piece of Python."""
-    return Job(label, [sys.executable, "-c", "import json, sys, time, signal\n" + code], folder / f"{label}.log")
+    """A job that runs a piece of Python; `say(event)` and `note(text)` write lines as btx does."""
+    return Job(label, [sys.executable, "-c", f"label = {label!r}\n{PREAMBLE}{code}"], folder / f"{label}.log")
 
 
 def test_a_failed_job_leaves_the_others_running_and_its_word_is_kept(tmp_path: Path) -> None:
-    events: list[dict[str, Any]] = []
-    bad = job(tmp_path, "bad", "print(json.dumps({'error': 'no luck'})); print('ouch', file=sys.stderr); sys.exit(4)")
-    good = job(tmp_path, "good", "time.sleep(0.5); print(json.dumps({'label': 'good', 'note': 'hello'}))")
+    events: list[Event] = []
+    bad = job(tmp_path, "bad", "say(Failed(label, 'no luck', 0)); print('ouch', file=sys.stderr); sys.exit(4)")
+    good = job(tmp_path, "good", "time.sleep(0.5); note('hello')")
     ended = Local(2).run([bad, good], events.append)
     assert (ended["bad"].code, ended["bad"].error) == (4, "no luck")
     assert ended["good"].code == 0
-    assert {"label": "good", "note": "hello"} in events
+    assert Note("good", "hello") in events
     assert bad.log.read_text() == "ouch\n"
 
 
 def test_no_more_jobs_run_at_once_than_there_are_slots(tmp_path: Path) -> None:
-    word = "print(json.dumps({'label': '%s', 't': time.time()}))"
+    word = "note(f'at {time.time()}')"
     code = f"{word}; time.sleep(0.3); {word}"
-    events: list[dict[str, Any]] = []
-    Local(1).run([job(tmp_path, n, code % (n, n)) for n in "abc"], events.append)
-    times = [e["t"] for e in events if "t" in e]
+    events: list[Event] = []
+    Local(1).run([job(tmp_path, n, code) for n in "abc"], events.append)
+    times = [float(text.removeprefix("at ")) for text in texts(events) if text.startswith("at ")]
     assert times == sorted(times)
     assert len(times) == 6
 
@@ -76,30 +89,30 @@ def test_gpus_that_one_may_use_are_shared_out_among_the_slots(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in visible.items():
         monkeypatch.setenv(name, value)
-    code = "import os; print(json.dumps({'label': '', 'gpu': os.environ.get('CUDA_VISIBLE_DEVICES')})); time.sleep(0.5)"
-    events: list[dict[str, Any]] = []
+    code = "note('gpu ' + str(os.environ.get('CUDA_VISIBLE_DEVICES'))); time.sleep(0.5)"
+    events: list[Event] = []
     Local(2, devices=2).run([job(tmp_path, n, code) for n in "ab"], events.append)
-    assert sorted(e["gpu"] for e in events if "gpu" in e) == wanted
+    assert sorted(text.removeprefix("gpu ") for text in texts(events) if text.startswith("gpu ")) == wanted
 
 
 def test_of_amd_devices_those_that_one_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2,3")
-    code = "import os; print(json.dumps({'label': '', 'gpu': os.environ.get('HIP_VISIBLE_DEVICES')})); time.sleep(0.5)"
-    events: list[dict[str, Any]] = []
+    code = "note('gpu ' + str(os.environ.get('HIP_VISIBLE_DEVICES'))); time.sleep(0.5)"
+    events: list[Event] = []
     Local(2, devices=2).run([job(tmp_path, n, code) for n in "ab"], events.append)
-    assert sorted(e["gpu"] for e in events if "gpu" in e) == ["2", "3"]
+    assert sorted(text.removeprefix("gpu ") for text in texts(events) if text.startswith("gpu ")) == ["2", "3"]
 
 
 def test_a_signal_is_passed_on_once_and_what_waits_is_not_started(tmp_path: Path) -> None:
     code = (
         "seen = []\nsignal.signal(signal.SIGTERM, lambda *a: seen.append(1))\n"
-        "print(json.dumps({'label': 'a', 'ready': 1}), flush=True)\n"
+        "note('ready')\n"
         "time.sleep(1.0); time.sleep(0.5)\nsys.exit(70 + len(seen))"
     )
 
-    def interrupt(event: dict[str, Any]) -> None:
-        if "ready" in event:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Note) and event.text == "ready":
             threading.Thread(target=lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGUSR1))).start()
 
     ended = Local(1).run([job(tmp_path, "a", code), job(tmp_path, "b", "sys.exit(0)")], interrupt)
@@ -108,27 +121,27 @@ def test_a_signal_is_passed_on_once_and_what_waits_is_not_started(tmp_path: Path
 
 
 def test_a_job_that_our_signal_meets_before_it_can_save_counts_as_interrupted(tmp_path: Path) -> None:
-    def interrupt(event: dict[str, Any]) -> None:
-        if "ready" in event:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Note) and event.text == "ready":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    code = "print(json.dumps({'label': 'a', 'ready': 1}), flush=True)\ntime.sleep(60)"
+    code = "note('ready')\ntime.sleep(60)"
     assert Local(1).run([job(tmp_path, "a", code)], interrupt)["a"].code == 75
 
 
 def test_the_exit_code_that_a_launcher_hides_is_the_one_that_its_process_told(tmp_path: Path) -> None:
-    told = job(tmp_path, "told", "print(json.dumps({'error': 'nan', 'code': 4})); sys.exit(1)")
+    told = job(tmp_path, "told", "say(Failed(label, 'nan', 4)); sys.exit(1)")
     silent = job(tmp_path, "silent", "sys.exit(1)")
     ended = Local(2).run([Job(j.label, j.argv, j.log, launcher=True) for j in (told, silent)], lambda _e: None)
     assert ended == {"told": Ended(4, "nan"), "silent": Ended(1)}
 
 
 def test_a_launcher_that_our_signal_meets_before_its_processes_can_save_counts_as_interrupted(tmp_path: Path) -> None:
-    def interrupt(event: dict[str, Any]) -> None:
-        if "ready" in event:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Note) and event.text == "ready":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    code = "signal.signal(15, lambda *a: sys.exit(1))\nprint(json.dumps({'ready': 1, 'label': ''}), flush=True)\n"
+    code = "signal.signal(15, lambda *a: sys.exit(1))\nnote('ready')\n"
     a = job(tmp_path, "a", code + "time.sleep(60)")
     assert Local(1).run([Job(a.label, a.argv, a.log, launcher=True)], interrupt)["a"].code == 75
 
@@ -164,20 +177,20 @@ def patient(folder: Path, label: str, code: str) -> Job:
     return replace(job(folder, label, code), patience=1.0)
 
 
-WORD = "print(json.dumps({{'label': '{0}', 'done': {1}, 'total': 2}}), flush=True)\n"
+WORD = "say(Trained(label, {0}, 2, 1.0, 1.0))\n"
 
 
 def test_a_job_that_hangs_is_started_again_once_and_the_others_go_on(tmp_path: Path) -> None:
-    sign, events = tmp_path / "sign", list[dict[str, Any]]()
+    sign, events = tmp_path / "sign", list[Event]()
     once = f"""import pathlib
 first = not pathlib.Path({str(sign)!r}).exists(); pathlib.Path({str(sign)!r}).touch()
-{WORD.format("hangs", 1)}
+{WORD.format(1)}
 time.sleep(60 if first else 0)"""
-    steady = "".join(WORD.format("steady", 1) + "time.sleep(0.4)\n" for _ in range(6))
+    steady = "".join(WORD.format(1) + "time.sleep(0.4)\n" for _ in range(6))
     ended = Local(2).run([patient(tmp_path, "hangs", once), patient(tmp_path, "steady", steady)], events.append)
     assert {name: end.code for name, end in ended.items()} == {"hangs": 0, "steady": 0}
-    warnings = [event for event in events if "warning" in event]
-    assert [(w["label"], "started again" in w["warning"]) for w in warnings] == [("hangs", True)]
+    warnings = [event for event in events if isinstance(event, Warned)]
+    assert [(w.label, "started again" in w.text) for w in warnings] == [("hangs", True)]
 
 
 def test_a_job_that_hangs_twice_has_failed_with_its_children(tmp_path: Path) -> None:
@@ -196,7 +209,7 @@ time.sleep(60)"""
 
 
 def test_a_job_that_waits_or_has_done_its_last_step_may_be_silent(tmp_path: Path) -> None:
-    waits = "print(json.dumps({'label': 'waits', 'note': 'waits', 'waits': True}), flush=True); time.sleep(2)"
-    saves = WORD.format("saves", 2) + "time.sleep(2)"
+    waits = "say(Waiting(label, 'waits')); time.sleep(2)"
+    saves = WORD.format(2) + "time.sleep(2)"
     ended = Local(2).run([patient(tmp_path, "waits", waits), patient(tmp_path, "saves", saves)], lambda _e: None)
     assert {name: end.code for name, end in ended.items()} == {"waits": 0, "saves": 0}

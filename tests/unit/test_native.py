@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from btx.checkpoints.token_map import DECIDING
 from btx.checkpoints.validate import read_config
 from btx.errors import ArtifactError
+from btx.events import Event, Warned
 from btx.export.portable import UNBALANCED, notes, portable_config
 from btx.models.families import DENSE, MOE
 from btx.models.native import (
@@ -204,10 +205,10 @@ def test_a_seed_and_an_expert_with_bookkeeping_are_taken_and_said(world: World) 
     from btx.cli.main import graph_of
 
     steps = graph_of(world.write(), ()).steps
-    told: list[dict[str, Any]] = []
+    told: list[Event] = []
     for label in ("branch", "branch:given"):
         steps[label].build(told.append)
-    said = [event["warning"] for event in told if "warning" in event]
+    said = [event.text for event in told if isinstance(event, Warned)]
     assert len(said) == 2
     assert "is_llama_config" in said[0]
     assert "unsloth_version" in said[1]

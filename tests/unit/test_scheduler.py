@@ -10,6 +10,7 @@ import pytest
 from pydantic import Field
 
 from btx.errors import ArtifactError
+from btx.events import Event, Note
 from btx.graph.scheduler import link, run_steps
 from btx.graph.step import Step
 
@@ -21,10 +22,10 @@ class Plain(Step):
     after: dict[str, Step] = Field(default_factory=dict)
     number: int = 0
 
-    def run(self, out: Path, work: Path, tell: Any) -> dict[str, Any]:
+    def run(self, out: Path, work: Path, emit: Any) -> dict[str, Any]:
         """Write."""
         (out / "name").write_text(self.label)
-        tell({"label": self.label})
+        emit(Event(self.label))
         return {}
 
 
@@ -46,7 +47,7 @@ def graph(root: Path) -> list[Step]:
 def test_what_becomes_ready_is_handed_over_while_jobs_run_and_the_rest_runs_here(tmp_path: Path) -> None:
     steps = graph(tmp_path)
     order: list[str] = []
-    told = lambda event: order.append(event["label"]) if "note" not in event else None  # noqa: E731
+    told = lambda event: None if isinstance(event, Note) else order.append(event.label)  # noqa: E731
 
     def launch(ready: list[Step], more: Callable[[], list[Step]]) -> None:
         assert [s.label for s in ready] == ["training:a", "training:b"]
@@ -57,15 +58,15 @@ def test_what_becomes_ready_is_handed_over_while_jobs_run_and_the_rest_runs_here
         found[0].build(told)
         ready[1].build(told)
 
-    assert run_steps(steps, launch=launch, tell=told) == len(steps)
+    assert run_steps(steps, launch=launch, emit=told) == len(steps)
     assert order == ["plain:first", "training:a", "plain:after-a", "training:b", "plain:after-b", "plain:last"]
-    assert run_steps(steps, launch=launch, tell=told) == 0
+    assert run_steps(steps, launch=launch, emit=told) == 0
 
 
 def test_a_step_that_is_undone_again_ends_the_run(tmp_path: Path) -> None:
     steps = graph(tmp_path)[:2]
     with pytest.raises(ArtifactError, match="done, and undone again"):
-        run_steps(steps, launch=lambda _ready, _more: None, tell=lambda _event: None)
+        run_steps(steps, launch=lambda _ready, _more: None, emit=lambda _event: None)
 
 
 def test_what_two_labels_need_runs_once_and_both_are_links_to_it(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_what_two_labels_need_runs_once_and_both_are_links_to_it(tmp_path: Path)
             ran.extend(step.label for step in ready)
             ready[0].build(lambda _event: None)
 
-        count = run_steps(twins, launch=launch, tell=lambda _event: None)
+        count = run_steps(twins, launch=launch, emit=lambda _event: None)
         assert count == 1
         for step in twins:
             link(step)
