@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from btx.checkpoints import writer
-from btx.checkpoints.reader import opened
+from btx.checkpoints.reader import one_thread, opened
 from btx.checkpoints.writer import Resume
 from btx.merge.write import write_moe
 from btx.recipe.merge_settings import MergeSettings
@@ -32,7 +32,7 @@ def merge(folders: list[Path], out: Path, work: Path, kill_at: int | None) -> No
             os.kill(os.getpid(), signal.SIGKILL)
 
     out.mkdir(exist_ok=True)
-    with ExitStack() as stack:
+    with one_thread(), ExitStack() as stack:
         models = {f"m{i}": stack.enter_context(opened(f)) for i, f in enumerate(folders)}
         write_moe(out, models, models["m0"], MergeSettings(), 2, Resume(work, "these parents"), progress)
 
