@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from btx.checkpoints.validate import read_config
 from btx.models import model
@@ -119,6 +118,8 @@ class _Body(nn.Module):
     """Stands in for a body, with what it gave."""
 
     def __init__(self, hidden: Tensor) -> None:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
         super().__init__()
         self.output = MoeModelOutputWithPast(last_hidden_state=hidden)
 
