@@ -149,9 +149,12 @@ def add(out: Path, moe: Moe, name: str, source: Source, rows: Callable[[int], to
     """Write the folder with one more expert, the last; `rows(layer)` gives its row (D,) of each router."""
     require_new(moe, name)
     experts: dict[str, int | Source] = {n: e for e, n in enumerate(moe.names)}
-    old = moe.router
-    write_changed(out, moe, {**experts, name: source},
-                  lambda layer: torch.cat([old(layer), rows(layer)[None].to(old(layer).dtype)]))  # fmt: skip
+    write_changed(out, moe, {**experts, name: source}, lambda layer: with_row(moe.router(layer), rows(layer)))
+
+
+def with_row(router: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """A router (E, D) with one more row (D,), in its own dtype."""
+    return torch.cat([router, row[None].to(router.dtype)])
 
 
 def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:

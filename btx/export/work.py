@@ -7,7 +7,6 @@ what it did to every domain that `--data NAME=PATH` names.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from btx.checkpoints.layouts import SINGLE
 from btx.checkpoints.reader import Checkpoint, carry_files, one_thread, opened, require_finite
 from btx.checkpoints.token_map import carry_tokenizer, tokenizer_digest
 from btx.checkpoints.validate import read_config
+from btx.checkpoints.writer import overwrite
 from btx.data.corpus import resolve
 from btx.data.packed import Encoder, load_tokenizer
 from btx.data.split import Split
@@ -246,13 +246,12 @@ def add(work: Work, name: str, expert: Path) -> None:
     def write(out: Path) -> None:
         work.say("finds the router's rows")
         rows = _fit(work, work.folder, name)
-        for round_ in range(ROUNDS):
-            lifecycle.add(out, work.moe, name, source, rows.__getitem__)
-            if round_ < ROUNDS - 1:
-                carry_files(work.folder, out)
-                rows = _fit(work, out, name)
-                shutil.rmtree(out)
-                out.mkdir()
+        lifecycle.add(out, work.moe, name, source, rows.__getitem__)
+        carry_files(work.folder, out)
+        for _ in range(ROUNDS - 1):
+            rows = _fit(work, out, name)
+            routers = {layer: lifecycle.with_row(work.moe.router(layer), row) for layer, row in rows.items()}
+            overwrite(out, {work.moe.family.router_name(layer): router for layer, router in routers.items()})
 
     work.finish(f"btx moe add {name}", write, {"mixture": work.folder, name: expert})
 
