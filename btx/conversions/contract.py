@@ -33,9 +33,9 @@ def no_training(_recipe: Recipe, _settings: Any, _seed: Config) -> list[Training
 class Conversion:
     """One conversion.
 
-    `build` adds its steps to the graph and returns its models by the names they have in a report, which are among
-    `models`. With a `section` the recipe has a key of the module's name; the conversion is made where the recipe says
-    it, and `build` and `plan` are given what it says. Without one it is always made.
+    `build` adds steps to the graph and returns the models by their names in a report, which `models` lists. With a
+    `section`, the recipe has a key of the module's name, the conversion is made where a recipe has the key, and
+    `build` and `plan` get its settings. Without one, the conversion is always made.
     """
 
     build: Callable[[Sources, Start, Experts, Any], dict[str, Model]]

@@ -156,9 +156,9 @@ class Local:
 
 
 def _end(one: _Running) -> Ended:
-    """How a job ended; the exit code that a launcher hides is the one that its process told.
+    """How a job ended; where a launcher hides its process's exit code, the one that the process itself reported.
 
-    A job that our signal met outside its loop, where it has nothing to save, was interrupted like the others.
+    A job that our signal hit before or after its loop has nothing to save, and counts as interrupted like the others.
     """
     code = one.process.wait()
     if one.hung and code:

@@ -44,9 +44,9 @@ ROLES = (
 
 
 def own_rank(launched: bool) -> int:
-    """This process's rank: what btx's own launcher set, else 0, and then nothing of the environment says otherwise.
+    """This process's rank: what btx's own launcher set, else 0, with the variables that say otherwise removed.
 
-    A pod of Kubernetes or a step of Slurm may have RANK=3 set; believed, it would wait for others without end.
+    A Kubernetes pod or a Slurm step may have RANK=3 set; a training that believed it would wait forever for the others.
     """
     if launched:
         return int(os.environ.get("RANK", "0"))
@@ -56,10 +56,10 @@ def own_rank(launched: bool) -> int:
 
 
 def end_process(code: int = 0) -> None:
-    """End a process of a distributed training, whose work is published or saved, without Python's own clearing up.
+    """End a process of a distributed training at once: its work is published or saved by now.
 
-    Threads of the collectives that are met by it abort the process now and then (seen with gloo: `terminate called
-    without an active exception`), or are waited for without end, and a step that is done would be reported as failed.
+    Python's own shutdown sometimes aborts on threads of the collectives (seen with gloo: `terminate called without an
+    active exception`) or waits for them forever, and a finished step would be reported as failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -74,9 +74,9 @@ class Launcher:
         self.where, self.emit = where, emit
 
     def __call__(self, steps: list[Step], more: Callable[[], list[Step]]) -> None:
-        """Run them all, and what becomes ready meanwhile where there is room for it; each failure has its log.
+        """Run them all, and with more than one slot also what becomes ready meanwhile; a failure names its log.
 
-        A single slot is left to these alone: what comes after costs less in the process that is there already.
+        With a single slot, later steps run in the process that is there already, which costs less.
         """
         run = self.where
         devices = _gpus() if run.device != "cpu" else 0

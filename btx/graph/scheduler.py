@@ -17,9 +17,9 @@ Launch = Callable[[list[Step], More], None]
 def run_steps(steps: list[Step], *, launch: Launch, emit: Emit) -> int:
     """Run what is not done, parents first; returns how many steps were run.
 
-    What trains goes to `launch` with all that is ready, and with a function that says what has become ready since: an
-    engine with room starts that too, whatever it is. Any other step runs in this process, one at a time, as long as no
-    job runs. An error of one job leaves the others running and is raised at the end.
+    `launch` gets every ready step as soon as one of them trains, and a function that returns what has become ready
+    since, which an engine with room starts too. While no job runs, other steps run in this process, one at a time. A
+    job that fails leaves the others running; its error is raised at the end.
     """
     built: set[str] = set()
 

@@ -139,10 +139,10 @@ class Step(BaseModel):
         return str(read_manifest(self.folder)["digest"])
 
     def build(self, emit: Emit, *, rank: int = 0) -> None:
-        """Run and publish, unless it is done; one process at a time does it, others wait and find it done.
+        """Run and publish, unless it is done; one process does it while others wait, and find it done.
 
-        `rank` is this process's in a distributed training. Whoever starts it says so; the environment does not, since
-        jobs of Kubernetes and others set RANK for reasons of their own.
+        `rank` is this process's in a distributed training. Whoever starts the process passes it; RANK in the
+        environment is not trusted, since Kubernetes and others set it for reasons of their own.
         """
         if rank:
             self._help()

@@ -190,7 +190,7 @@ class LayerStatistics(NamedTuple):
 
 
 def statistics(layers: Sequence[Routing], *, dead_below: float | None = None) -> list[LayerStatistics]:
-    """Load, gate share, entropy and dead experts of every layer, as plain Python numbers.
+    """Load, entropy and dead experts of every layer, as plain Python numbers.
 
     An expert is dead when its load is below `dead_below`, a share of all token-choices; by default a tenth
     of 1/E.

@@ -287,10 +287,9 @@ class Loop:
         return dict(self.accelerator.get_state_dict(self.model))
 
     def close(self) -> None:
-        """End the trackers, the last thing; of several processes the group is left to `btx.graph.launch.end_process`.
+        """End the trackers, the last thing; `btx.graph.launch.end_process` leaves the process group as it is.
 
-        To free it waits now and then without end for a thread of its own (seen with gloo, in its destructor), and the
-        other processes then wait for this one.
+        Destroying the process group sometimes deadlocks (seen with gloo, in its destructor): all processes then wait.
         """
         if self.accelerator.num_processes == 1:
             self.accelerator.end_training()
