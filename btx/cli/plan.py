@@ -80,15 +80,7 @@ def _row(label: str, config: Config, tokens: int, settings: TrainSettings, dtype
     count = flops.parameters(config)
     steps = steps_of(tokens, settings)
     seen = steps * settings.batch_tokens
-    precision: flops.Precision = "bf16" if settings.precision == "bf16" else "fp32"
-    rows = max(1, 16_384 // settings.sequence_length)
-    memory = flops.memory(
-        config,
-        batch=rows,
-        sequence=settings.sequence_length,
-        precision=precision,
-        checkpointing=settings.gradient_checkpointing,
-    )
+    memory = flops.training_memory(config, settings)
     total = flops.training_flops(config, seen) + flops.attention_flops(config, seen, sequence=settings.sequence_length)
     return Row(
         label, count.total, count.active, seen, steps, total, memory.total, flops.checkpoint_bytes(config, dtype)

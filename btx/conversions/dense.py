@@ -18,6 +18,7 @@ from btx.recipe.settings import TrainSettings
 from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
+from btx.steps.train import fit, memory_of
 
 
 class DenseSettings(TrainSettings, Section):
@@ -52,6 +53,11 @@ class Dense(ModelStep):
     train: TrainSettings
 
     @property
+    def needs(self) -> int:
+        """Weights, gradients, optimiser state and activations of the seed's shape."""
+        return memory_of(self.branch.seed.folder, self.train)
+
+    @property
     def asks(self) -> dict[str, int]:
         """A sequence of each data that counts."""
         length = self.train.sequence_length
@@ -63,8 +69,6 @@ class Dense(ModelStep):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
-        from btx.steps.train import fit
-
         seed = self.branch.seed.folder
         return fit(
             self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,

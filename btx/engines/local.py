@@ -47,6 +47,7 @@ class Job:
     argv: list[str]
     log: Path
     launcher: bool = False  # whether it is a launcher of processes, whose own exit code says nothing of theirs
+    memory: int = 0  # bytes that it takes at once, by estimate
     patience: float | None = None  # seconds without an event after which it counts as hung; None: it may take its time
 
 
@@ -72,10 +73,10 @@ class _Running:
 
 
 class Local:
-    """So many slots; with more than one GPU each slot sees one of them."""
+    """So many slots; with more than one GPU each slot sees one of them. Jobs at once take no more than `memory`."""
 
-    def __init__(self, slots: int, *, devices: int = 0) -> None:
-        self.slots, self.devices = slots, devices
+    def __init__(self, slots: int, *, devices: int = 0, memory: int | None = None) -> None:
+        self.slots, self.devices, self.memory = slots, devices, memory
         self.again: set[str] = set()  # labels of jobs that hung once and were started again
 
     def run(self, jobs: list[Job], emit: Emit, more: Callable[[], list[Job]] = list) -> dict[str, Ended]:
@@ -89,8 +90,8 @@ class Local:
         events: queue.Queue[tuple[str, Event | None]] = queue.Queue()
         with Stop() as stop:
             while running or (waiting and not stop.asked):
-                while waiting and len(running) < self.slots and not stop.asked:
-                    job = waiting.pop(0)
+                while not stop.asked and (job := self._next(waiting, running)):
+                    waiting.remove(job)
                     running[job.label] = self._start(job, self._free(running), events)
                     emit(Note(job.label, f"starts; log: {job.log}"))
                 for one in running.values():
@@ -114,6 +115,14 @@ class Local:
             del ended[job.label]
             emit(Warned(job.label, f"{_silent(job)}: it is ended and started again"))
         return found
+
+    def _next(self, waiting: list[Job], running: dict[str, _Running]) -> Job | None:
+        """The first job that there is a slot and memory for; one alone may take more than there is."""
+        if len(running) == self.slots:
+            return None
+        taken = sum(one.job.memory for one in running.values())
+        fits = (job for job in waiting if not running or not self.memory or taken + job.memory <= self.memory)
+        return next(fits, None)
 
     def _free(self, running: dict[str, _Running]) -> int:
         return min(set(range(self.slots)) - {one.slot for one in running.values()})

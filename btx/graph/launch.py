@@ -82,14 +82,15 @@ class Launcher:
         devices = _gpus() if run.device != "cpu" else 0
         slots = run.workers if run.workers != "auto" else max(1, devices if not run.launch else 1)
         threads = self._threads(min(slots, len(steps))) if not devices else None
-        jobs = [self._job(step, threads) for step in steps]
+        memory = memory_here() if slots > 1 and not devices else None  # each GPU has its own
+        jobs = [self._job(step, threads, memory) for step in steps]
 
         def further() -> list[Job]:
-            added = [self._job(step, threads) for step in more()] if slots > 1 else []
+            added = [self._job(step, threads, memory) for step in more()] if slots > 1 else []
             jobs.extend(added)
             return added
 
-        _raise(Local(slots, devices=devices).run(list(jobs), self.emit, further), jobs)
+        _raise(Local(slots, devices=devices, memory=memory).run(list(jobs), self.emit, further), jobs)
 
     def _threads(self, slots: int) -> int | None:
         """Share this machine's cores among jobs that run at once; None for all, or as the recipe says."""
@@ -97,7 +98,7 @@ class Launcher:
             return None
         return max(1, len(os.sched_getaffinity(0)) // slots)
 
-    def _job(self, step: Step, threads: int | None) -> Job:
+    def _job(self, step: Step, threads: int | None, memory: int | None) -> Job:
         config = self.where.launch if step.trains else None
         start = [sys.executable]
         if config:
@@ -105,7 +106,17 @@ class Launcher:
         told = ["--launched"] if config else []
         argv = [*start, "-m", "btx", "_step", str(freeze(step, threads=threads)), *told]
         patience = 60 * self.where.hang_minutes if step.trains else None
-        return Job(step.label, argv, step.log_file, launcher=bool(config), patience=patience)
+        needs = step.needs if memory else 0  # to reckon it takes seconds of imports
+        return Job(step.label, argv, step.log_file, launcher=bool(config), memory=needs, patience=patience)
+
+
+def memory_here() -> int:
+    """Bytes of memory that this process and its children may take: the machine's, or its control group's."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # another system, or "max"
+        return machine
 
 
 def _gpus() -> int:

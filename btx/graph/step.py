@@ -59,6 +59,11 @@ class Step(BaseModel):
         raise NotImplementedError
 
     @property
+    def needs(self) -> int:
+        """Bytes of memory that it takes at once, by estimate, once its parents are there; 0 where it is little."""
+        return 0
+
+    @property
     def asks(self) -> dict[str, int]:
         """By the label of a parent, how many tokens of text it must have at least for this step."""
         return {}

@@ -21,10 +21,12 @@ import torch
 from torch import nn
 
 from btx.models.families import DENSE, MOE, WITH_ATTENTION, Family
+from btx.recipe.settings import TrainSettings
 
 Config = Mapping[str, Any]
 Precision = Literal["bf16", "fp32"]
 
+PASS = 16_384  # tokens of a pass, where run.micro_batch is auto
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # that no config does without
 
@@ -175,6 +177,14 @@ def memory(config: Config, *, batch: int, sequence: int, precision: Precision, c
         copies=2 * total if precision == "bf16" else 0,
         activations=activation_bytes(config, tokens=batch * sequence, precision=precision, checkpointing=checkpointing),
     )
+
+
+def training_memory(config: Config, settings: TrainSettings) -> Memory:
+    """`memory` of a training by its settings, in passes of 16k tokens, as the loop starts with."""
+    return memory(
+        config, batch=max(1, PASS // settings.sequence_length), sequence=settings.sequence_length,
+        precision="bf16" if settings.precision == "bf16" else "fp32", checkpointing=settings.gradient_checkpointing,
+    )  # fmt: skip
 
 
 def activation_bytes(config: Config, *, tokens: int, precision: Precision, checkpointing: bool) -> int:

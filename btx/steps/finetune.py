@@ -13,6 +13,7 @@ from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
+from btx.steps.train import fit, memory_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,11 @@ class Finetune(ModelStep):
     settings: FinetuneSettings
 
     @property
+    def needs(self) -> int:
+        """Weights, gradients, optimiser state and activations of the merged model."""
+        return memory_of(self.merge.folder, self.settings)
+
+    @property
     def asks(self) -> dict[str, int]:
         """A sequence of each data that counts."""
         length = self.settings.sequence_length
@@ -53,8 +59,6 @@ class Finetune(ModelStep):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
-        from btx.steps.train import fit
-
         names: list[str] = json.loads((self.merge.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
         facts = fit(
             self, folder=self.merge.folder, like=self.merge.folder, tokens=self.tokens, weights=self.weights,

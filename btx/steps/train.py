@@ -35,6 +35,11 @@ class Train(ModelStep):
     part: tuple[int, int] = (0, 1)  # which of how many experts among whom the domain's sequences are dealt
 
     @property
+    def needs(self) -> int:
+        """Weights, gradients, optimiser state and activations of the seed's shape."""
+        return memory_of(self.branch.seed.folder, self.train)
+
+    @property
     def asks(self) -> dict[str, int]:
         """A sequence for each expert among whom the domain's are dealt."""
         return {self.tokens.label: self.train.sequence_length * self.part[1]}
@@ -50,6 +55,15 @@ class Train(ModelStep):
             weights={OWN: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, emit=emit,
             part=self.part,
         )  # fmt: skip
+
+
+def memory_of(folder: Path, settings: TrainSettings) -> int:
+    """Bytes that the training of a checkpoint takes."""
+    from btx.checkpoints.validate import read_config
+    from btx.models import flops
+    from btx.models.native import native_config
+
+    return flops.training_memory(native_config(read_config(folder), str(folder)).to_dict(), settings).total
 
 
 def fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from btx.cli.plan import rows
 from btx.conversions.dense import Dense
 from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe
@@ -44,3 +45,13 @@ def test_it_is_trained_measured_and_reported_beside_the_others(tmp_path: Path) -
     assert "dense" in shown.stdout
     table = btx("plan", "recipe.yaml", "--set", "dense={}", cwd=tmp_path).stdout
     assert any(line.split()[:1] == ["dense"] for line in table.splitlines())
+
+
+def test_a_training_says_what_memory_it_needs_before_it_starts(tmp_path: Path) -> None:
+    """By the same formula as the plan, from the folders of its parents."""
+    recipe = write_project(tmp_path)
+    graph = Graph(load_recipe(recipe, ["dense={}"]), tmp_path)
+    planned = {row.label: row.memory for row in rows(graph.recipe, tmp_path)}
+    for label in ("train:math", "dense"):
+        assert graph.steps[label].needs == planned[label] > 0
+    assert graph.steps["tokens:math"].needs == 0

@@ -213,3 +213,27 @@ def test_a_job_that_waits_or_has_done_its_last_step_may_be_silent(tmp_path: Path
     saves = WORD.format(2) + "time.sleep(2)"
     ended = Local(2).run([patient(tmp_path, "waits", waits), patient(tmp_path, "saves", saves)], lambda _e: None)
     assert {name: end.code for name, end in ended.items()} == {"waits": 0, "saves": 0}
+
+
+@pytest.mark.parametrize(("memory", "most"), [(10, 1), (12, 2), (5, 1), (None, 3)])
+def test_jobs_at_once_take_no_more_memory_than_there_is_and_one_alone_may(
+    tmp_path: Path, memory: int | None, most: int
+) -> None:
+    events: list[Event] = []
+    code = "note('begins'); time.sleep(0.4); note('ends')"
+    jobs = [replace(job(tmp_path, name, code), memory=6) for name in "abc"]
+    ended = Local(3, memory=memory).run(jobs, events.append)
+    assert [ended[name].code for name in "abc"] == [0, 0, 0]
+    at_once, seen = 0, []
+    for text in texts(events):
+        at_once += {"begins": 1, "ends": -1}.get(text, 0)
+        seen.append(at_once)
+    assert max(seen) <= most
+
+
+def test_a_small_job_goes_before_a_large_one_that_does_not_fit_yet(tmp_path: Path) -> None:
+    events: list[Event] = []
+    sizes = {"a": 8, "b": 8, "c": 2}
+    jobs = [replace(job(tmp_path, name, "time.sleep(0.5)"), memory=size) for name, size in sizes.items()]
+    Local(2, memory=10).run(jobs, events.append)
+    assert [event.label for event in events if isinstance(event, Note)] == ["a", "c", "b"]
