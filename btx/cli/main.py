@@ -66,7 +66,8 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
         graph.digests.save()
         try:
             with for_person() as person:
-                run_steps(steps, launch=Launcher(graph.recipe.run, person.emit), emit=person.emit)
+                launcher = Launcher(graph.recipe.run, person.emit)
+                run_steps(steps, launch=launcher, emit=person.emit, several=launcher.slots > 1)
         finally:
             for step in steps:
                 if step.exists:

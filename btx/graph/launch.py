@@ -72,15 +72,15 @@ class Launcher:
 
     def __init__(self, where: RunSettings, emit: Emit) -> None:
         self.where, self.emit = where, emit
+        self.devices = _gpus() if where.device != "cpu" else 0
+        self.slots = where.workers if where.workers != "auto" else max(1, self.devices if not where.launch else 1)
 
     def __call__(self, steps: list[Step], more: Callable[[], list[Step]]) -> None:
         """Run them all, and with more than one slot also what becomes ready meanwhile; a failure names its log.
 
         With a single slot, later steps run in the process that is there already, which costs less.
         """
-        run = self.where
-        devices = _gpus() if run.device != "cpu" else 0
-        slots = run.workers if run.workers != "auto" else max(1, devices if not run.launch else 1)
+        slots, devices = self.slots, self.devices
         threads = self._threads(min(slots, len(steps))) if not devices else None
         memory = memory_here() if slots > 1 and not devices else None  # each GPU has its own
         jobs = [self._job(step, threads, memory) for step in steps]

@@ -14,12 +14,13 @@ More = Callable[[], list[Step]]
 Launch = Callable[[list[Step], More], None]
 
 
-def run_steps(steps: list[Step], *, launch: Launch, emit: Emit) -> int:
+def run_steps(steps: list[Step], *, launch: Launch, emit: Emit, several: bool = False) -> int:
     """Run what is not done, parents first; returns how many steps were run.
 
     `launch` gets every ready step as soon as one of them trains, and a function that returns what has become ready
     since, which an engine with room starts too. While no job runs, other steps run in this process, one at a time. A
-    job that fails leaves the others running; its error is raised at the end.
+    job that fails leaves the others running; its error is raised at the end. `several` says that `launch` has room for
+    more than one: then what is ready beside a training starts with it, instead of before it.
     """
     built: set[str] = set()
 
@@ -27,14 +28,16 @@ def run_steps(steps: list[Step], *, launch: Launch, emit: Emit) -> int:
         todo = undone(steps)
         waiting = {step.label for step in todo}
         once = {step.key: step for step in reversed(todo) if not waiting & step.parents.keys()}
-        return [step for step in todo if once.get(step.key) is step]
+        found = [step for step in todo if once.get(step.key) is step]
+        return sorted(found, key=lambda step: not step.trains) if several else found  # the longest first
 
     def begun(some: list[Step]) -> list[Step]:
         built.update(step.label for step in some)
         return some
 
     while found := ready():
-        chosen = [step for step in found if not step.trains][:1] or found
+        beside = several and found[0].trains
+        chosen = found if beside else [step for step in found if not step.trains][:1] or found
         if again := [step.label for step in chosen if step.label in built]:
             raise ArtifactError(
                 f"{', '.join(again)}: done, and undone again within one run. See that nobody else changes "

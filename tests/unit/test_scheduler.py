@@ -92,3 +92,17 @@ def test_what_two_labels_need_runs_once_and_both_are_links_to_it(tmp_path: Path)
     twins[0].short.symlink_to("steps/older")
     link(twins[0])
     assert (twins[0].short / "name").read_text() == "training:a"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_with_room_for_several_what_is_ready_beside_a_training_starts_with_it(tmp_path: Path, several: bool) -> None:
+    steps = [Plain(root=tmp_path, name="plain"), Training(root=tmp_path, name="train", number=1)]
+    launched: list[list[str]] = []
+
+    def launch(ready: list[Step], _more: Any) -> None:
+        launched.append([step.label for step in ready])
+        for step in ready:
+            step.build(lambda _event: None)
+
+    assert run_steps(steps, launch=launch, emit=lambda _event: None, several=several) == 2
+    assert launched == [["training:train", "plain:plain"] if several else ["training:train"]]
