@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from btx.graph.artifact import STATES, locked, read_manifest
 from btx.graph.cost import Cost
 from btx.graph.step import elsewhere, undone
 from btx.report.figures import human, probe_tables
+
+WIDE = 200  # columns of a table that no terminal cuts
 
 
 def show(report: Path, export: Path) -> None:
@@ -128,7 +131,7 @@ def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
         cost = Cost.read(manifest) if manifest else None
         if cost or step.label in planned:
             costs.add_row(step.label, *_beside(planned.get(step.label), cost))
-    console = Console(width=None, soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else WIDE, soft_wrap=True)
     console.print(states)
     if costs.rows:
         console.print()
