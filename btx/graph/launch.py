@@ -90,7 +90,7 @@ class Launcher:
             jobs.extend(added)
             return added
 
-        _raise(Local(slots, devices=devices, memory=memory).run(list(jobs), self.emit, further), jobs)
+        raise_failed(Local(slots, devices=devices, memory=memory).run(list(jobs), self.emit, further), jobs)
 
     def _threads(self, slots: int) -> int | None:
         """Share this machine's cores among jobs that run at once; None for all, or as the recipe says."""
@@ -139,7 +139,8 @@ def _sentence(label: str, end: Ended, log: Path) -> str:
     return f"{label} failed (exit code {end.code}): {why}{seen}"
 
 
-def _raise(ended: dict[str, Ended], jobs: list[Job]) -> None:
+def raise_failed(ended: dict[str, Ended], jobs: list[Job]) -> None:
+    """Raise what went wrong with the jobs that failed, each with its log, and say which others are done."""
     failed = {job.label: (ended[job.label], job.log) for job in jobs if ended[job.label].code}
     if not failed:
         return

@@ -15,7 +15,7 @@ import pytest
 from btx.engines.local import Ended, Job, Local
 from btx.errors import BtxError, InterruptedRunError, ResourceError
 from btx.events import Event, Note, Warned
-from btx.graph.launch import _raise
+from btx.graph.launch import raise_failed
 
 
 def texts(events: list[Event]) -> list[str]:
@@ -154,9 +154,9 @@ def test_a_job_that_is_killed_is_reported_with_its_signal(tmp_path: Path) -> Non
 def test_a_killed_job_is_called_a_lack_of_memory_and_an_interrupted_one_is_not_called_failed(tmp_path: Path) -> None:
     jobs = [job(tmp_path, name, "") for name in ("big", "late")]
     with pytest.raises(ResourceError, match=r"big was killed \(signal 9\).*memory.*micro_batch"):
-        _raise({"big": Ended(-9), "late": Ended(0)}, jobs)
+        raise_failed({"big": Ended(-9), "late": Ended(0)}, jobs)
     with pytest.raises(InterruptedRunError, match=r"^late: not started") as caught:
-        _raise({"big": Ended(0), "late": Ended(75, "not started, as the run was asked to stop.")}, jobs)
+        raise_failed({"big": Ended(0), "late": Ended(75, "not started, as the run was asked to stop.")}, jobs)
     assert "failed" not in str(caught.value)
     assert "Log:" not in str(caught.value)
 
@@ -168,7 +168,7 @@ def test_a_job_is_named_once_in_the_sentence_of_its_end(tmp_path: Path) -> None:
         (Ended(4, "train:a: 2 steps in a row."), "train:a failed (exit code 4): 2 steps in a row."),
     ]:
         with pytest.raises(BtxError) as caught:
-            _raise({"train:a": end}, jobs)
+            raise_failed({"train:a": end}, jobs)
         assert str(caught.value) == said
 
 
