@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 CARRIED = (
     "tokenizer.json",
@@ -22,3 +24,15 @@ def carried(folder: Path) -> list[str]:
     """What of a folder goes with its model besides config and weights, by relative name."""
     templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
     return [name for name in (*CARRIED, *templates) if (folder / name).is_file()]
+
+
+def chat_template(folder: Path) -> Any:
+    """The chat template of a folder, from its own file or from tokenizer_config.json; None where it has none."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        pass
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None

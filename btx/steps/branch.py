@@ -217,6 +217,7 @@ def require_ids(checkpoint: Checkpoint) -> None:
 
 def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     """Refuse an expert that does not descend from the seed; returns its tokenizer's digest and its distance."""
+    from btx.checkpoints.carried import chat_template
     from btx.checkpoints.reader import opened, require_finite
     from btx.checkpoints.token_map import tokenizer_digest
     from btx.merge.lineage import LEAST_COSINE, distances, require_same
@@ -234,6 +235,10 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
             said = f"{who} is no descendant of the seed ({seed_folder}): config.json differs in {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
         warnings = warnings_of(other.config, who) + idle_difference(seed.config, other.config, who)
+        if (own := chat_template(folder)) and own != chat_template(seed_folder):
+            warnings.append(
+                f"{who} has a chat template of its own; texts are written by the seed's, which the model keeps"
+            )
         require_complete(other)
         models: dict[str, Checkpoint] = {"seed": seed, "other": other}
         added = added_tokens(seed_folder, folder, who)

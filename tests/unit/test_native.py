@@ -23,6 +23,7 @@ from btx.models.native import (
     declared,
 )
 from btx.models.target import class_name, moe_config, warnings_of
+from btx.steps.branch import check_expert
 from tests.support.merges import load, logits, merge
 from tests.support.mixtures import moe
 from tests.support.models import FAMILIES, config_of, save_model
@@ -264,3 +265,19 @@ def test_of_a_config_the_loading_of_a_tokenizer_reads_what_the_key_of_its_map_ho
     monkeypatch.setattr(LlamaConfig, "__getattribute__", traced)
     AutoTokenizer.from_pretrained(str(world.seed), config=config, local_files_only=True)
     assert "model_type" in read & stated <= {*DECIDING}
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_expert_with_a_chat_template_of_its_own_is_said(world: World, where: str) -> None:
+    def put(folder: Path, template: str) -> None:
+        if where.endswith(".jinja"):
+            (folder / where).write_text(template)
+        else:
+            edit_json(folder / where, chat_template=template)
+
+    put(world.seed, "{{ messages }}")
+    put(world.law, "{{ messages }}")
+    assert check_expert(world.seed, world.law, "law")["warnings"] == []
+    put(world.law, "{{ messages }}!")
+    (said,) = check_expert(world.seed, world.law, "law")["warnings"]
+    assert "a chat template of its own" in said
