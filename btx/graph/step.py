@@ -130,8 +130,10 @@ class Step(BaseModel):
         """Whether its folder is published and was made from the parents that are there now."""
         if not is_published(self.folder):
             return False
-        made_from = read_manifest(self.folder)["parents"]
-        return all(made_from.get(k) == p.digest for k, p in self.parents.items() if p.exists)
+        manifest = read_manifest(self.folder)
+        if "inputs" not in manifest:  # of a btx that knew parents by label alone
+            return all(manifest["parents"].get(k) == p.digest for k, p in self.parents.items() if p.exists)
+        return all(manifest["inputs"].get(p.key) == p.digest for p in self.parents.values() if p.exists)
 
     @property
     def exists(self) -> bool:
@@ -190,7 +192,8 @@ class Step(BaseModel):
             "step": self.label,
             "key": self.key,
             "identity": self.identity(),
-            "parents": {k: p.digest for k, p in self.parents.items()},
+            "parents": {k: p.digest for k, p in self.parents.items()},  # for people
+            "inputs": {p.key: p.digest for p in self.parents.values()},  # by key: another label may need this folder
             "execution": self.where.model_dump(mode="json"),
             "versions": versions(),
         }

@@ -106,3 +106,11 @@ def test_with_room_for_several_what_is_ready_beside_a_training_starts_with_it(tm
 
     assert run_steps(steps, launch=launch, emit=lambda _event: None, several=several) == 2
     assert launched == [["training:train", "plain:plain"] if several else ["training:train"]]
+
+
+def test_a_step_on_a_twin_of_its_parent_is_done_where_the_other_is(tmp_path: Path) -> None:
+    """Parents count by key, not by label: two experts may be the same checkpoint under two names."""
+    one, other = (Plain(root=tmp_path, name=f"on-{n}", after={"it": Plain(root=tmp_path, name=n)}) for n in "ab")
+    steps = [*one.after.values(), *other.after.values(), one, other]
+    assert run_steps(steps, launch=lambda _ready, _more: None, emit=lambda _event: None) == 2
+    assert all(step.done for step in steps)
