@@ -190,8 +190,9 @@ def carry_tokenizer(source: Path, out: Path, like: Path) -> None:
         kind = read_config(out)["model_type"]
         raise ArtifactError(
             f"{source}: its tokenizer gives other ids beside a {kind}, which the model becomes, than beside a "
-            f"{beside['model_type']}, and cannot be written so that it gives the same. Name its class in "
-            "tokenizer_config.json (tokenizer_class: PreTrainedTokenizerFast, with a tokenizer.json)."
+            f"{beside['model_type']}, and cannot be written so that it gives the same. Use a checkpoint with its "
+            "family's own tokenizer, or name its class in tokenizer_config.json (tokenizer_class: "
+            "PreTrainedTokenizerFast, with a tokenizer.json)."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from btx.checkpoints.token_map import load_beside
 from btx.export.portable import portable_tokenizer
 from btx.export.work import Work, extract
 from btx.graph.artifact import write_json
@@ -39,6 +40,8 @@ def export(
             (parent / path.name).write_bytes(path.read_bytes())
         if not like:
             portable_tokenizer(parent)
+        if family == "qwen2":  # beside which transformers 5 makes every tokenizer a Qwen2Tokenizer
+            load_beside(parent).save_pretrained(str(parent))
     out.mkdir()
     write_model(merge(work / "moe", parents, top_k=2, **(merging or {})), out, ExportSettings(layout=layout))
     return out
