@@ -86,13 +86,13 @@ def write_weights(
     done, digests = 0, {}
     for file, some in shards.items():
 
-        def emit(written: int, file: str = file, before: int = done) -> None:
+        def count(written: int, file: str = file, before: int = done) -> None:
             if progress:
                 progress(out / file, before + written, total)
 
-        digests[file] = _kept(out, file, some, resume, emit) if resume else _write_shard(out / file, some, emit)
+        digests[file] = _kept(out, file, some, resume, count) if resume else _write_shard(out / file, some, count)
         done += sum(row.nbytes for row in some)
-        emit(0, before=done)
+        count(0, before=done)
     write_index(out, shards)
     return digests
 
@@ -121,7 +121,7 @@ def shards_of(rows: list[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]
     return dict(zip(names, shards, strict=True))
 
 
-def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, emit: Callable[[int], None]) -> str:
+def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, count: Callable[[int], None]) -> str:
     """A shard as an earlier attempt left it, or written anew and left for a later one; linked into `out`."""
     resume.folder.mkdir(parents=True, exist_ok=True)
     done, record = resume.folder / file, resume.folder / f"{file}.json"
@@ -130,7 +130,7 @@ def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, emit: Ca
     if digest is None:
         part = resume.folder / f"{file}.part"
         record.unlink(missing_ok=True)
-        digest = _write_shard(part, rows, emit)
+        digest = _write_shard(part, rows, count)
         part.replace(done)
         part.write_text(json.dumps({"about": about, "sha256": digest}), encoding="utf-8")
         sync(part)
@@ -165,7 +165,7 @@ def header_of(rows: list[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, rows: list[TensorSpec], emit: Callable[[int], None]) -> str:
+def _write_shard(path: Path, rows: list[TensorSpec], count: Callable[[int], None]) -> str:
     """Write one file and bring it to the disk; returns its SHA-256."""
     digest = hashlib.sha256()
     with (
@@ -181,7 +181,7 @@ def _write_shard(path: Path, rows: list[TensorSpec], emit: Callable[[int], None]
             if done - flushed > FLUSHED:  # the disk is at work while the rest is made, not only at the end
                 flushing.put(data[:0])
                 flushed = done
-            emit(done)
+            count(done)
     sync(path)
     return digest.hexdigest()
 

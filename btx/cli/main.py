@@ -64,14 +64,11 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
     graph.check(todo)
     if todo:
         graph.digests.save()
-        try:
-            with for_person() as person:
-                launcher = Launcher(graph.recipe.run, person.emit)
-                run_steps(steps, launch=launcher, emit=person.emit, several=launcher.slots > 1)
-        finally:
-            for step in steps:
-                if step.exists:
-                    link(step)
+        with for_person() as person:
+            launcher = Launcher(graph.recipe.run, person.emit)
+            run_steps(steps, launch=launcher, emit=person.emit, several=launcher.slots > 1)
+    for step in steps:  # also where all was done: another recipe's run may have been the last
+        link(step)
     finish(graph, stage, domain, len(todo))
 
 

@@ -95,9 +95,9 @@ def measure(folder: Path, texts: Mapping[str, Texts]) -> dict[str, float]:
     if not texts:
         return {}
     found = {}
-    with opened_checkpoint(folder, where=WHERE) as model:
+    with opened_checkpoint(folder, where=WHERE) as opened_model:
         for name, one in texts.items():
-            lost = nats(model, one.held_out, length=LENGTH, batch_tokens=8192)
+            lost = nats(opened_model, one.held_out, length=LENGTH, batch_tokens=8192)
             found[name] = bits_per_byte(lost, np.array([size for _, size in one.held_out], dtype=float))
     return found
 

@@ -43,3 +43,14 @@ def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: 
     said = btx("status", "recipe.yaml", cwd=tmp_path).stdout
     assert said.count("done") == states.count("done")
     assert "Used as they are, though made elsewhere (device GPU, here cpu): train:math." in said
+
+
+def test_the_short_names_are_those_of_the_recipe_that_was_run_last(tmp_path: Path) -> None:
+    """Also where everything was done already, since what is printed is read through them."""
+    write_project(tmp_path)
+    report = tmp_path / "runs/pico/report"
+    found = []
+    for sets in ([], ["--set", "evaluate.bootstrap=7"], []):
+        btx("run", "recipe.yaml", *sets, cwd=tmp_path)
+        found.append(report.resolve())
+    assert found[0] == found[2] != found[1]
