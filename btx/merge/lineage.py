@@ -35,7 +35,8 @@ def distances(seed: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, d
 
     Each on one thread: how a sum is cut among several decides its last digits, and these are published.
     """
-    with one_thread(), ThreadPoolExecutor() as pool:
+    # torch and its BLAS keep a number of threads for each thread that calls them: a worker has to be told its own.
+    with one_thread(), ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return dict(zip(others, pool.map(partial(distance, seed), others.values()), strict=True))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from btx.checkpoints.reader import opened
-from btx.merge.lineage import distances
+from btx.checkpoints.reader import one_thread, opened
+from btx.merge.lineage import distance, distances
 from tests.support.models import config_of, save_model
 
 
@@ -19,9 +19,11 @@ def test_distances_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> Non
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with opened(seed) as a, opened(other) as b:
-                found.append(distances(a, {"x": b, "y": b}))
+                found += distances(a, {str(name): b for name in range(8)}).values()
+                with one_thread():
+                    found.append(distance(a, b))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1] == found[2]
-    assert 0 < found[0]["x"]["change"] < 1
+    assert len(found) == 27 and all(one == found[0] for one in found)
+    assert 0 < found[0]["change"] < 1
