@@ -25,5 +25,6 @@ def test_distances_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> Non
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert len(found) == 27 and all(one == found[0] for one in found)
+    assert len(found) == 27
+    assert all(one == found[0] for one in found)
     assert 0 < found[0]["change"] < 1
