@@ -52,8 +52,9 @@ class Graph:
         if not start.tokens:
             return  # experts that were trained elsewhere are merged, and there is nothing to measure them on
         evaluate = self._measured(models, start)
+        exported = next(made.step for made in models.values() if made.exported)
         export = sources.add(Export(
-            model=models["finetuned"].step, evaluate=evaluate, settings=recipe.export,
+            model=exported, evaluate=evaluate, settings=recipe.export,
             title=recipe.export.name or recipe.name,
             base_model=recipe.export.base_model or Path(recipe.seed.checkpoint).name, **sources.place(),
         ))  # fmt: skip

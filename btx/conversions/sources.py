@@ -45,6 +45,7 @@ class Model:
     step: ModelStep
     rule: RoutingRule | None = None  # of a Mixture of Experts, when it is measured
     tokens: dict[str, TokensStep] = field(default_factory=dict)
+    exported: bool = False
 
 
 class Sources:

@@ -68,7 +68,7 @@ def _measured(results: dict[str, Any] | None) -> str:
     if results is None:
         return "## Evaluation\n\nNothing was measured.\n"
     rows = {m: {**row, "mean": results["mean"][m]} for m, row in results["bits_per_byte"].items()}
-    routing = results["routing"]["finetuned"]
+    routing = results["routing"][results["exported"]]
     shares = {d: dict(zip(results["experts"], found["mean"], strict=True)) for d, found in routing.items()}
     return f"""## Evaluation
 

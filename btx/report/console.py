@@ -29,7 +29,7 @@ def show(report: Path, export: Path) -> None:
     for probe, (head, rows) in probe_tables(results).items():
         console.print(probe.replace("_", " "))
         console.print(plain_table(head, rows))
-    console.print("Routing of the finetuned model, mean of layers")
+    console.print(f"Routing of the {results['exported']} model, mean of layers")
     console.print(routing(results))
     console.print(f"Report: {_near(report)}/report.html", soft_wrap=True, highlight=False)
     console.print(f"Export: {_near(export)}", soft_wrap=True, highlight=False)
@@ -87,7 +87,7 @@ def _cell(value: float, best: float) -> str:
 
 
 def routing(results: dict[str, Any]) -> Any:
-    """Share of the tokens' choices per expert, by domain, in the finetuned model."""
+    """Share of the tokens' choices per expert, by domain, in the exported model."""
     from rich.table import Table
 
     experts = results["experts"]
@@ -95,7 +95,7 @@ def routing(results: dict[str, Any]) -> Any:
     table.add_column("held-out text")
     for name in experts:
         table.add_column(name, justify="right")
-    for domain, found in results["routing"]["finetuned"].items():
+    for domain, found in results["routing"][results["exported"]].items():
         table.add_row(domain, *(f"{x:.1%}" for x in found["mean"]))
     return table
 

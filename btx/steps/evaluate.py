@@ -65,6 +65,10 @@ class Evaluate(Step):
         )
         return {"mean": results["mean"]}
 
+    def name_of(self, model: Step) -> str:
+        """The name that results.json gives a model that was measured."""
+        return next(name for name, measure in self.measures.items() if measure.model.key == model.key)
+
     def _tell_few(self, domain: str, count: int, emit: Emit) -> None:
         """A warning for a domain with few held-out documents."""
         if count < LEAST:

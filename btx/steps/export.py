@@ -55,8 +55,10 @@ class Export(Step):
         from btx.export.card import About
 
         finetune, merge = self.model, self.model.merge
-        measured = self.evaluate and self.evaluate.folder / "results.json"
-        results = json.loads(measured.read_text(encoding="utf-8")) if measured else None
+        results = None
+        if self.evaluate:
+            results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
+            results["exported"] = self.evaluate.name_of(finetune)
         facts = {name: read_manifest(tokens.folder)["facts"] for name, tokens in finetune.tokens.items()}
         return About(
             title=self.title, base_model=self.base_model, license=self.settings.license, layout=self.settings.layout,

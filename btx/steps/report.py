@@ -23,10 +23,12 @@ class Report(Step):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Join the evaluation with the costs and draw."""
-        from btx.report.charts import matrix_svg, page, routing_svg
+        from btx.report.charts import matrix_svg, routing_svg
+        from btx.report.page import page
 
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         trained = {label: read_manifest(s.folder) for label, s in _ancestors(self).items() if s.trains}
+        results["exported"] = self.evaluate.name_of(self.export.model)
         results["cost"] = {
             label: {k: m["facts"][k] for k in ("tokens", "steps", "training_flops", "parameters")}
             for label, m in trained.items()
