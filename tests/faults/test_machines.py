@@ -107,7 +107,7 @@ def test_output_that_cannot_be_written_ends_with_5(verb: list[str]) -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run([*BTX, *verb], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert ended.returncode == 5, ended.stderr
-    assert ended.stderr.startswith("btx: the disk answered: No space left on device.")
+    assert ended.stderr.startswith("btx: disk error: No space left on device.")
     assert ended.stderr.count("\n") == 1
 
 
