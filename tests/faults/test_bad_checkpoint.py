@@ -172,19 +172,19 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("rope_parameters", "5000.0", "9.0"),
     ),
     "another rope theta as of old": (config("law", rope_parameters=None, rope_theta=9.0), ("rope_parameters", "9.0")),
-    "another norm epsilon": (config("law", rms_norm_eps=0.5), ("rms_norm_eps", "0.5", "no descendant")),
+    "another norm epsilon": (config("law", rms_norm_eps=0.5), ("rms_norm_eps", "0.5", "does not descend")),
     "another family": (config("law", model_type="mistral"), ("model_type", "'llama'", "'mistral'")),
     "another width": (
         lambda w: save_model(w.law, config_of("llama", intermediate_size=64)),
-        ("domain law", "no descendant", "cosine", "leave the domain out"),
+        ("domain law", "does not descend", "cosine", "leave the domain out"),
     ),
     "a width that the weights do not have": (
         config("law", intermediate_size=64),
-        ("weights and config.json do not fit", "48x32, should be 64x32"),
+        ("weights and config.json disagree", "48x32, should be 64x32"),
     ),
     "less rows than tokens": (
         lambda w: save_model(w.law, config_of("llama", vocab_size=280)),
-        ("law", "ids up to 288, the embedding 280 rows", "resize"),
+        ("law", "ids up to 288, but the embedding 280 rows", "resize"),
     ),
     "a vocabulary that its rows belie": (
         lambda w: [save_model(w.law, config_of("llama", vocab_size=301)),
@@ -201,7 +201,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "a stranger of the same shape": (
         lambda w: save_model(w.law, config_of("llama"), seed=1),
-        ("domain law", "no descendant", "cosine"),
+        ("domain law", "does not descend", "cosine"),
     ),
 }  # fmt: skip
 

@@ -174,7 +174,7 @@ def test_a_folder_that_is_not_there_is_no_finished_step(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "x", tmp_path / "file" / "x"):
         assert not is_published(folder)
-        with pytest.raises(ArtifactError, match="no finished step"):
+        with pytest.raises(ArtifactError, match="not a finished step"):
             read_manifest(folder)
 
 

@@ -200,7 +200,7 @@ pathlib.Path({str(tmp_path)!r}, str(own.pid)).touch()
 time.sleep(60)"""
     ended = Local(1).run([patient(tmp_path, "hangs", child)], lambda _e: None)["hangs"]
     assert (ended.code, ended.error) == (
-        ResourceError.exit_code, "told nothing for 0.0166667 minutes, and did so again after it was started anew."
+        ResourceError.exit_code, "sent no event for 0.0166667 minutes, and hung again after a restart."
     )  # fmt: skip
     children = [int(file.name) for file in tmp_path.iterdir() if file.name.isdecimal()]
     assert len(children) == 2
