@@ -43,7 +43,7 @@ def thaw(file: Path, classes: Mapping[str, type[Step]]) -> Step:
             built[place] = classes[about["class"]].model_validate(fields)
         step = built[job["step"]]
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise ArtifactError(f"{file} is no job file of this btx ({error!r:.200}). Run the same command again.") from error
+        raise ArtifactError(f"{file} is not a job of this btx ({error!r:.200}). Run the same command again.") from error
     if step.key != job["key"]:
         raise ArtifactError(
             f"{file}: {step.label} differs from the step that was planned (key {step.key[:12]}, not "

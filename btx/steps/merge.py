@@ -55,7 +55,7 @@ class Models(ModelStep):
         return {**self.experts, **seed}
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any, JointVocabulary | None]:
-        """All models, opened, checked and padded to one width and vocabulary; the seed; the joint vocabulary, if any."""
+        """All models, open, checked and padded to one width and vocabulary; the seed; the joint vocabulary, if any."""
         from btx.checkpoints.reader import one_thread, opened
         from btx.merge.averaging import require_memory
         from btx.merge.lineage import require_same

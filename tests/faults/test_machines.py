@@ -165,7 +165,7 @@ def test_a_worker_takes_what_was_planned_whatever_became_of_the_recipe_and_no_ot
         changed.write_text(file.read_text().replace(old, new))
         with pytest.raises(ArtifactError, match=f"{word}[^~]*same command again"):
             thaw(changed, classes())
-    with pytest.raises(ArtifactError, match="no job file"):
+    with pytest.raises(ArtifactError, match="not a job of this btx"):
         thaw(tmp_path / "none", classes())
 
 
