@@ -155,9 +155,9 @@ def test_a_worker_takes_what_was_planned_whatever_became_of_the_recipe_and_no_ot
         }
     file = jobs["train:math"]
     changes = {
-        ('"learning_rate": 0.001', '"learning_rate": 0.002'): "another step",
-        ('"budget"', '"budgets"'): "no job",
-        ('"class": "Train"', '"class": "os.system"'): "no job",
+        ('"learning_rate": 0.001', '"learning_rate": 0.002'): "differs from the step that was planned",
+        ('"budget"', '"budgets"'): "not a job of this btx",
+        ('"class": "Train"', '"class": "os.system"'): "not a job of this btx",
     }
     for (old, new), word in changes.items():
         assert old in file.read_text()
