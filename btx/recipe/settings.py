@@ -219,7 +219,9 @@ class MeasureSettings(Settings):
     )
     tokens: Count = Field(200_000, description="held-out tokens scored per domain, at most")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="for all models of a report; auto: as train.precision, by run.device"
+        "auto",
+        description="for all models of a report; auto: bf16 on a GPU that has it and on a CPU where it is faster, else "
+        "fp32",
     )
     batch_tokens: Count = environment(8192)
 

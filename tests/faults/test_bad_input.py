@@ -114,7 +114,10 @@ RECIPES: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("evaluate.sequence_length is 129", "max_position_embeddings", "128"),
     ),
     "density under the mean": (setting("merge.shared", {"density": 0.3}), ("merge.shared:", "density", "ties")),
-    "place under ties": (setting("merge.shared", {"method": "ties", "t": 0.3}), ("merge.shared:", "t has no effect", "slerp")),
+    "place under ties": (
+        setting("merge.shared", {"method": "ties", "t": 0.3}),
+        ("merge.shared:", "t has no effect", "slerp"),
+    ),
     "weight of the seed under ties": (
         setting("merge.shared", {"method": "ties", "weights": {"seed": 5}}),
         ("merge.shared:", "ties", "seed"),
