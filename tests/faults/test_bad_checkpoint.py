@@ -1,4 +1,4 @@
-"""A checkpoint that is damaged, unsafe or no relative ends `btx run` with exit code 3 before anything is written."""
+"""A checkpoint that is damaged, unsafe or unrelated ends `btx run` with exit code 3 before anything is written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights(which: str, change: Any) -> Break:
 
 
 def bytes_of(change: Any) -> Break:
-    """Change the seed's weight file as bytes."""
+    """Change the bytes of the seed's weight file."""
 
     def do(world: World) -> None:
         path = world.seed / WEIGHTS
@@ -48,7 +48,7 @@ def bytes_of(change: Any) -> Break:
 
 
 def header(change: Any) -> Break:
-    """Change the header of the seed's weight file as text, its length kept right."""
+    """Change the header text of the seed's weight file, with its length field corrected."""
 
     def do(data: bytes) -> bytes:
         end = 8 + struct.unpack("<Q", data[:8])[0]
@@ -64,7 +64,7 @@ def index(**changes: Any) -> Break:
 
 
 def link(name: str) -> Break:
-    """Put a link out of the folder in the place of a file of the seed."""
+    """Replace a file of the seed by a symbolic link to a file outside the folder."""
 
     def do(world: World) -> None:
         moved = world.root / "elsewhere"
@@ -82,7 +82,7 @@ class Canary:
 
 
 def pickled(world: World) -> None:
-    """Weights as a pickle with code."""
+    """Pickled weights that contain code."""
     (world.seed / WEIGHTS).unlink()
     (world.seed / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
 
@@ -218,7 +218,7 @@ def test_a_bad_checkpoint_is_refused_with_file_and_remedy(
 
 
 def tied(folder: Path, *, noise: float = 0.0, stored: bool) -> None:
-    """A model with tied embeddings, its head also stored or not."""
+    """A model with tied embeddings, with or without a stored head."""
     save_model(folder, config_of("llama", tie_word_embeddings=True), noise=noise)
     tensors = load_file(folder / WEIGHTS)
     tensors.pop("lm_head.weight", None)

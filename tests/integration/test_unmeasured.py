@@ -1,4 +1,4 @@
-"""An export without an evaluation, which a later run measures; and what each step cost, beside what was planned."""
+"""An export without an evaluation, measured by a later run; and the planned and actual cost of each step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: 
 
 
 def test_the_short_names_are_those_of_the_recipe_that_was_run_last(tmp_path: Path) -> None:
-    """Also where everything was done already, since what is printed is read through them."""
+    """Even if everything was done already, since the printed results are read through them."""
     write_project(tmp_path)
     report = tmp_path / "runs/pico/report"
     found = []

@@ -159,7 +159,7 @@ def test_files_that_are_missing_cut_or_changed_are_found(tmp_path: Path) -> None
     publish(tmp_path / "x", fill, {})
     file = tmp_path / "x" / "sub" / "a.bin"
     file.write_bytes(b"abd")
-    assert is_published(tmp_path / "x")  # sizes alone do not tell
+    assert is_published(tmp_path / "x")  # sizes alone do not show it
     with pytest.raises(ArtifactError, match=r"a\.bin was changed"):
         verify(tmp_path / "x")
     file.write_bytes(b"ab")
@@ -206,7 +206,7 @@ def test_what_a_killed_attempt_left_is_removed_by_the_next_and_a_living_one_is_l
 
 
 def fill_into(folder: Path) -> None:
-    """An attempt's folder, half written."""
+    """Leave a half-written attempt's folder."""
     folder.mkdir()
     (folder / "b.txt").write_text("half")
 

@@ -1,4 +1,4 @@
-"""The recipe: what YAML may do, and how numbers are read."""
+"""The recipe: strict YAML, and how numbers are read."""
 
 from __future__ import annotations
 
