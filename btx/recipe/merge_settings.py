@@ -120,8 +120,8 @@ class MergeSettings(Settings):
     chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
     router: Router = Field(
         "random",
-        description="initial router: random or orthogonal rows; or from each domain's data, by regression on the "
-        "router's inputs (activations) or mean input embeddings (embeddings): these two load the merged model in fp32",
+        description="initial router: random or orthogonal rows; or from each domain's data, by regression on router "
+        "inputs (activations) or as mean input embedding (embeddings): both load the merged model once, in fp32",
     )
     layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
         "all",
@@ -139,7 +139,7 @@ class MergeSettings(Settings):
     shared_expert: Literal["none", "average", "seed"] = Field(
         "none",
         description="one more expert that every token visits, half of each block's output: the models' average, or the "
-        "seed's own block (Qwen2 seeds only: no other class has one)",
+        "seed's own block (Qwen2 seeds only: the others' classes have none)",
     )
     router_tokens: Count = Field(20_000, description="activations, embeddings: tokens of each domain")
     router_entropy: Annotated[Share, Field(gt=0)] = Field(
