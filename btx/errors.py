@@ -1,7 +1,7 @@
-"""What may go wrong for a user, one class a cause, each with the exit code that scripts can rely on.
+"""The errors that a user can fix, one class per cause, each with an exit code that scripts can rely on.
 
 Every message is a sentence that names what is wrong, where, and the remedy. The command prints it without a
-traceback; anything else that is raised is a bug of ours and keeps its traceback.
+traceback; any other exception is a bug in btx and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from difflib import get_close_matches
 
 
 class BtxError(Exception):
-    """Base of the errors that are a user's to mend; `exit_code` is what the process ends with."""
+    """Base of the errors that a user can fix; the process ends with `exit_code`."""
 
     exit_code = 1
 
@@ -33,7 +33,7 @@ class ArtifactError(BtxError):
 
 
 class DivergedError(BtxError):
-    """Training met non-finite losses or gradients again and again."""
+    """Training met non-finite losses or gradients in too many steps in a row."""
 
     exit_code = 4
 
@@ -45,21 +45,21 @@ class ResourceError(BtxError):
 
 
 class InterruptedRunError(BtxError):
-    """A signal asked the run to stop; its state is saved and the same command goes on from there."""
+    """A signal stopped the run; its state is saved and the same command resumes it."""
 
     exit_code = 75
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # what a disk answers that takes no more
-# A system's error as Rust and Python print it.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # errors of a disk that is full or fails
+# An operating system's error number as Rust and Python print it.
 _IN_WORDS = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)|\[Errno (\d+)\]")
 
 
 def disk_error(error: BaseException) -> str:
-    """What a disk answered, in the system's words, where an exception says that it took no more; else nothing.
+    """The system's error text if an exception reports a full or failing disk, else an empty string.
 
-    Libraries that write for us (safetensors, tokenizers, pyarrow) raise exceptions of their own, with the number of the
-    system's error in their text.
+    Libraries that write for us (safetensors, tokenizers, pyarrow) raise their own exceptions, with the errno in the
+    text.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and not isinstance(error, BtxError):
@@ -70,7 +70,7 @@ def disk_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def full_disks_told() -> Iterator[None]:
-    """Raise what a full disk makes any library raise as a ResourceError, a sentence with the remedy."""
+    """Turn any library's exception for a full or failing disk into a ResourceError that names the remedy."""
     try:
         yield
     except BtxError:
@@ -78,15 +78,15 @@ def full_disks_told() -> Iterator[None]:
     except Exception as error:
         if why := disk_error(error):
             at = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
-            said = f"the disk answered{at}: {why}. Free space or see to the disk, then run the same command again."
+            said = f"disk error{at}: {why}. Free space or check the disk, then run the same command again."
             raise ResourceError(said) from error
         raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that offers what was probably meant: the closest known name, or all of them."""
+    """A clause for a message about an unknown name: suggests the closest known one, or lists all."""
     known = list(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "known are " + ", ".join(known) + "."
+    return "choose one of " + ", ".join(known) + "."

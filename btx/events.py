@@ -1,4 +1,4 @@
-"""What a running step says of itself: typed here, and as a JSON line each between processes."""
+"""The events that a running step emits: typed here, one JSON line each between processes."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ class Event:
 
 @dataclass(frozen=True)
 class Note(Event):
-    """What it does now, in words."""
+    """What the step is doing, in words."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Waiting(Note):
-    """What it waits for, for as long as that takes."""
+    """What the step waits for; silence after it does not count as a hang."""
 
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """What a person should know of its result."""
+    """A warning about the step's result."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """How much is done of something."""
+    """How many units of the step's work are done."""
 
     done: int
     total: int
@@ -58,7 +58,7 @@ class Trained(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """Its last word: what went wrong, and the exit code that says so."""
+    """The step failed: the error message and the exit code."""
 
     text: str
     code: int
@@ -66,7 +66,7 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Exited(Event):
-    """The end of its process: the exit code, or minus the signal that killed it."""
+    """The step's process ended: its exit code, or minus the signal that killed it."""
 
     code: int
 
@@ -76,7 +76,7 @@ KINDS = {kind.__name__: kind for kind in (Note, Waiting, Warned, Progress, Train
 
 
 def parse(line: str | bytes) -> Event | None:
-    """The event of a JSON line; None for a line that is none, such as a library's print."""
+    """The event of a JSON line; None for any other line, such as a library's print."""
     try:
         fields = json.loads(line)
         return KINDS[fields.pop("event")](**fields)

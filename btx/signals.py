@@ -1,7 +1,6 @@
-"""A first signal asks a training to stop after its step; a second one ends the process at once.
+"""The first signal asks a training to stop after its current step; a second one ends the process at once.
 
-Everything else is interrupted where it stands, by SIGTERM or a hang-up as by Ctrl-C, so that unfinished folders are
-removed.
+All other work is interrupted immediately, by SIGTERM or SIGHUP as by Ctrl-C, so that unfinished folders are removed.
 """
 
 from __future__ import annotations
@@ -20,22 +19,21 @@ ENDED_AT_ONCE = 130
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Of some signals those to answer: not a SIGHUP that is ignored, which is what `nohup` asks for."""
+    """The signals to handle: all of `numbers` except a SIGHUP that is already ignored, as under `nohup`."""
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Interrupted(KeyboardInterrupt):
-    """What a signal raises.
+    """What a signal raises, a subclass on purpose.
 
-    Where Python's own KeyboardInterrupt passes through an `exec` of source text (a dataclass made by an import is
-    enough), `python -m` ends by SIGINT whatever the exit code asked for, although the exception was caught; it looks
-    for that very class.
+    Once Python's own KeyboardInterrupt has passed through an `exec` of source text (importing a dataclass is enough),
+    `python -m` dies by SIGINT whatever the exit code, even if the exception was caught; it checks for that exact class.
     """
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted; trainings watch for them on their own (Stop)."""
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted; trainings handle them with Stop instead."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,7 +50,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 class Stop:
-    """While it is open, the watched signals are noted in `asked` (the signal's name, or empty) instead of killing."""
+    """While it is open, watched signals do not end the process; the first one's name goes to `asked`, else empty."""
 
     def __init__(self) -> None:
         self.asked = ""

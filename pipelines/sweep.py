@@ -1,13 +1,12 @@
-"""Looks for the learning rates of a recipe, of BTX and of its dense control alike, on the select split.
+"""Searches the learning rates of a recipe, for BTX and for its dense control alike, on the select split.
 
     python pipelines/sweep.py pipelines/smollm2.yaml [--set A.B=VALUE ...]
 
-The ladders of rates are fixed before anything runs. The middle three are tried, and while the best of those tried is
-the last on one side, the next on that side is tried too: no optimum is taken from an edge but a ladder's own. Each
-of the experts' rates is judged by the finetuned model that it ends in, with a finetuning at a sixth of it; then the
-finetuning's rate alone is moved at the best of them. The control's ladder is the experts'. Nothing here reads the test
-split, on which the recipe's own report is made. Steps that two settings share run once, and a sweep that was stopped
-goes on where it was.
+The grids of learning rates are fixed before anything runs. The middle three are tried; while the best of them is at an
+edge, the next one beyond it is tried too, so that an optimum lies at an edge only where the grid ends. Each of the
+experts' rates is judged by the finetuned model that it leads to, with a finetuning at a sixth of it; then, at the best
+of them, the finetuning's rate alone is varied. The control has the experts' grid. Nothing here reads the test split, on
+which the recipe's own report is made. Steps that two settings share run once, and a stopped sweep resumes.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ SHAPE = "| experts | finetuning | dense | model | {} | mean |"
 
 
 class Sweep:
-    """One recipe, its scores by the digest of what was scored."""
+    """A recipe, and the scores of its models by their digest."""
 
     def __init__(self, recipe: Path, overrides: list[str]) -> None:
         self.recipe, self.overrides = recipe, [*overrides, "evaluate.split=select"]
         self.known: dict[str, list[float]] = {}
 
     def score(self, step: str, **rates: str) -> list[float]:
-        """Run the recipe up to a step under these rates; its bits per byte by domain on select, printed as a row."""
+        """Run the recipe up to a step at these rates; returns, and prints, its bits per byte by domain on select."""
         sets = [*self.overrides, *(f"{section}.learning_rate={rate}" for section, rate in rates.items())]
         flags = [part for one in sets for part in ("--set", one)]
         subprocess.run([sys.executable, "-m", "btx", "run", str(self.recipe), *flags, "--until", step], check=True)
@@ -67,12 +66,12 @@ class Sweep:
 
 
 def mean(row: list[float]) -> float:
-    """What a setting is chosen by."""
+    """The mean over domains, by which a setting is chosen."""
     return sum(row) / len(row)
 
 
 def climb(ladder: tuple[str, ...], cost: Callable[[str], float]) -> str:
-    """The rate of the least cost among the middle ones and, while the best is at their edge, the next beyond it."""
+    """The rate of least cost; tries the middle ones and, while the best is at an edge, the next one beyond it."""
     low, high = MIDDLE
     found: dict[str, float] = {}
     while True:
@@ -87,7 +86,7 @@ def climb(ladder: tuple[str, ...], cost: Callable[[str], float]) -> str:
 
 
 def main() -> None:
-    """The whole search."""
+    """Run the whole search."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("recipe", type=Path)
     arguments.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")

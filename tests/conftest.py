@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and pico models built on the spot; nothing is downloaded."""
+"""Fixtures of all tests: one thread, and pico models built on the spot; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Any:
-    """A good recipe and all that it names, to be broken."""
+    """A valid recipe and all that it names, to be broken."""
     from tests.support.world import World
 
     return World(tmp_path)

@@ -1,4 +1,4 @@
-"""The house: who may import whom, where files lie, how long they are, and that pages name what is there."""
+"""The architecture: which room may import which, where files lie, their length, and that documents name what exists."""
 
 from __future__ import annotations
 
@@ -121,6 +121,6 @@ def test_the_readme_opens_with_the_two_commands_and_its_links_lead_somewhere() -
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_tests_import_no_other_tests(path: Path) -> None:
-    """What several need lies in tests/support."""
+    """Shared helpers belong in tests/support."""
     others = {name for name in imports(path) if name.startswith("tests.") and ".test_" in name}
     assert not others

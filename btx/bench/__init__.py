@@ -1,4 +1,4 @@
-"""Measurements, one kind a file: ratios to a peer or a physical limit taken in the same run, medians of many."""
+"""Benchmarks, one per file: medians over rounds, as ratios to a peer or a physical limit measured in the same run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from btx.graph.cost import resident as resident
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Wall seconds of one call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def apart(module: str, about: dict[str, Any]) -> dict[str, Any]:
-    """What a module's `run(about)` returns in a process of its own."""
+    """The result of a module's `run(about)`, called in a fresh process."""
     code = f"import sys, json; from {module} import run; print(json.dumps(run(json.loads(sys.argv[1]))))"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(about)], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,10 +1,10 @@
-"""Expert kernels side by side with a dense product of the same active FLOPs.
+"""Expert kernels compared with dense matrix products of the same active FLOPs.
 
-The limit is six plain matrix products (two forward, four backward) of S = T · K rows with one expert's weights: what
-the experts would cost if every row went to one expert and everything but the products were free. Rounds take the
-kernels in turns, so that a busy moment hits them all.
+The lower bound is six matrix products (two forward, four backward) of S = T · K rows with one expert's weights: the
+cost if every row went to one expert and everything but the products were free. Rounds interleave the kernels, so that
+a load spike hits them all.
 
-Axes: T tokens, K experts of a token, E experts, D width, F feed-forward width.
+Axes: T tokens, K experts per token, E experts, D hidden size, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from btx.models.kernels import NATIVE, absent, known, use_kernel
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a layer of experts, and tokens that go through it."""
+    """Sizes of an expert layer, and the number of tokens that pass through it."""
 
     tokens: int
     k: int
@@ -70,7 +70,7 @@ class Row:
 
 
 class _Layer(nn.Module):
-    """Mixtral's own experts, put on a kernel, with inputs of one size and a fixed random routing."""
+    """Mixtral's own expert module on a kernel, with fixed random inputs and routing."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import MixtralConfig
@@ -91,27 +91,27 @@ class _Layer(nn.Module):
             self.grad = torch.randn(shape.tokens, shape.width, dtype=dtype)
 
     def set_experts_implementation(self, name: str) -> None:
-        """As a native model has it."""
+        """What `use_kernel` calls on a native model."""
         self.config._experts_implementation = name
 
     def clear(self) -> None:
-        """No gradients."""
+        """Reset the gradients."""
         for tensor in (self.x, self.weight, *self.experts.parameters()):
             tensor.grad = None
 
     def both(self) -> None:
-        """Forward and backward, gradients fresh."""
+        """Forward and backward pass from reset gradients."""
         self.clear()
         self.run().backward(self.grad)  # type: ignore[no-untyped-call]
 
     def run(self) -> Tensor:
-        """Forward."""
+        """Forward pass: (T, D)."""
         out: Tensor = self.experts(self.x, self.index, self.weight)
         return out
 
 
 class _Dense:
-    """The products alone, each into fresh memory as a dense layer's would be."""
+    """The matrix products alone, each allocating its output as a dense layer does."""
 
     def __init__(self, layer: _Layer, shape: Shape) -> None:
         like = layer.x.detach()
@@ -127,14 +127,14 @@ class _Dense:
         torch.mm(self.x, self.up.T), torch.mm(self.act, self.down.T)
 
     def both(self) -> None:
-        """And the four of the backward pass."""
+        """The two forward and the four backward products."""
         self.run()
         torch.mm(self.x, self.down), torch.mm(self.x.T, self.act)
         torch.mm(self.hidden, self.up), torch.mm(self.hidden.T, self.x)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Most memory that torch held at once during a call, above what it held before."""
+    """Peak bytes that torch allocates during a call, above what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -155,7 +155,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's profiler writes to standard error by itself."""
+    """Silence file descriptor 2, to which torch's profiler writes directly."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -168,7 +168,7 @@ def _quiet() -> Iterator[None]:
 
 
 def kept_bytes(work: Callable[[], Tensor], besides: list[Tensor]) -> int:
-    """Bytes that autograd keeps from a forward pass for the backward, other than those of `besides`."""
+    """Bytes that autograd saves for the backward pass, storages of `besides` excluded."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def kept_bytes(work: Callable[[], Tensor], besides: list[Tensor]) -> int:
 def measure(
     shape: str, dtype: torch.dtype, names: list[str], device: torch.device, *, rounds: int, say: Callable[[str], None]
 ) -> list[Row]:
-    """Every kernel at one shape, in turns, after one call each that is not counted."""
+    """Rows of all kernels at one shape, interleaved, after one warm-up round."""
     layer = _Layer(SHAPES[shape], dtype, device)
     dense = _Dense(layer, SHAPES[shape])
     kind = str(dtype).removeprefix("torch.")
@@ -242,7 +242,7 @@ def bench_kernels(
 ) -> list[Row]:
     """Measure and write `out` (JSON: rows, versions, device, date); returns the rows.
 
-    RecipeError for a shape, kernel or precision that there is not.
+    RecipeError for an unknown shape, kernel or precision.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = shapes or list(ON_CPU if device.type == "cpu" else SHAPES)
@@ -269,7 +269,7 @@ def _write(out: Path, rows: list[Row], rounds: int, device: torch.device) -> Non
 
 
 def table(rows: list[Row]) -> Any:
-    """The rows for a terminal."""
+    """The rows as a rich table."""
     from rich.table import Table
 
     found = Table(box=None, padding=(0, 1), pad_edge=False)

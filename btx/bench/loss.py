@@ -1,7 +1,7 @@
-"""The output head and its loss, forward and backward, beside the same with all logits at once.
+"""The output head and its loss, forward and backward, compared with materialising all logits.
 
-Each way runs in a process of its own, in turns. Memory is what the way took at most above what was there before: of
-the GPU, or of the process. Errors are relative to float64 on the first CHECKED tokens.
+Each implementation runs in its own process; rounds are interleaved. Memory is the peak above the memory held before,
+of the GPU or of the process. Errors are relative to float64 on the first CHECKED tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKED = 512
 
 
 def at_hand() -> list[str]:
-    """The ways that this torch has."""
+    """The implementations that this torch provides."""
     from torch.nn import functional
 
     return [name for name in WAYS if name != "torch" or hasattr(functional, "linear_cross_entropy")]
@@ -35,9 +35,9 @@ def at_hand() -> list[str]:
 def bench_loss(
     *, tokens: int, vocabulary: int, width: int, dtype: str, rounds: int, names: list[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Median seconds, peak bytes and errors of each way.
+    """Median seconds, peak bytes and errors of each implementation.
 
-    RecipeError where all logits at once (three copies in float32: they, their log-softmax, its gradient) do not fit.
+    RecipeError if memory is too small for all logits (three float32 copies: logits, log-softmax and its gradient).
     """
     import torch
 
@@ -67,7 +67,7 @@ def _available() -> int:
 
 
 def table(found: dict[str, Any]) -> Any:
-    """A row a way."""
+    """One row per implementation, as a rich table."""
     from rich.table import Table
 
     drawn = Table(box=None, padding=(0, 2, 0, 0))
@@ -81,7 +81,7 @@ def table(found: dict[str, Any]) -> Any:
 
 
 def run(about: dict[str, Any]) -> dict[str, Any]:
-    """One way in this process: seconds and peak bytes of a call on all tokens, and errors; a first call warms up."""
+    """Run one implementation: seconds and peak bytes of a call on all tokens, and errors; a first call warms up."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

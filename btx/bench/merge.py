@@ -1,8 +1,8 @@
-"""The merge beside `cp` of the bytes it writes and, where it is installed, beside mergekit: seconds and peak memory.
+"""The merge compared with `cp` of its output and, if installed, with mergekit: seconds and peak memory.
 
-Each side runs in a process of its own, in turns. Memory is what the system counts as resident at most, mapped pages
-included, above what the process held before it began. The merge's time includes digests, the finite check and bringing
-the files to the disk; that of `cp` includes none of them.
+Each runs in its own process; rounds are interleaved. Memory is peak resident memory, mapped pages included: of the
+merge above what the process held before, of mergekit in all. The merge's time includes hashing, the finite check and
+fsync; that of `cp` includes none of them.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Spent(NamedTuple):
-    """What one run took."""
+    """The cost of one run."""
 
     seconds: float
     memory: int  # bytes above those at the start
 
 
 def merge_measured(folders: list[Path], out: Path, *, hollow: bool = False) -> Spent:
-    """Merge folders into `out` in this process; `hollow` empties each shard once it is done, keeping its size."""
+    """Merge folders into `out` in this process; `hollow` makes each finished shard a sparse file of its size."""
     from btx.checkpoints.reader import one_thread, opened
     from btx.merge.averaging import SEED
     from btx.merge.write import write_moe
@@ -76,13 +76,13 @@ def merge_measured(folders: list[Path], out: Path, *, hollow: bool = False) -> S
 
 
 class Hollow:
-    """Turns each finished shard into a hole of its size, so that a merge of any size fits on any disk."""
+    """Turns each finished shard into a sparse file of its size, so that a merge of any size fits on any disk."""
 
     def __init__(self) -> None:
         self.last: Path | None = None
 
     def __call__(self, file: Path, done: int, total: int) -> None:
-        """A row of a shard is written."""
+        """Progress callback of the merge: empties the previous shard when a new one begins."""
         if self.last and self.last != file:
             size = self.last.stat().st_size
             os.truncate(self.last, 0)
@@ -91,7 +91,7 @@ class Hollow:
 
 
 def _in_child(folders: list[Path], out: Path, hollow: bool, pipe: Any) -> None:
-    from transformers import AutoConfig, MixtralForCausalLM  # noqa: F401 - libraries are the interpreter's own
+    from transformers import AutoConfig, MixtralForCausalLM  # noqa: F401 - imported first: libraries do not count
 
     import btx.merge.write  # noqa: F401
 
@@ -99,7 +99,7 @@ def _in_child(folders: list[Path], out: Path, hollow: bool, pipe: Any) -> None:
 
 
 def ours(folders: list[Path], out: Path, *, hollow: bool = False) -> Spent:
-    """The same in a fresh process."""
+    """`merge_measured` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     process = context.Process(target=_in_child, args=(folders, out, hollow, theirs))
@@ -108,20 +108,20 @@ def ours(folders: list[Path], out: Path, *, hollow: bool = False) -> Spent:
     try:
         spent: Spent = mine.recv()
     except EOFError:
-        raise ResourceError(f"the merge into {out} failed; its own message stands above.") from None
+        raise ResourceError(f"the merge into {out} failed; its error is printed above.") from None
     process.join()
     return spent
 
 
 def copied(source: Path, target: Path) -> float:
-    """Seconds of `cp` of a folder."""
+    """Seconds that `cp -r` of a folder takes."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     return time.perf_counter() - started
 
 
 def mergekit(folders: list[Path], place: Path) -> Spent | None:
-    """mergekit-yaml's mean followed by mergekit-moe over it, in processes of their own; None where not installed."""
+    """The cost of mergekit-yaml's mean followed by mergekit-moe, each in its own process; None if not installed."""
     tools = [Path(sys.executable).with_name(name) for name in ("mergekit-yaml", "mergekit-moe")]
     if not all(tool.exists() for tool in tools):
         return None
@@ -141,7 +141,7 @@ def mergekit(folders: list[Path], place: Path) -> Spent | None:
 
 
 def _run(argv: list[str], log: Path) -> Spent:
-    """A command's time, and its largest resident memory, the interpreter's own included."""
+    """A command's wall time and peak resident memory, the interpreter included."""
     started = time.perf_counter()
     with log.open("wb") as stream:
         process = subprocess.Popen(argv, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
@@ -152,7 +152,7 @@ def _run(argv: list[str], log: Path) -> Spent:
 
 
 def make_models(place: Path, shape: dict[str, Any], count: int, *, sparse: bool) -> list[Path]:
-    """Checkpoints of a shape: of random weights, or sparse files of zeros that take no disk."""
+    """Write checkpoints of a shape: random weights, or sparse files of zeros that take no disk."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -181,7 +181,7 @@ def _tiled(noise: Any, count: int) -> Iterator[Any]:
 
 
 def _write_sparse(out: Path, rows: list[TensorSpec]) -> None:
-    """Matrices of zeros that take no disk; norms as they are."""
+    """Write matrices as sparse zeros that take no disk, and vectors (norms) in full."""
     import torch
 
     from btx.checkpoints.writer import SHARD_BYTES, header_of, shards_of, write_index
@@ -201,7 +201,7 @@ def _write_sparse(out: Path, rows: list[TensorSpec]) -> None:
 
 
 def _write_tokenizer(folder: Path, size: int) -> None:
-    """A tokenizer of so many words, as mergekit wants one."""
+    """Write a word-level tokenizer of `size` words: mergekit requires one."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -213,7 +213,7 @@ def _write_tokenizer(folder: Path, size: int) -> None:
 def bench_merge(
     *, shape: str, models: int, rounds: int, sparse: bool, directory: Path | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure, in turns, `rounds` of each side; returns medians and ratios, sizes in bytes.
+    """Run interleaved rounds; returns median seconds, ratios of them, and sizes and peak memory in bytes.
 
     RecipeError for an unknown shape, ResourceError when the disk is too small.
     """
@@ -235,8 +235,8 @@ def _require_room(place: Path, shape: dict[str, Any], models: int, sparse: bool)
     free = shutil.disk_usage(place).free
     if free < wanted:
         raise ResourceError(
-            f"{place.parent} has {free / 1e9:.0f} GB free and {wanted / 1e9:.0f} GB are needed. Name another folder "
-            "with --directory, or fewer --models, or measure --sparse."
+            f"{place.parent} has {free / 1e9:.0f} GB free and {wanted / 1e9:.0f} GB are needed. Choose another "
+            "folder with --directory, fewer --models, or --sparse."
         )
 
 
@@ -246,7 +246,7 @@ def _written(out: Path) -> dict[str, Any]:
 
 
 def _simulated(folders: list[Path], place: Path) -> dict[str, Any]:
-    """One merge of files that take no disk into files that take none once they are done."""
+    """One merge of sparse files into shards that become sparse once finished."""
     spent = ours(folders, place / "out", hollow=True)
     about = _written(place / "out")
     return {

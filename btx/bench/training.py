@@ -1,8 +1,8 @@
-"""The training loop beside a bare one in the same precision, a bare one of bfloat16 weights, and transformers' Trainer.
+"""The training loop compared with bare loops (fp32, autocast, bfloat16 weights) and transformers' Trainer.
 
-All train the same model on the same sequences with the same optimiser; the Trainer's cosine takes one step more to its
-end, a tenth of the peak, than the others'. Each runs in a process of its own,
-whose peak memory is its own; they take turns, so that a machine whose speed drifts treats all alike.
+All train the same model on the same sequences with the same optimiser; the Trainer's cosine schedule reaches its end,
+a tenth of the peak, one step later than the others'. Each runs in its own process, so that peak memory is its own;
+rounds are interleaved, so that drift in the machine's speed affects all alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def bench_training(
 ) -> dict[str, Any]:
     """Tokens/s (median over rounds, the first step left out), losses of every step and peak memory of each contender.
 
-    `tokens` in a step; `model` is a checkpoint folder, without it a small Llama with random weights.
+    `tokens` are per optimiser step; `model` is a checkpoint folder, or None for a small Llama with random weights.
     """
     found: dict[str, Any] = {name: {"rates": [], "memory": 0} for name in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def bench_training(
 
 
 def table(found: dict[str, Any]) -> Any:
-    """Every contender as a ratio to the others of its precision."""
+    """One row per contender, with speed ratios to pure bf16, bare fp32 and Trainer where those ran."""
     from rich.table import Table
 
     drawn = Table(box=None, padding=(0, 2, 0, 0))
@@ -107,7 +107,7 @@ def _model(folder: str) -> Any:
 
 
 def _sequences(count: int, vocabulary: int) -> np.ndarray[Any, Any]:
-    """Sequences of LENGTH + 1 ids that follow each other by a fixed rule with some noise, so that a loss can fall."""
+    """Ids (count, LENGTH + 1) from a fixed transition rule with noise, so that the loss can fall."""
     chance = np.random.default_rng(0)
     ids = chance.integers(0, vocabulary, (count, LENGTH + 1))
     for place in range(1, LENGTH + 1):
@@ -190,10 +190,10 @@ def _trainer(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tupl
     times: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """Notes when each step ends."""
+        """Records when each step ends."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            """Note it."""
+            """Record the time."""
             times.append(time.monotonic())
 
     arguments = TrainingArguments(
@@ -204,7 +204,7 @@ def _trainer(net: Any, ids: np.ndarray[Any, Any], about: dict[str, Any]) -> tupl
         disable_tqdm=True, dataloader_num_workers=0, remove_unused_columns=False,
     )  # fmt: skip
     trainer = Trainer(model=net, args=arguments, train_dataset=rows, callbacks=[Clock()])
-    trainer._get_train_sampler = lambda *_: None  # in the order of the others
+    trainer._get_train_sampler = lambda *_: None  # None: no shuffling, as in the other loops
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [x for x in losses if math.isfinite(x)], times[-1] - times[0]

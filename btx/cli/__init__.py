@@ -1,1 +1,1 @@
-"""The commands, one verb or group of verbs a file."""
+"""The command line, one verb or group of verbs per file."""

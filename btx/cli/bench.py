@@ -1,4 +1,4 @@
-"""`btx bench`: one verb a kind of measurement. Nothing heavy is imported before a verb needs it."""
+"""`btx bench`: one verb per benchmark. Heavy imports wait until a verb needs them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import click
 
 @click.group()
 def bench() -> None:
-    """Measurements, as ratios to a peer in the same run."""
+    """Benchmarks, as ratios to a peer in the same run."""
 
 
 @bench.command("train")
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False),
-              help="A checkpoint folder; a small Llama of random weights without it.")  # fmt: skip
-@click.option("--tokens", type=click.IntRange(min=256), default=8192, show_default=True, help="Tokens of a step.")
-@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Optimiser steps a round.")
+              help="A checkpoint folder; default: a small Llama with random weights.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(min=256), default=8192, show_default=True, help="Tokens per step.")
+@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Optimiser steps per round.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of each, taken in turns."
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds per loop, interleaved."
 )
-@click.option("--loop", "names", multiple=True, metavar="NAME", help="Only this loop; may be given again.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write figures and loss curves as JSON as well.")
+@click.option("--loop", "names", multiple=True, metavar="NAME", help="Only this loop; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write figures and loss curves as JSON.")
 def bench_train(
     model: Path | None, tokens: int, steps: int, rounds: int, names: tuple[str, ...], out: Path | None
 ) -> None:
-    """Training tokens/s and peak memory beside bare loops and transformers' Trainer on the same model."""
+    """Compare training tokens/s and peak memory with bare loops and transformers' Trainer on the same model."""
     import json
 
     from rich.console import Console
@@ -46,17 +46,17 @@ def bench_train(
 
 
 @bench.command("loss")
-@click.option("--tokens", type=click.IntRange(min=16), default=4096, show_default=True, help="Tokens of a micro-batch.")
+@click.option("--tokens", type=click.IntRange(min=16), default=4096, show_default=True, help="Tokens per micro-batch.")
 @click.option("--vocabulary", type=click.IntRange(min=2), default=128256, show_default=True, help="Rows of the head.")
-@click.option("--width", type=click.IntRange(min=1), default=576, show_default=True, help="Width of the model.")
-@click.option("--dtype", default="float32", show_default=True, help="float32 or bfloat16, of the hidden states.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, taken in turns.")
-@click.option("--way", "names", multiple=True, metavar="NAME", help="Only this way; may be given again.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON as well.")
+@click.option("--width", type=click.IntRange(min=1), default=576, show_default=True, help="Hidden size of the model.")
+@click.option("--dtype", default="float32", show_default=True, help="Dtype of the hidden states: float32 or bfloat16.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, interleaved.")
+@click.option("--way", "names", multiple=True, metavar="NAME", help="Only this implementation; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the figures as JSON.")
 def bench_loss(
     tokens: int, vocabulary: int, width: int, dtype: str, rounds: int, names: tuple[str, ...], out: Path | None
 ) -> None:
-    """Head and loss, forward and backward, beside whole logits: seconds, peak memory, error against float64."""
+    """Compare head and loss, forward and backward, with full logits: seconds, peak memory, error against float64."""
     import json
 
     from rich.console import Console
@@ -78,17 +78,17 @@ def bench_loss(
 
 
 @bench.command("kernels")
-@click.option("--shape", "shapes", multiple=True, metavar="NAME", help="Only this shape; may be given again.")
-@click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; may be given again.")
-@click.option("--dtype", "dtypes", multiple=True, metavar="NAME", help="Only float32 or bfloat16.")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME", help="Only this shape; repeatable.")
+@click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; repeatable.")
+@click.option("--dtype", "dtypes", multiple=True, metavar="NAME", help="Only float32, or only bfloat16.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Rounds of all, taken in turns."
+    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Rounds per kernel, interleaved."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write the rows as JSON as well.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the rows as JSON.")
 def bench_kernels(
     shapes: tuple[str, ...], kernels: tuple[str, ...], dtypes: tuple[str, ...], rounds: int, out: Path | None
 ) -> None:
-    """Every expert kernel as a ratio to dense products of the same active FLOPs."""
+    """Time every expert kernel as a ratio to dense matrix products of the same active FLOPs."""
     from rich.console import Console
 
     from btx.bench.kernels import bench_kernels as measure
@@ -104,12 +104,12 @@ def bench_kernels(
 @bench.command("merge")
 @click.option("--shape", default="0.65b", show_default=True, help="0.65b, 7b or 70b.")
 @click.option("--models", type=click.IntRange(min=2), default=4, show_default=True, help="Models to merge.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, taken in turns.")
-@click.option("--sparse", is_flag=True, help="Simulate: files of zeros that take no disk; no cp and no mergekit.")
-@click.option("--directory", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where to work.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON as well.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, interleaved.")
+@click.option("--sparse", is_flag=True, help="Simulate with sparse files that take no disk; no cp, no mergekit.")
+@click.option("--directory", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Scratch folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the figures as JSON.")
 def bench_merge(shape: str, models: int, rounds: int, sparse: bool, directory: Path | None, out: Path | None) -> None:
-    """The merge beside cp of what it writes and, where installed, mergekit: seconds and peak memory."""
+    """Compare the merge with cp of its output and, if installed, mergekit: seconds and peak memory."""
     import json
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""How the command ends: an error that is the user's to mend as one sentence, with its exit code."""
+"""Error handling of the command: a user's error is printed as one sentence and sets the exit code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from btx.signals import interruptible
 
 
 class Command(click.Group):
-    """Prints an error that is the user's to mend as one sentence and ends with its exit code."""
+    """Prints a BtxError as one sentence, without a traceback, and exits with its code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command; what a full disk does to a verb's help ends in a sentence too."""
+        """Run the command; a full disk while printing help is reported as a sentence too."""
         try:
             with full_disks_told():
                 return super().main(*args, **kwargs)
@@ -30,13 +30,13 @@ class Command(click.Group):
         try:
             with interruptible(), full_disks_told():
                 found = super().invoke(ctx)
-                sys.stdout.flush()  # here, where a full disk is still told in a sentence
+                sys.stdout.flush()  # flushed here, where a full disk is still reported as a sentence
                 return found
         except BtxError as error:
             click.echo(f"btx: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("btx: interrupted; the same command goes on from what is finished.", err=True)
+            click.echo("btx: interrupted; run the same command again to resume.", err=True)
             ctx.exit(os.EX_TEMPFAIL)
         except BrokenPipeError:
             os._exit(1)
@@ -45,7 +45,7 @@ class Command(click.Group):
 
 
 def _drop_what_cannot_be_written() -> None:
-    """Leave nothing in the buffer that Python would fail to write once more as it ends, with a traceback."""
+    """Drop output that cannot be written: Python would flush it again at exit and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""`btx doctor`: what this machine and environment can do, and what is missing."""
+"""`btx doctor`: what this machine and environment support, and what is missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def report() -> Iterator[str]:
     for name, why in missing.items():
         yield f"  not here  {name}: {why}"
     yield f"disk        {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free here"
-    there = {found.name for found in distributions()}  # a folder of that name, as trackers leave them, is no package
+    there = {found.name for found in distributions()}  # not find_spec: it finds the folders that trackers leave
     for package, use in OPTIONAL.items():
         yield f"{'present' if package in there else 'absent':<11} {package} ({use})"
 

@@ -1,6 +1,7 @@
-"""The command: one verb a stage, and run, status, path, plan, check, doctor, init, schema, text, bench.
+"""The command line: one verb per stage, and run, status, path, plan, check, import, doctor, init, schema, text, bench,
+moe.
 
-Nothing heavy is imported before a verb needs it, so that `btx --help` answers at once.
+Heavy imports wait until a verb needs them, so that `btx --help` answers at once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def graph_of(recipe: Path, overrides: tuple[str, ...]) -> Graph:
-    """The graph of a recipe file, paths in it relative to that file."""
+    """The step graph of a recipe file; its relative paths start at the file's folder."""
     from btx.conversions.pipeline import Graph
     from btx.conversions.registry import load_recipe
 
@@ -50,7 +51,7 @@ def graph_of(recipe: Path, overrides: tuple[str, ...]) -> Graph:
 
 
 def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str | None) -> None:
-    """Do whatever is not done of what a stage needs, and say what came out."""
+    """Run every unfinished step that a stage needs, then print the result."""
     from btx.graph.launch import Launcher
     from btx.graph.scheduler import link, run_steps
     from btx.graph.step import undone
@@ -67,13 +68,13 @@ def carry_out(recipe: Path, overrides: tuple[str, ...], stage: str, domain: str 
         with for_person() as person:
             launcher = Launcher(graph.recipe.run, person.emit)
             run_steps(steps, launch=launcher, emit=person.emit, several=launcher.slots > 1)
-    for step in steps:  # also where all was done: another recipe's run may have been the last
+    for step in steps:  # even with nothing to do: the previous run may have been of another recipe
         link(step)
     finish(graph, stage, domain, len(todo))
 
 
 def finish(graph: Graph, stage: str, domain: str | None, count: int) -> None:
-    """The last words of a verb."""
+    """Print what a stage produced."""
     if not graph.labels(stage, domain):
         which = f"the expert of domain {domain}" if domain else "every expert"
         click.echo(f"Nothing to train: {which} has a checkpoint, which is checked and merged as it is.")
@@ -95,7 +96,7 @@ def finish(graph: Graph, stage: str, domain: str | None, count: int) -> None:
 @SET
 @click.option("--until", metavar="STEP", default="report", help=f"Stop after this stage: {', '.join(STAGES)}.")
 def run(recipe: Path, overrides: tuple[str, ...], until: str) -> None:
-    """Do the whole recipe, or what is not yet done of it."""
+    """Run the recipe; finished steps are reused."""
     stage, _, domain = until.partition(":")
     carry_out(recipe, overrides, stage, domain or None)
 
@@ -106,7 +107,7 @@ def _stage(name: str, about: str) -> None:
     @SET
     @click.option("--domain", metavar="NAME", hidden=name != "train", help="Only this domain.")
     @click.option(
-        "--max-memory", metavar="SIZE", hidden=name != "merge", help="As --set run.max_memory=SIZE, say 4GiB."
+        "--max-memory", metavar="SIZE", hidden=name != "merge", help="Short for --set run.max_memory=SIZE: 4GiB."
     )
     def verb(recipe: Path, overrides: tuple[str, ...], domain: str | None, max_memory: str | None) -> None:
         if domain and name != "train":
@@ -117,13 +118,13 @@ def _stage(name: str, about: str) -> None:
 
 
 for _name, _about in {
-    "branch": "Verify the seed (made first where it is builtin) and write the lineage.",
-    "train": "Train the experts, one job a domain; --domain trains one, on whatever machine.",
-    "merge": "Merge the experts: feed-forwards become experts, the rest is averaged.",
+    "branch": "Verify the seed (a builtin one is pretrained first) and write its lineage.",
+    "train": "Train the experts, one job each; --domain trains one domain's, on any machine.",
+    "merge": "Merge: feed-forward blocks become experts, all other weights are averaged.",
     "finetune": "Train the merged model and its router on all domains.",
     "evaluate": "Bits per byte of every model on every domain, and the routing.",
-    "export": "Write the Hugging Face folder with card, digests and proof.",
-    "report": "Results, costs and pictures as a page.",
+    "export": "Write the Hugging Face folder with model card, digests and proof (golden logits).",
+    "report": "Write results, costs and charts as one HTML page.",
 }.items():
     _stage(_name, _about)
 
@@ -132,13 +133,13 @@ for _name, _about in {
 @RECIPE
 @SET
 def status(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """What is done, under way or still to do, what was planned for it and what it took."""
+    """Show the state of every step, its planned cost and its actual cost."""
     from btx.cli.plan import rows
     from btx.report.console import Planned, status_table
 
     graph = graph_of(recipe, overrides)
     planned = {}
-    with suppress(BtxError):  # a plan that cannot be had is no reason to say nothing of the state
+    with suppress(BtxError):  # the states are worth printing even if the plan fails
         planned = {row.label: Planned(row.flops, row.memory, row.disk) for row in rows(graph.recipe, graph.base)}
     status_table(graph, planned)
 
@@ -162,12 +163,12 @@ def path(recipe: Path, step: str, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--tflops",
     type=click.FloatRange(min=0, min_open=True),
-    help="Sustained 10^12 FLOPs/s of one device; default: 400, or as with --here where the device is a CPU.",
+    help="Sustained TFLOP/s of one device; default: measured on a CPU whose seed is there, else 400.",
 )
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices per training.")
-@click.option("--here", is_flag=True, help="Measure what this machine sustains instead of --tflops (a second).")
+@click.option("--here", is_flag=True, help="Measure this machine's TFLOP/s instead of --tflops (a second).")
 def plan(recipe: Path, overrides: tuple[str, ...], tflops: float | None, devices: int, here: bool) -> None:
-    """Tokens, FLOPs, time, memory and disk, before anything runs."""
+    """Estimate tokens, FLOPs, time, memory and disk before anything runs."""
     from btx.cli.plan import show_plan, sustained
     from btx.conversions.pipeline import resolved
     from btx.conversions.registry import load_recipe
@@ -190,10 +191,10 @@ def check(folder: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True,
-              help="Of the weights written; fp32 holds the file's values exactly.")  # fmt: skip
-@click.option("--sha256", metavar="HEX", help="Refuse a file that has another SHA-256.")
+              help="Dtype of the written weights; fp32 holds the file's values exactly.")  # fmt: skip
+@click.option("--sha256", metavar="HEX", help="Refuse the file unless it has this SHA-256.")
 def import_(file: Path, folder: Path, dtype: str, sha256: str | None) -> None:
-    """Write a GGUF file as a plain checkpoint folder, dequantised, to be a seed or an expert."""
+    """Dequantise a GGUF file into a checkpoint folder, for use as a seed or an expert."""
     from btx.checkpoints.gguf import import_gguf
 
     import_gguf(file, folder, dtype=dtype, sha256=sha256, say=click.echo)
@@ -201,7 +202,7 @@ def import_(file: Path, folder: Path, dtype: str, sha256: str | None) -> None:
 
 @main.command()
 def doctor() -> None:
-    """What this machine and environment can do, and what is missing."""
+    """Show what this machine and environment support, and what is missing."""
     from btx.cli.doctor import report
 
     for line in report():
@@ -230,7 +231,7 @@ def schema() -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def text(folder: Path) -> None:
-    """Write the builtin texts as FOLDER/math, FOLDER/code and FOLDER/prose, for recipes to name as their data."""
+    """Write the builtin corpora to FOLDER/math, FOLDER/code and FOLDER/prose, for use as a recipe's data."""
     from btx.data import builtin
 
     for name, (documents, size) in builtin.write(folder).items():
@@ -243,9 +244,9 @@ main.add_command(moe)
 
 @main.command("_step", hidden=True)
 @click.argument("job", type=click.Path(path_type=Path))
-@click.option("--launched", is_flag=True, help="As one of the processes that accelerate launch starts.")
+@click.option("--launched", is_flag=True, help="This process was started by accelerate launch.")
 def one_step(job: Path, launched: bool) -> None:
-    """One step in this process, events as JSON lines: what an engine starts."""
+    """Run one job in this process and write events as JSON lines: the worker that an engine starts."""
     from btx.conversions.registry import classes
     from btx.events import Failed
     from btx.graph.job import thaw

@@ -1,4 +1,4 @@
-"""The verbs of `btx moe`. Nothing heavy is imported before a verb needs it."""
+"""The verbs of `btx moe`. Heavy imports wait until a verb needs them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 EXPERT = click.argument("expert", type=click.Path(path_type=Path))
 NAME = click.option("--name", required=True, help="The expert, by name (experts.json) or number.")
-NAMES = click.option("--name", "names", required=True, multiple=True, help="An expert; may be given again.")
+NAMES = click.option("--name", "names", required=True, multiple=True, help="An expert; repeatable.")
 
 
 @click.group()
 def moe() -> None:
-    """A mixture's life after the merge: experts added, removed, replaced, masked, extracted.
+    """Add, remove, replace, mask or extract experts of a Mixture of Experts after the merge.
 
-    FOLDER is an export, or any mixture that btx writes. A new folder is written; FOLDER stays as it is.
+    FOLDER is an export, or any mixture that btx writes. The result is a new folder; FOLDER is not changed.
     """
 
 
 def _common(verb: Callable[..., None]) -> Callable[..., None]:
-    """The options that every verb has."""
+    """Add the options that all verbs share."""
     data = click.option(
         "--data", multiple=True, metavar="NAME=PATH", help="Text of a domain to measure on; repeatable."
     )
     tokens = click.option("--tokens", type=click.IntRange(min=64), default=20_000, show_default=True,
-                          help="Tokens read of each domain.")  # fmt: skip
-    out = click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder that is written.")
+                          help="Tokens to read from each domain.")  # fmt: skip
+    out = click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
     return data(tokens(out(verb)))
 
 
@@ -54,8 +54,8 @@ def _work(folder: Path, options: dict[str, Any]) -> Iterator[Work]:
 def add(folder: Path, expert: Path, name: str, **options: Any) -> None:
     """Add a dense model of the same seed as an expert.
 
-    Its router rows are found by ridge regression at what each router sees, on --data NAME=PATH of its own domain and of
-    the old ones. Old experts and rows keep their bits.
+    Its router rows are fitted by ridge regression on each router's inputs, from --data NAME=PATH of its own domain and
+    of the existing ones. Existing experts and rows stay bit-identical.
     """
     from btx.export.work import add as do
 
@@ -81,7 +81,7 @@ def remove(folder: Path, names: tuple[str, ...], **options: Any) -> None:
 @NAME
 @_common
 def replace(folder: Path, expert: Path, name: str, **options: Any) -> None:
-    """Put another dense model of the same seed in the place of an expert, whose router rows stay."""
+    """Replace an expert by another dense model of the same seed; its router rows stay."""
     from btx.export.work import replace as do
 
     with _work(folder, options) as work:
@@ -93,7 +93,7 @@ def replace(folder: Path, expert: Path, name: str, **options: Any) -> None:
 @NAME
 @_common
 def extract(folder: Path, name: str, **options: Any) -> None:
-    """Write an expert on the shared tensors as a dense model."""
+    """Write one expert, with the shared tensors, as a dense model."""
     from btx.export.work import extract as do
 
     with _work(folder, options) as work:
@@ -105,7 +105,7 @@ def extract(folder: Path, name: str, **options: Any) -> None:
 @NAMES
 @_common
 def mask(folder: Path, names: tuple[str, ...], **options: Any) -> None:
-    """Switch experts off: no token visits them. They lie beside the mixture, in masked/, until unmask."""
+    """Mask experts: no token is routed to them. Their weights are kept in masked/ until unmask."""
     from btx.export.work import mask as do
 
     with _work(folder, options) as work:
@@ -116,7 +116,7 @@ def mask(folder: Path, names: tuple[str, ...], **options: Any) -> None:
 @FOLDER
 @_common
 def unmask(folder: Path, **options: Any) -> None:
-    """Switch the experts in masked/ on again, with the bits they had."""
+    """Restore the experts in masked/, bit-identical."""
     from btx.export.work import unmask as do
 
     with _work(folder, options) as work:

@@ -20,13 +20,13 @@ from btx.recipe.settings import FinetuneSettings, TrainSettings, steps_of
 from btx.report.figures import human, human_count
 
 Config = dict[str, Any]
-GPU = 400.0  # 10^12 FLOPs/s that a training sustains on one of today's, in bf16
-EFFICIENCY = 0.5  # of a training, as a share of a large product's speed: 0.45 to 0.6 was seen on CPUs
+GPU = 400.0  # TFLOP/s that training in bf16 sustains on a current GPU
+EFFICIENCY = 0.5  # of training, as a share of a large matmul's speed: 0.45 to 0.6 was seen on CPUs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One step's price."""
+    """The planned cost of one step; `memory` and `disk` in bytes."""
 
     label: str
     parameters: int
@@ -39,7 +39,7 @@ class Row:
 
 
 def seed_config(recipe: Recipe, base: Path) -> Config:
-    """The seed's config: made, read from its folder, or as the recipe states it under seed.architecture."""
+    """The seed's config: of the builtin seed, from its folder, or from seed.architecture; RecipeError without any."""
     if recipe.seed.is_builtin:
         return recipe.seed.builtin.config
     folder = base / Path(recipe.seed.checkpoint).expanduser()
@@ -54,7 +54,7 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
 
 
 def merged_shape(recipe: Recipe, base: Path, dense: Config) -> Config:
-    """The seed's config as the merge evens it out with experts at hand: the widest blocks, all added tokens."""
+    """The seed's config as the merge pads it for given experts: the widest feed-forward, all added tokens."""
     from btx.merge.adapter import is_adapter
     from btx.merge.vocabulary import is_extended, join
 
@@ -88,7 +88,7 @@ def _row(label: str, config: Config, tokens: int, settings: TrainSettings, dtype
 
 
 def rows(recipe: Recipe, base: Path) -> list[Row]:
-    """The price of every training and of the merge; RecipeError for a config that no model can have."""
+    """The planned cost of every training and of the merge; RecipeError for an impossible config."""
     try:
         return _rows(recipe, base, seed_config(recipe, base))
     except ValueError as error:
@@ -112,7 +112,7 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     if not any(domain.data for domain in recipe.domains.values()):
-        return found  # a merge is all that can be made without data
+        return found  # without data only the merge can run
     settings = recipe.finetuning
     found.append(_row("finetune", moe, settings.tokens, settings, dtype))
     for name, said in recipe.sections.items():
@@ -122,7 +122,7 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
 
 
 def show_plan(recipe: Recipe, base: Path, *, tflops: float, devices: int) -> None:
-    """Print the plan."""
+    """Print the plan as a table, then warnings and notes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -143,7 +143,7 @@ def show_plan(recipe: Recipe, base: Path, *, tflops: float, devices: int) -> Non
 
 
 def warnings(recipe: Recipe, base: Path) -> list[str]:
-    """What is to be said of the checkpoints that are at hand."""
+    """Warnings about the recipe's checkpoints, as far as they exist."""
     from btx.merge.adapter import is_adapter
 
     given = [recipe.seed.checkpoint, *(c for domain in recipe.domains.values() for c in domain.checkpoints)]
@@ -154,7 +154,7 @@ def warnings(recipe: Recipe, base: Path) -> list[str]:
 
 
 def sustained(recipe: Recipe, base: Path, said: float | None, *, here: bool) -> float:
-    """10^12 FLOPs/s of a device: as said, measured where that is asked for or the run's device is a CPU, or a GPU's."""
+    """TFLOP/s of one device: measured if `here`, or on a CPU if nothing is `said`; else `said` or a GPU's."""
     from btx.models.model import device_of
 
     at_hand = recipe.seed.is_builtin or (base / Path(recipe.seed.checkpoint).expanduser()).is_dir()
@@ -164,9 +164,9 @@ def sustained(recipe: Recipe, base: Path, said: float | None, *, here: bool) -> 
 
 
 def measured_tflops(recipe: Recipe, config: Config) -> float:
-    """10^12 FLOPs/s that a training is likely to sustain here: EFFICIENCY of a product's, in its precision.
+    """TFLOP/s that training should sustain here: EFFICIENCY times a matmul's in the training precision.
 
-    Measured for half a second at the seed's widths and 2,048 tokens.
+    The matmul has the seed's widths and 2,048 tokens, and is timed for half a second.
     """
     import time
 
@@ -192,7 +192,7 @@ def measured_tflops(recipe: Recipe, config: Config) -> float:
 
 
 def _hours(hours: float) -> str:
-    """Hours, or minutes and seconds where they are less."""
+    """Hours, or minutes and seconds below one hour."""
     if hours < 1:
         return f"{int(hours * 60)}:{round(hours * 3600) % 60:02d} min"
     return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.2f} h"
@@ -203,7 +203,7 @@ def _or_blank(number: int) -> str:
 
 
 def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list[str]:
-    """What the table leaves open, in sentences."""
+    """Sentences below the table: wall time, formulas, precision, routing and data mix."""
     trained = [r for r in found if r.flops]
     apart = [r for r in trained if r.label.startswith("train:")]
     after = sum(r.flops for r in trained if not r.label.startswith("train:"))
@@ -213,14 +213,14 @@ def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list
     shares = ", ".join(f"{n} {w / sum(weights.values()):.1%}" for n, w in weights.items())
     settings: FinetuneSettings = recipe.finetuning
     if not trained:
-        return ["Nothing is trained: no domain has `data`. The merge alone is made by --until merge."]
+        return ["Nothing is trained: no domain has `data`. Run with --until merge to make the merge alone."]
     return [
-        f"Wall time of the trainings with {devices} device(s) each: {_hours(hours)} with all experts at once, "
-        f"{_hours(whole)} one after another, at {tflops:.3g} TFLOP/s sustained a device (--tflops, or --here to "
+        f"Wall time of training with {devices} device(s) per job: {_hours(hours)} with all experts in parallel, "
+        f"{_hours(whole)} one after another, at {tflops:.3g} sustained TFLOP/s per device (--tflops, or --here to "
         "measure).",
         "FLOPs: 6 · active parameters · tokens, and attention (causal). Memory: weights, gradients and AdamW state in "
         f"fp32, {'bf16 copies, ' * (settings.precision == 'bf16')}and an estimate of the activations, on one device "
-        f"without sharding. Precision: {settings.precision} (train.precision, by run.device where it is auto).",
+        f"without sharding. Precision: {settings.precision} (train.precision; auto follows run.device).",
         f"Finetuning: {settings.routing}, balance {settings.balance.type} · {settings.balance.weight:g}; "
         f"data: {shares}.",
     ]

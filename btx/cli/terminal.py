@@ -1,4 +1,4 @@
-"""Terminals and files that cannot show every sign: plain ones instead, never a traceback."""
+"""Plain replacements for characters that the output's encoding lacks, instead of a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HANDLER = "btx-plain"
 
 
 def plain_where_needed() -> None:
-    """Let standard output and error write plain signs for those that their encoding lacks (ASCII, Latin-1, ...)."""
+    """Make stdout and stderr replace characters that their encoding (ASCII, Latin-1, ...) lacks."""
     codecs.register_error(HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):

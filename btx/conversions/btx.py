@@ -26,7 +26,7 @@ def build(sources: Sources, start: Start, experts: Experts, _settings: None) -> 
     check_method(recipe.merge, list(merge.models))
     settings, own = recipe.finetuning, experts.domains_merged(sources, start)
     models = {"merged": Model(merge, settings.rule, own)}
-    if start.tokens:  # experts that were trained elsewhere can be merged without, no more
+    if start.tokens:  # without data, experts trained elsewhere can only be merged
         finetune = sources.add(
             Finetune(merge=merge, tokens=tokens, weights=mix(recipe, list(tokens)), settings=settings,
                      **sources.place())
@@ -36,15 +36,15 @@ def build(sources: Sources, start: Start, experts: Experts, _settings: None) -> 
 
 
 def router_data(recipe: Recipe, tokens: dict[str, TokensStep]) -> dict[str, TokensStep]:
-    """The tokens that a router is made from, by model; none for one that needs no data."""
+    """The tokens that initialise the router, by model; empty for a router that needs no data."""
     if recipe.merge.router not in FROM_DATA:
         return {}
     owners = {*recipe.domains, *recipe.models}
     known = {name: step for name, step in tokens.items() if name in owners}
     if len(known) < 2:
         raise RecipeError(
-            f"merge.router: {recipe.merge.router} needs `data` of two domains or more, here are "
-            f"{', '.join(known) or 'none'}. Give the domains some, or use random."
+            f"merge.router: {recipe.merge.router} needs `data` in two domains or more, found: "
+            f"{', '.join(known) or 'none'}. Give the domains data, or use random."
         )
     return known
 

@@ -1,4 +1,4 @@
-"""What a conversion is: a module of this folder whose `CONVERSION` says how its models are built of a recipe."""
+"""The interface of a conversion: a module of this folder whose `CONVERSION` builds its models from a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """A training that a conversion is going to do, for the plan: its model's config and its tokens."""
+    """A training that a conversion will run, for the plan: its model's config and its tokens."""
 
     label: str
     config: Config
@@ -33,9 +33,9 @@ def no_training(_recipe: Recipe, _settings: Any, _seed: Config) -> list[Training
 class Conversion:
     """One conversion.
 
-    `build` adds steps to the graph and returns the models by their names in a report, which `models` lists. With a
-    `section`, the recipe has a key of the module's name, the conversion is made where a recipe has the key, and
-    `build` and `plan` get its settings. Without one, the conversion is always made.
+    `build` adds steps to the graph and returns the models by their report names, which `models` lists. With a
+    `section`, the conversion runs only if the recipe has a key of the module's name, whose settings `build` and `plan`
+    get. Without one, it always runs.
     """
 
     build: Callable[[Sources, Start, Experts, Any], dict[str, Model]]

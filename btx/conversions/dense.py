@@ -1,4 +1,4 @@
-"""The mandatory control: the dense seed, continued on the data and the tokens of the whole conversion."""
+"""The mandatory control: continued pretraining of the dense seed on the data and tokens of the whole conversion."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from btx.steps.train import fit, memory_of
 
 
 class DenseSettings(TrainSettings, Section):
-    """The control: the dense seed continued on as many tokens as BTX takes; what it does not say is as in train."""
+    """The control: continued pretraining of the dense seed on as many tokens as BTX takes; defaults are train's."""
 
     tokens: Count | None = Field(
-        None, description="default: what the experts trained here and the finetuning take together"
+        None, description="default: the tokens of the experts trained here and of the finetuning together"
     )
     mix: dict[str, Weight] = Field(
         default_factory=dict, description="as finetune.mix; default: the shares of both stages together"
@@ -33,10 +33,10 @@ class DenseSettings(TrainSettings, Section):
 
     @model_validator(mode="after")
     def _whole_batch(self) -> DenseSettings:
-        return self  # what is not said here comes from `train`, so `fits` looks at the two together
+        return self  # unset fields come from `train`, so `fits` checks the two together
 
     def fits(self, recipe: Recipe, name: str) -> None:
-        """Domains that there are, and whole batches."""
+        """Require known domains and whole batches."""
         recipe.require_domains(f"{name}.mix", self.mix)
         require_whole_batches(f"{name}, with what it takes from train", recipe.filled(self))
 
@@ -59,12 +59,12 @@ class Dense(ModelStep):
 
     @property
     def asks(self) -> dict[str, int]:
-        """A sequence of each data that counts."""
+        """One sequence of each domain with a positive weight."""
         length = self.train.sequence_length
         return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
 
     def check(self, asked: int) -> None:
-        """Whether the seed has as many positions as a sequence."""
+        """RecipeError if a sequence is longer than the seed's max_position_embeddings."""
         require_positions(self.branch.seed, "dense.sequence_length", self.train.sequence_length)
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:

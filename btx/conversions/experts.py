@@ -1,4 +1,4 @@
-"""One dense expert a domain: the seed trained on it, or a checkpoint that was trained elsewhere."""
+"""The dense experts of each domain: the seed trained on it, or checkpoints trained elsewhere."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from btx.steps.tokens import TokensStep
 from btx.steps.train import Train
 from btx.steps.vocabulary import VocabularyStep
 
-MERGED = "@merged"  # behind the name of tokens that are in the merged model's tokenizer
+MERGED = "@merged"  # suffix of the tokens of the merged model's tokenizer
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts by name, in the recipe's order, and what was looked at of those that were trained elsewhere."""
+    """The experts by name, in the recipe's order, and the lineage check of those trained elsewhere."""
 
     steps: dict[str, ModelStep]
     descent: VerifyExperts | None
-    vocabulary: VocabularyStep | None  # where some have tokens of their own
+    vocabulary: VocabularyStep | None  # if some have added tokens
 
     def fields(self, start: Start) -> dict[str, Any]:
-        """What the steps that merge them say of them."""
+        """The fields that a step which merges them has."""
         return {"branch": start.branch, "descent": self.descent, "experts": self.steps, "vocabulary": self.vocabulary}
 
     def models(self, sources: Sources, start: Start) -> dict[str, Model]:
-        """What is measured of them."""
+        """The experts as models to be measured."""
         own = {
             name: {n: sources.tokens(n, *start.documents[n], self.steps[name], f"@{name}", start.seed)
                    for n in start.tokens}
@@ -38,11 +38,11 @@ class Experts:
         return {f"expert:{name}": Model(step, tokens=own.get(name, {})) for name, step in self.steps.items()}
 
     def data_merged(self, sources: Sources, start: Start) -> dict[str, TokensStep]:
-        """All data in the tokenizer of what is merged of them."""
+        """All data, tokenised for the merged model."""
         return sources.all_data(start, self.vocabulary, MERGED) if self.vocabulary else sources.all_data(start)
 
     def domains_merged(self, sources: Sources, start: Start) -> dict[str, TokensStep]:
-        """The domains in that tokenizer, where it is another than the seed's."""
+        """The domains tokenised for the merged model; empty if that has the seed's tokenizer."""
         return {n: self.data_merged(sources, start)[n] for n in start.tokens} if self.vocabulary else {}
 
 

@@ -1,6 +1,6 @@
 """Recipe to graph of steps. Building the graph trains nothing and writes nothing.
 
-Every input is looked at first (`Graph.check`), so that a bad one is refused before anything is written.
+`Graph.check` validates every input first, so that a bad one is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Graph:
             if conversion.section is None or (settings and start.tokens):
                 models |= conversion.build(sources, start, made, settings)
         if not start.tokens:
-            return  # experts that were trained elsewhere are merged, and there is nothing to measure them on
+            return  # experts trained elsewhere are merged, but there are no documents to score
         evaluate = self._measured(models, start)
         exported = next(made.step for made in models.values() if made.exported)
         export = sources.add(Export(
@@ -61,7 +61,7 @@ class Graph:
         sources.add(Report(evaluate=evaluate, export=export, **sources.place()))
 
     def _measured(self, models: dict[str, Model], start: Start) -> Evaluate:
-        """Every model scored by itself, and all of them side by side."""
+        """One Measure step per model and probe, and the Evaluate step that compares them."""
         recipe, sources = self.recipe, self.sources
         length = recipe.evaluate.sequence_length or recipe.train.sequence_length
 
@@ -84,17 +84,17 @@ class Graph:
         ))  # fmt: skip
 
     def export_unmeasured(self) -> None:
-        """Let the export stand without an evaluation that is not there yet; its card then says so."""
+        """Export without the evaluation if that is not done yet; the model card then says so."""
         export = self.steps["export"]
         assert isinstance(export, Export)
         if export.evaluate and not export.evaluate.done:
             self.sources.add(Export(model=export.model, evaluate=None, settings=export.settings, title=export.title,
                                     base_model=export.base_model, **self.sources.place()))  # fmt: skip
 
-    # ---- what is to be done ----
+    # ---- which steps run ----
 
     def labels(self, stage: str, domain: str | None = None) -> list[str]:
-        """Labels of a stage, such as train (one per trained domain); RecipeError for an unknown one."""
+        """Labels of a stage, such as train (one per expert trained here); RecipeError for an unknown one."""
         if domain is not None and domain not in {**self.recipe.domains, **self.recipe.domain_of}:
             raise RecipeError(f"there is no domain {domain!r}; {nearest(domain, self.recipe.domains)}")
         wanted = f"{stage}:{domain}" if domain else stage
@@ -106,14 +106,14 @@ class Graph:
         if not found and stage in STAGES and "finetune" not in self.steps:
             raise RecipeError(
                 "no domain has `data`, so there is nothing to finetune or evaluate on. Give a domain some, or stop "
-                "before: --until merge."
+                "earlier: --until merge."
             )
         if not found:
             raise RecipeError(f"there is no step {wanted!r}; {nearest(wanted, self.steps)}")
         return found
 
     def needed(self, labels: Iterable[str]) -> list[Step]:
-        """The steps that must be there for these, themselves included, parents first."""
+        """The steps of these labels and all their ancestors, parents first."""
         wanted: dict[str, Step] = {}
 
         def visit(step: Step) -> None:
@@ -126,7 +126,7 @@ class Graph:
         return [s for s in wanted.values() if not isinstance(s, ExternalCheckpoint)]
 
     def check(self, steps: list[Step]) -> None:
-        """Look at all input of the steps that are still to be done; what is wrong is raised, nothing is written.
+        """Validate all inputs of the unfinished steps; raises a BtxError for a bad one, writes nothing.
 
         Documents are read last, since that takes longest.
         """
@@ -135,7 +135,7 @@ class Graph:
         assert isinstance(merge, Merge)
         labels = {step.label for step in steps}
         if merge.label not in labels and any(isinstance(step, Train) for step in steps):
-            merge.check_layout()  # a merge that cannot be had is told before experts are trained for it
+            merge.check_layout()  # an impossible merge is refused before experts are trained for it
         asked: dict[str, int] = {}
         for step in steps:
             for label, length in step.asks.items():
@@ -146,13 +146,13 @@ class Graph:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with `precision: auto` as what it stands for on the device that `run` names, since it is hashed."""
+    """The recipe with `precision: auto` resolved for the device that `run` names, since precision is hashed."""
     from btx.recipe.precision import automatic
 
     found = {}
     for name in ("train", "evaluate", "finetune", *recipe.sections):
         section = getattr(recipe, name)
-        own = name in ("train", "evaluate") or "precision" in section.model_fields_set  # else it is as in `train`
+        own = name in ("train", "evaluate") or "precision" in section.model_fields_set  # else inherited from `train`
         if own and getattr(section, "precision", None) == "auto":
             found[name] = section.model_copy(update={"precision": automatic(recipe.run.device)})
     return recipe.model_copy(update=found)

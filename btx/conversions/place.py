@@ -1,4 +1,4 @@
-"""Whether this machine has what `run` names: device, kernel, launch file, trackers, a folder to write to."""
+"""Checks that this machine has what `run` names: device, kernel, launch file, trackers, a writable folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from btx.errors import RecipeError, ResourceError, nearest
 from btx.recipe.paths import expanded
 from btx.recipe.settings import RunSettings
 
-ALONE = ("NO", "MULTI_CPU")  # kinds of accelerate's launch files under which it starts one process, without MPI
+ALONE = ("NO", "MULTI_CPU")  # accelerate's distributed types that start a single process (without MPI)
 
 
 def check_place(run: RunSettings, root: Path) -> None:
-    """RecipeError or ResourceError when what `run` names is not there: a kernel, a device, a launch file, a folder."""
+    """RecipeError or ResourceError if a kernel, device, launch file, tracker or folder of `run` cannot be used."""
     from btx.models.kernels import choose
     from btx.models.model import device_of
 
@@ -23,11 +23,11 @@ def check_place(run: RunSettings, root: Path) -> None:
     check_trackers(run.report_to)
     above = next(p for p in (root, *root.parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ResourceError(f"run.directory: {above} is no folder that can be written to. Choose another one.")
+        raise ResourceError(f"run.directory: {above} is not a writable folder. Choose another one.")
 
 
 def check_launch(path: Path) -> None:
-    """RecipeError unless `accelerate launch` takes the file, and will start as many processes as it says."""
+    """RecipeError unless `accelerate launch` accepts the file and starts as many processes as the file states."""
     if not path.is_file():
         raise RecipeError(
             f"run.launch: there is no file {path}. `accelerate config` writes one; relative paths start at the "
@@ -37,13 +37,13 @@ def check_launch(path: Path) -> None:
 
     try:
         about = load_config_from_file(str(path))
-    except Exception as error:  # it checks little itself, so that wrong content ends in any of several kinds
+    except Exception as error:  # accelerate validates little, so bad content raises many types
         why = " ".join(str(error).split())
-        raise RecipeError(f"run.launch: {path} is no file that accelerate takes ({why}). Write it anew.") from error
+        raise RecipeError(f"run.launch: accelerate cannot read {path} ({why}). Write it anew.") from error
     kind = str(getattr(about.distributed_type, "value", about.distributed_type))
     if kind in ALONE and int(about.num_processes or 1) > 1:
         raise RecipeError(
-            f"run.launch: {path} asks for {about.num_processes} processes, of which accelerate starts one alone "
+            f"run.launch: {path} asks for {about.num_processes} processes, but accelerate starts only one "
             f"under distributed_type: {kind}. Set MULTI_GPU (on CPUs with use_cpu: true) or FSDP."
         )
 

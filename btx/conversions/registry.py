@@ -1,7 +1,7 @@
-"""What there is: every conversion, every class of step, and the recipe that they make together.
+"""The registry of conversions and step classes, and the recipe model composed of their sections.
 
 The listing of a folder is the registry. So a conversion is one file, and its section of the recipe is validated,
-documented by the schema and its mistakes told like any other.
+documented in the schema and its errors reported like any other.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from btx.recipe.recipe import Recipe, read_recipe
 from btx.recipe.settings import RunSettings, Settings
 from btx.steps.model import ComposedStep
 
-PROBES = "What is measured of every model besides bits per byte, each with settings of its own; {} takes its defaults."
+PROBES = "Probes that measure every model besides bits per byte, each with its own settings; {} takes its defaults."
 
 
 @cache
 def conversions() -> dict[str, Conversion]:
-    """By the names of their modules, those that are always made first."""
+    """All conversions by module name; those without a section, which always run, come first."""
     found = {
         module.__name__.rpartition(".")[2]: module.CONVERSION
         for module in _modules(btx.conversions)
@@ -58,7 +58,7 @@ def recipe_model() -> type[Recipe]:
 
 
 def _optional(sections: Mapping[str, type[Settings]]) -> dict[str, Any]:
-    """Fields that a recipe may leave out, each documented as its class is."""
+    """Optional fields, each with the docstring of its class as description."""
     return {name: (section | None, Field(None, description=section.__doc__)) for name, section in sections.items()}
 
 
@@ -73,7 +73,7 @@ def schema() -> dict[str, Any]:
 
 
 def classes() -> dict[str, type[Step]]:
-    """Every class of step, by name."""
+    """Every step class, by name."""
     for room in (btx.steps, btx.conversions):
         list(_modules(room))
     return {cls.__name__: cls for cls in _below(Step) if cls.__module__.startswith("btx.")}
@@ -92,7 +92,7 @@ def _below(cls: type[Step]) -> Iterator[type[Step]]:
 
 @contextmanager
 def open_model(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.float32) -> Iterator[Opened]:
-    """Whatever a conversion has published, by its folder alone: a checkpoint, or a composed model with its parts."""
+    """Open a published model from its folder alone: a checkpoint, or a composed model with its parts."""
     if not (folder / FILE).is_file():
         with opened_checkpoint(folder, where=where, dtype=dtype) as found:
             yield found

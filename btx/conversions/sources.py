@@ -24,7 +24,7 @@ from btx.steps.tokens import TokensStep
 from btx.steps.vocabulary import VocabularyStep
 
 S = TypeVar("S", bound=Step)
-ANSWERS = "@answers"  # behind the name of the seed's tokens where only answers are learned, other than pretraining did
+ANSWERS = "@answers"  # suffix of the seed's tokens where the loss covers answers only, unlike in pretraining
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Model:
-    """What a conversion makes: the step that publishes it, how it is routed, the domains in a tokenizer of its own."""
+    """A model that a conversion makes: the step that publishes it, its routing rule, the domains in its tokenizer."""
 
     step: ModelStep
     rule: RoutingRule | None = None  # of a Mixture of Experts, when it is measured
@@ -49,7 +49,7 @@ class Model:
 
 
 class Sources:
-    """Makes these steps, and registers every step by its label, parents before children."""
+    """Makes the steps of the inputs, and registers every step by its label, parents before children."""
 
     def __init__(self, recipe: Recipe, base: Path, *, root: Path, digests: Digests) -> None:
         self.recipe, self.base, self.root, self.digests = recipe, base, root, digests
@@ -57,16 +57,16 @@ class Sources:
         self.steps: dict[str, Step] = {}
 
     def add(self, step: S) -> S:
-        """A step of the graph, by its label."""
+        """Register a step under its label; returns the step."""
         self.steps[step.label] = step
         return step
 
     def place(self, name: str | None = None) -> dict[str, object]:
-        """What every step has besides its own fields."""
+        """The execution fields that every step has."""
         return {"root": self.root, "where": self.recipe.run, "name": name}
 
     def start(self) -> Start:
-        """The seed verified, and the tokens of the domains."""
+        """The seed, its verification, and the tokens of the domains."""
         seed, tokenizer = self.seed()
         documents = {name: (d.data, d.valid) for name, d in self.recipe.domains.items() if d.data}
         tokens = {name: self.tokens(name, *files, tokenizer) for name, files in documents.items()}
@@ -86,7 +86,7 @@ class Sources:
             given = self.given("seed", seed.checkpoint)
             return given, given
         plain = self.recipe.data.model_copy(update={"loss_mask": "all"})  # pretraining learns every token
-        read = {"data": DataSettings(**plain.model_dump(exclude={"valid_bytes", "date"}))}  # by a tokenizer's training
+        read = {"data": DataSettings(**plain.model_dump(exclude={"valid_bytes", "date"}))}  # for training a tokenizer
         reads = {**self.texts.reads("seed", seed.sources, seed.valid), **read}
         tokenizer = self.add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self.place()))
         tokens = self.tokens("seed", seed.sources, seed.valid, tokenizer, data_settings=plain)
@@ -104,7 +104,7 @@ class Sources:
         try:
             path = (self.base / Path(checkpoint).expanduser()).resolve()
             found, hint = path.is_dir(), corpus.hint(path)
-        except (OSError, RuntimeError) as error:  # an unknown ~user, a name too long, a folder closed to us
+        except (OSError, RuntimeError) as error:  # unknown ~user, name too long, no permission
             raise ArtifactError(f"{key}: {checkpoint:.200} cannot be looked up: {error}. Correct the path.") from error
         if not found:
             raise ArtifactError(
@@ -131,7 +131,7 @@ class Sources:
         return self.add(MergedLora(seed=seed, content=content, path=path, **self.place(name)))
 
     def vocabulary(self, seed: Step, given: dict[str, ExternalCheckpoint]) -> VocabularyStep | None:
-        """What makes one tokenizer of several, where an expert has tokens of its own."""
+        """The step that joins the tokenizers, if an expert has added tokens; else None."""
         from btx.merge.vocabulary import is_extended
 
         if not isinstance(seed, ExternalCheckpoint):
@@ -143,7 +143,7 @@ class Sources:
         self, name: str, data: list[str], valid: list[str], tokenizer: Step, suffix: str = "",
         template: Step | None = None, data_settings: DataSettings | None = None,
     ) -> TokensStep:  # fmt: skip
-        """The tokens of some data by a tokenizer, once for all who ask."""
+        """The step that tokenises some data with a tokenizer; the same step for the same label."""
         data_settings = data_settings or self.recipe.data
         if name == "seed" and self.recipe.seed.is_builtin and data_settings.loss_mask != "all":
             suffix += ANSWERS

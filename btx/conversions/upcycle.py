@@ -1,6 +1,6 @@
 """Sparse upcycling (arXiv 2212.05055): copies of the seed's feed-forward blocks as experts, trained together.
 
-It is BTX without branches: the same class, router, data and number of tokens, and no expert that is trained apart. With
+It is BTX without branches: the same class, router, data and number of tokens, but no separately trained experts. With
 `reinitialize` it is Drop-Upcycling (arXiv 2502.19261).
 """
 
@@ -24,17 +24,17 @@ from btx.steps.merge import SEED, Merge
 
 
 class UpcycleSettings(FinetuneSettings, Section):
-    """Sparse upcycling of the seed on as many tokens as BTX takes; what it does not say is as in train and finetune."""
+    """Sparse upcycling of the seed on as many tokens as BTX takes; defaults are those of train and finetune."""
 
     tokens: Count | None = Field(  # type: ignore[assignment]
-        None, description="default: what the experts trained here and the finetuning take together"
+        None, description="default: the tokens of the experts trained here and of the finetuning together"
     )
     experts: Annotated[Count, Field(ge=2)] | None = Field(None, description="default: as many as the merge makes")
     router: Literal["random", "orthogonal"] = "random"
-    reinitialize: Share = Field(0.0, description="share of each copy's hidden units drawn anew (Drop-Upcycling)")
+    reinitialize: Share = Field(0.0, description="share of each copy's hidden units reinitialised (Drop-Upcycling)")
 
     def fits(self, recipe: Recipe, name: str) -> None:
-        """Domains that there are, whole batches, and as many copies as a token visits."""
+        """Require known domains, whole batches, and no more experts per token than copies."""
         recipe.require_domains(f"{name}.mix", self.mix)
         said, copies = recipe.filled(self), self.copies(recipe)
         require_whole_batches(f"{name}, with what it takes from train", said)
@@ -42,11 +42,11 @@ class UpcycleSettings(FinetuneSettings, Section):
             raise ValueError(f"{name}.top_k is {said.top_k}, but there are {copies} copies; choose 1 to {copies}")
 
     def copies(self, recipe: Recipe) -> int:
-        """How many experts there are."""
+        """The number of experts."""
         return self.experts or len(recipe.merge.owners(recipe.models))
 
     def laid_out(self, recipe: Recipe) -> MergeSettings:
-        """How the copies are laid out."""
+        """The merge settings that make the copies."""
         return MergeSettings(
             copies=self.copies(recipe), router=self.router, reinitialize=self.reinitialize, seed=recipe.merge.seed,
             dtype=recipe.merge.dtype,
@@ -60,14 +60,14 @@ class Upcycle(Merge):
 
 
 class Upcycled(Finetune):
-    """The same, trained."""
+    """The upcycled model, trained."""
 
     kind: ClassVar[str] = "upcycled"
     section: ClassVar[str] = "upcycle"
 
 
 def build(sources: Sources, start: Start, _experts: Experts, settings: UpcycleSettings) -> dict[str, Model]:
-    """The trained copies."""
+    """The trained upcycled model."""
     recipe, tokens = sources.recipe, sources.all_data(start)
     copies = settings.laid_out(recipe)
     merge = sources.add(Upcycle(branch=start.branch, descent=None, experts={}, settings=copies, **sources.place()))
@@ -82,7 +82,7 @@ def build(sources: Sources, start: Start, _experts: Experts, settings: UpcycleSe
 
 
 def plan(recipe: Recipe, settings: UpcycleSettings, seed: Config) -> list[Training]:
-    """The training of the copies."""
+    """The one training of the copies."""
     copies, filled = layout(settings.laid_out(recipe), [SEED], seed, "the seed"), recipe.filled(settings)
     config = copies.config(seed, filled.experts_per_token or copies.count, "the seed")
     return [Training("upcycled", config.to_dict(), settings.tokens or recipe.tokens_in_all, filled)]

@@ -1,1 +1,1 @@
-"""Who starts a process. Engines know command lines, not steps."""
+"""Engines start processes. They know jobs and command lines, not steps."""

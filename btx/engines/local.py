@@ -1,8 +1,8 @@
-"""Runs jobs as processes of this machine: so many at once, each with its device, a failed one leaves the others alone.
+"""Runs jobs as processes of this machine: one per slot, each with its device; a failed one leaves the others alone.
 
-A job is a command line that writes events (`btx/events.py`) as lines to its standard output; what it writes to standard
-error goes to its log. Jobs are no children of the terminal: the first signal is passed on to them once, so that they
-save.
+A job is a command line that writes events (`btx/events.py`) as lines to its standard output; its standard error goes to
+its log. Jobs have sessions of their own, so the terminal does not signal them: the engine forwards the first signal
+once, and they save their state.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 from btx.events import Emit, Event, Exited, Failed, Note, Trained, Waiting, Warned, parse
 from btx.signals import Stop
 
-HUNG = 5  # the exit code of a job that hung again, that of a machine that has not what it takes
-LAUNCHER_FAILED = 1  # what torchrun and its like end with, whatever their processes ended with
+HUNG = 5  # exit code of a job that hung twice, the same as ResourceError's
+LAUNCHER_FAILED = 1  # exit code of torchrun and the like, whatever their workers' exit codes were
 
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # NVIDIA's; AMD's, if they are set
@@ -32,7 +32,7 @@ VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
 def allowed(visible: str | None, devices: int) -> list[str]:
     """The devices that a user may use, as CUDA_VISIBLE_DEVICES names them (numbers or UUIDs); all where it is not set.
 
-    `devices` is how many of them there are; what stands behind an entry that is none does not count.
+    `devices` is the number of usable ones: CUDA ignores all entries after an invalid one.
     """
     if not visible:
         return [str(number) for number in range(devices)]
@@ -41,19 +41,19 @@ def allowed(visible: str | None, devices: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A process to be started."""
+    """A process to start."""
 
     label: str
     argv: list[str]
     log: Path
-    launcher: bool = False  # whether it is a launcher of processes, whose own exit code says nothing of theirs
-    memory: int = 0  # bytes that it takes at once, by estimate
-    patience: float | None = None  # seconds without an event after which it counts as hung; None: it may take its time
+    launcher: bool = False  # whether it launches workers, whose exit codes its own one hides
+    memory: int = 0  # estimated peak, in bytes
+    patience: float | None = None  # seconds without an event after which it counts as hung; None: no limit
 
 
 @dataclass
 class Ended:
-    """How a job ended: its exit code (negative: the signal that killed it) and its own last word, if it had one."""
+    """How a job ended: its exit code (negative: the signal that killed it) and the error it reported, if any."""
 
     code: int
     error: str = ""
@@ -66,25 +66,25 @@ class _Running:
     process: subprocess.Popen[bytes]
     slot: int
     error: str = ""
-    code: int = 0  # that its last word ends with
+    code: int = 0  # the exit code that it reported with its error
     asked: bool = False
-    heard: float | None = field(default_factory=time.monotonic)  # when it last told of itself; None while it waits
+    heard: float | None = field(default_factory=time.monotonic)  # time of the last event; None while silence is allowed
     hung: bool = False
 
 
 class Local:
-    """So many slots; with more than one GPU each slot sees one of them. Jobs at once take no more than `memory`."""
+    """Runs up to `slots` jobs at once, within `memory` bytes; with several GPUs each slot sees one of them."""
 
     def __init__(self, slots: int, *, devices: int = 0, memory: int | None = None) -> None:
         self.slots, self.devices, self.memory = slots, devices, memory
         self.again: set[str] = set()  # labels of jobs that hung once and were started again
 
     def run(self, jobs: list[Job], emit: Emit, more: Callable[[], list[Job]] = list) -> dict[str, Ended]:
-        """Run all jobs to their ends; after a signal no more are started, the running ones are asked to stop.
+        """Run all jobs until they end; after a signal no more are started, and the running ones are asked to stop.
 
-        A job that hangs (`Job.patience`) is killed and started again, once; the others go on meanwhile.
-        `more` is asked for further jobs whenever one has ended and none has failed, as long as others run, or several
-        devices wait for work: with one device and nothing beside it a process of its own gains nothing.
+        A job that hangs (`Job.patience`) is killed and restarted once, while the others continue. `more` is called for
+        further jobs whenever one has ended and none has failed, as long as others run or there are several devices:
+        with one device and nothing else running, a separate process gains nothing.
         """
         waiting, running, ended = list(jobs), dict[str, _Running](), dict[str, Ended]()
         events: queue.Queue[tuple[str, Event | None]] = queue.Queue()
@@ -108,16 +108,16 @@ class Local:
         return ended
 
     def _hung(self, ended: dict[str, Ended], emit: Emit) -> list[Job]:
-        """Take those that hung for the first time out of what has ended, to be started again."""
+        """Remove from `ended` the jobs that hung for the first time; returns them, to be restarted."""
         found = [end.hung for end in ended.values() if end.hung and end.hung.label not in self.again]
         for job in found:
             self.again.add(job.label)
             del ended[job.label]
-            emit(Warned(job.label, f"{_silent(job)}: it is ended and started again"))
+            emit(Warned(job.label, f"{_silent(job)}: killed and started again"))
         return found
 
     def _next(self, waiting: list[Job], running: dict[str, _Running]) -> Job | None:
-        """The first job that there is a slot and memory for; one alone may take more than there is."""
+        """The first job that fits the free slots and memory; a job that runs alone may exceed the memory."""
         if len(running) == self.slots:
             return None
         taken = sum(one.job.memory for one in running.values())
@@ -144,7 +144,7 @@ class Local:
 
     @staticmethod
     def _take(events: queue.Queue[Any], running: dict[str, _Running], ended: dict[str, Ended], emit: Emit) -> bool:
-        """Take in one event; returns whether it was the end of a job."""
+        """Handle one event; returns whether it was the end of a job."""
         try:
             label, event = events.get(timeout=0.2)
         except queue.Empty:
@@ -165,27 +165,27 @@ class Local:
 
 
 def _end(one: _Running) -> Ended:
-    """How a job ended; where a launcher hides its process's exit code, the one that the process itself reported.
+    """How a job ended; if a launcher hides its worker's exit code, with the one that the worker reported.
 
-    A job that our signal hit before or after its loop has nothing to save, and counts as interrupted like the others.
+    A job that our signal hit outside its training loop has nothing to save; it counts as interrupted like the others.
     """
     code = one.process.wait()
     if one.hung and code:
-        return Ended(HUNG, f"{_silent(one.job)}, and did so again after it was started anew.", one.job)
+        return Ended(HUNG, f"{_silent(one.job)}, and hung again after a restart.", one.job)
     hidden = one.job.launcher and code == LAUNCHER_FAILED
     if one.asked and not one.error and (hidden or code == -signal.SIGTERM):
         return Ended(
-            os.EX_TEMPFAIL, "was asked to stop. Run the same command again to go on from its last saved state."
+            os.EX_TEMPFAIL, "was asked to stop. Run the same command again to resume from its last saved state."
         )
     return Ended((one.code or code) if hidden else code, one.error)
 
 
 def _silent(job: Job) -> str:
-    return f"told nothing for {(job.patience or 0) / 60:g} minutes"
+    return f"sent no event for {(job.patience or 0) / 60:g} minutes"
 
 
 def _kill_hung(one: _Running) -> None:
-    """End a job that is silent for longer than its patience, with every process that it started."""
+    """Kill a job that is silent for longer than its patience, with its whole process group."""
     if one.job.patience and one.heard is not None and time.monotonic() - one.heard > one.job.patience and not one.hung:
         one.hung = True
         with contextlib.suppress(ProcessLookupError):

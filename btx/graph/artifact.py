@@ -24,11 +24,11 @@ from btx.errors import ArtifactError, ResourceError, disk_error
 
 MANIFEST = "btx.json"
 LOGS = "logs"
-STATES = "states"  # of a step's work folder: what an unfinished training goes on from
+STATES = "states"  # in a step's work folder: what an unfinished training or merge resumes from
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no freedom left; raises TypeError or ValueError for what JSON cannot hold exactly."""
+    """Canonical JSON: sorted keys, no spaces, ASCII; TypeError or ValueError for what JSON cannot hold exactly."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -50,7 +50,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def describe(folder: Path, known: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a folder, by relative name; `known` are those hashed already."""
+    """Size and SHA-256 of every file of a folder, by relative name; `known` holds digests computed already."""
     return {
         name: {"size": (folder / name).stat().st_size, "sha256": known.get(name) or file_digest(folder / name)}
         for name in list_files(folder)
@@ -64,7 +64,7 @@ def content_digest(files: dict[str, dict[str, Any]]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Bring what is written of a file or a folder to the disk."""
+    """fsync a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -84,8 +84,8 @@ def publish(
 
     `produce` may return the SHA-256 of files that it hashed while it wrote them; the others are hashed here.
 
-    Returns the manifest as written: `manifest` plus `files` and `digest`. Nothing is left behind on failure. When
-    `final` came into being meanwhile (another machine did the same step) the existing folder wins.
+    Returns the manifest as written: `manifest` plus `files` and `digest`. Nothing is left behind on failure. If
+    `final` appeared meanwhile (another machine did the same step), the existing folder wins.
     """
     if final.exists():
         return read_manifest(final)  # a damaged folder must be looked at by a person before it is replaced
@@ -119,7 +119,7 @@ def publish(
 
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
-    """What the system refused, as a sentence with the remedy."""
+    """A ResourceError for a path that could not be written, with the system's reason and the remedy."""
     return ResourceError(
         f"{path} could not be written: {error.strerror or error}. "
         "Free space or fix the permissions, then run the same command again."
@@ -127,7 +127,7 @@ def unwritable(path: Path, error: OSError) -> ResourceError:
 
 
 def _sweep(final: Path) -> None:
-    """Remove the private folders of attempts at `final` whose processes, on this host, are no more."""
+    """Remove private folders left at `final` by processes of this host that no longer exist."""
     for left in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
         pid = left.name.rpartition(".")[2]
         try:
@@ -148,7 +148,7 @@ def _rename(attempt: Path, final: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder, its files present with their sizes; ArtifactError otherwise."""
+    """The manifest of a published folder; ArtifactError if it is damaged, or a file is missing or of another size."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -156,7 +156,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["digest"] != content_digest(files):
             raise ValueError("its digest does not match its list of files")
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(f"{folder} has no {MANIFEST}: it is no finished step. Run the step again.") from None
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is not a finished step. Run the step again.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Remove {folder} and run the step again.") from error
     for name, entry in files.items():
@@ -179,7 +179,7 @@ def is_published(folder: Path) -> bool:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Like `read_manifest`, and every file's SHA-256 is computed and compared."""
+    """Like `read_manifest`, but also computes and compares the SHA-256 of every file."""
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
         if file_digest(folder / name) != entry["sha256"]:
@@ -191,13 +191,13 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def verify_once(folder: Path) -> None:
-    """Like `verify`, but files that this process has verified are not read again while they seem to be the same."""
+    """Like `verify`, but this process does not read verified files again while their stamps are the same."""
     files = (folder / name for name in read_manifest(folder)["files"])
     _verified(folder, tuple(map(stamp, files)))
 
 
 def stamp(file: Path) -> tuple[int, ...]:
-    """What changes when a file does: also the inode and the time of its change, which tools that keep times leave."""
+    """Size, mtime, inode and ctime of a file: tools that preserve the mtime cannot preserve the ctime."""
     about = file.stat()
     return about.st_size, about.st_mtime_ns, about.st_ino, about.st_ctime_ns
 
@@ -209,10 +209,10 @@ def _verified(folder: Path, _stamps: tuple[tuple[int, ...], ...]) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold a file lock; while another process has it, call `waiting` once with who that is, and wait.
+    """Hold a file lock; if another process holds it, call `waiting` once with that owner, and wait.
 
-    The lock is the kernel's (flock): it ends with its process, whatever happens to it. On a shared file system it
-    needs one that supports flock between hosts (NFSv4, Lustre with -o flock, GPFS).
+    The kernel (flock) releases the lock when its process ends, however it ends. A shared file system must support
+    flock between hosts (NFSv4, Lustre with -o flock, GPFS).
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -224,7 +224,7 @@ def lock(path: Path, *, waiting: Callable[[str], None]) -> Iterator[None]:
 
 
 def _take(stream: IO[str], waiting: Callable[[str], None]) -> None:
-    """Wait for the lock of an open file, and write into it who has it now."""
+    """Wait for the lock of an open file, and write its new owner into it."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -232,12 +232,12 @@ def _take(stream: IO[str], waiting: Callable[[str], None]) -> None:
         waiting(stream.read().strip() or "another process")
         fcntl.flock(stream, fcntl.LOCK_EX)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.ftruncate(stream.fileno(), 0)  # and no buffer, which would be written again on closing when the disk is full
+    os.ftruncate(stream.fileno(), 0)  # unbuffered: on a full disk, close would flush a buffer again
     os.write(stream.fileno(), f"pid {os.getpid()} on {socket.gethostname()} since {since}{_launch()}".encode())
 
 
 def _launch() -> str:
-    """What tells the processes of one distributed launch from those of others: where they meet."""
+    """The identity of this process's distributed launch: its rendezvous address; empty for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ""
     return f", launch {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -252,7 +252,7 @@ def held_by_launch(path: Path) -> bool:
 
 
 def locked(path: Path) -> bool:
-    """Whether some process holds a file lock; asking takes none that others would wait for."""
+    """Whether some process holds a file lock exclusively; the test holds a shared lock for an instant."""
     try:
         with path.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)

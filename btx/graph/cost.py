@@ -1,4 +1,4 @@
-"""What a step cost, as its manifest says: tokens, FLOPs by formula, seconds, memory, bytes."""
+"""The cost of a step, as recorded in its manifest: tokens, FLOPs by formula, seconds, memory, bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """`device_seconds` are wall seconds times processes; `peak_memory` is of the GPU where one was used, else resident.
+    """`device_seconds` are wall seconds times processes; `peak_memory` is the GPU's if one was used, else resident.
 
     FLOPs are those of training by formula (`btx.models.flops`), 0 for a step that trains nothing.
     """
@@ -24,12 +24,12 @@ class Cost:
     bytes: int = 0
 
     def written(self) -> dict[str, Any]:
-        """For a manifest."""
+        """The fields as a dict, for a manifest."""
         return asdict(self)
 
     @classmethod
     def read(cls, manifest: dict[str, Any]) -> Cost | None:
-        """Of a manifest; None where an older btx wrote it."""
+        """The cost in a manifest; None if an older btx wrote it."""
         said = manifest.get("cost")
         return said and cls(**{field.name: said[field.name] for field in fields(cls) if field.name in said})
 
@@ -47,7 +47,7 @@ def cost_of(facts: dict[str, Any], *, seconds: float, folder: Path) -> Cost:
 
 
 def peak_memory() -> int:
-    """Bytes held at most since `forget_peak`: on the GPU where this process used one, else resident; 0 if unknown."""
+    """Peak bytes since `forget_peak`: on the GPU if this process used one, else resident; 0 if unknown."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
@@ -57,13 +57,13 @@ def peak_memory() -> int:
 
 
 def resident(key: str) -> int:
-    """A figure of this process's memory in bytes, as the Linux kernel gives it: VmRSS now, VmHWM at most."""
+    """Resident memory of this process in bytes, from Linux's /proc: VmRSS now, VmHWM at peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 def forget_peak() -> None:
-    """Count peaks anew from here, where the system allows it."""
+    """Reset the peak counters, where the system allows it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()

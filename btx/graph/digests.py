@@ -1,4 +1,4 @@
-"""SHA-256 of input files, remembered, so that a second run need not read what the first one hashed."""
+"""A cache of input files' SHA-256, so that a second run need not read what the first one hashed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from btx.graph import artifact
 
 
 class Digests:
-    """SHA-256 of input files, remembered by path, size, inode and times, so that a second run need not read them."""
+    """SHA-256 of input files, cached by path, size, inode, mtime and ctime."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class Digests:
         return self.known[key]
 
     def save(self) -> None:
-        """Write what was learned; a cache, so losing it costs time only."""
+        """Write new digests to the cache file; losing it costs only time."""
         if not self.changed:
             return
         try:

@@ -1,7 +1,7 @@
-"""A job's file: one step's whole specification, frozen, from which a worker rebuilds it and never reads the recipe.
+"""The job file: the frozen specification of one step, from which a worker rebuilds it without reading the recipe.
 
-Every step that it rests on stands in it once. A class is found by its name in a registry that the worker has, never by
-an import path out of the file; and the worker refuses a step whose key is another than the one that was planned.
+It holds every ancestor step once. The worker finds classes by name in its own registry, never by an import path from
+the file, and refuses a step whose key differs from the planned one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEP = "$step"  # stands for a parent, by its place in the file
 
 
 def freeze(step: Step, *, threads: int | None = None) -> Path:
-    """Write a step's job file; returns where it lies. `threads` are the job's, as they were shared out."""
+    """Write a step's job file; returns its path. `threads` are the CPU threads allotted to the job."""
     steps: dict[str, dict[str, Any]] = {}
     said = _add(step, steps)
     if threads is not None:
@@ -34,7 +34,7 @@ def freeze(step: Step, *, threads: int | None = None) -> Path:
 
 
 def thaw(file: Path, classes: Mapping[str, type[Step]]) -> Step:
-    """The step of a job file; ArtifactError where it cannot be made, or is another than the one that was planned."""
+    """The step of a job file; ArtifactError if it cannot be rebuilt, or its key differs from the planned one."""
     try:
         job = json.loads(file.read_text(encoding="utf-8"))
         built: dict[str, Step] = {}
@@ -43,10 +43,10 @@ def thaw(file: Path, classes: Mapping[str, type[Step]]) -> Step:
             built[place] = classes[about["class"]].model_validate(fields)
         step = built[job["step"]]
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise ArtifactError(f"{file} is no job of this btx ({error!r:.200}). Run the same command again.") from error
+        raise ArtifactError(f"{file} is not a job of this btx ({error!r:.200}). Run the same command again.") from error
     if step.key != job["key"]:
         raise ArtifactError(
-            f"{file}: {step.label} is another step than the one that was planned ({step.key[:12]}, not "
+            f"{file}: {step.label} differs from the step that was planned (key {step.key[:12]}, not "
             f"{str(job['key'])[:12]}): the file was changed, or btx was. Run the same command again."
         )
     return step
@@ -64,7 +64,7 @@ def _frozen(value: Any, steps: dict[str, dict[str, Any]]) -> Any:
     if isinstance(value, Step):
         return {STEP: _add(value, steps)}
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_unset=True)  # validators ask what was said
+        return value.model_dump(mode="json", exclude_unset=True)  # validators ask which fields are set
     if isinstance(value, dict):
         return {key: _frozen(item, steps) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""From steps that train to the engine's jobs: their command lines, logs, devices, and what their ends mean."""
+"""From steps to the engine's jobs: command lines, logs, devices, and the meaning of exit codes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def die_with_parent() -> None:
 
 
 def accelerate_launch() -> None:
-    """`accelerate launch` in this process, ending with its parent: its processes would outlive btx without it."""
+    """Run `accelerate launch` in this process, and end with the parent: else its workers would outlive btx."""
     die_with_parent()
     from accelerate.commands.launch import main
 
@@ -44,7 +44,7 @@ ROLES = (
 
 
 def own_rank(launched: bool) -> int:
-    """This process's rank: what btx's own launcher set, else 0, with the variables that say otherwise removed.
+    """This process's rank: RANK if btx's own launcher set it, else 0, with all rank variables removed.
 
     A Kubernetes pod or a Slurm step may have RANK=3 set; a training that believed it would wait forever for the others.
     """
@@ -56,7 +56,7 @@ def own_rank(launched: bool) -> int:
 
 
 def end_process(code: int = 0) -> None:
-    """End a process of a distributed training at once: its work is published or saved by now.
+    """End a process of a distributed training at once; its work is already published or saved.
 
     Python's own shutdown sometimes aborts on threads of the collectives (seen with gloo: `terminate called without an
     active exception`) or waits for them forever, and a finished step would be reported as failed.
@@ -76,9 +76,9 @@ class Launcher:
         self.slots = where.workers if where.workers != "auto" else max(1, self.devices if not where.launch else 1)
 
     def __call__(self, steps: list[Step], more: Callable[[], list[Step]]) -> None:
-        """Run them all, and with more than one slot also what becomes ready meanwhile; a failure names its log.
+        """Run all steps and, with several slots, those that become ready meanwhile; an error names the job's log.
 
-        With a single slot, later steps run in the process that is there already, which costs less.
+        With a single slot, later steps that do not train run in the scheduler's own process, which costs less.
         """
         slots, devices = self.slots, self.devices
         threads = self._threads(min(slots, len(steps))) if not devices else None
@@ -106,12 +106,12 @@ class Launcher:
         told = ["--launched"] if config else []
         argv = [*start, "-m", "btx", "_step", str(freeze(step, threads=threads)), *told]
         patience = 60 * self.where.hang_minutes if step.trains else None
-        needs = step.needs if memory else 0  # to reckon it takes seconds of imports
+        needs = step.needs if memory else 0  # estimating it takes seconds of imports
         return Job(step.label, argv, step.log_file, launcher=bool(config), memory=needs, patience=patience)
 
 
 def memory_here() -> int:
-    """Bytes of memory that this process and its children may take: the machine's, or its control group's."""
+    """Bytes of memory that this process and its children may use: the machine's, or its cgroup's limit."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
@@ -126,13 +126,13 @@ def _gpus() -> int:
 
 
 def _sentence(label: str, end: Ended, log: Path) -> str:
-    """How one job ended, and where to look."""
+    """How one job failed, with the path of its log."""
     seen = f" Log: {log}" if log.exists() else ""
     if end.code == InterruptedRunError.exit_code:
         return f"{label}: {end.error.removeprefix(f'{label} ')}{seen}"
     if end.code == -signal.SIGKILL:
         return (
-            f"{label} was killed (signal 9), as the system does when memory runs out. Give it more, lower "
+            f"{label} was killed (signal 9), as the system does when memory runs out. Add memory, lower "
             f"run.micro_batch or run.workers, or set train.gradient_checkpointing: true.{seen}"
         )
     why = end.error.removeprefix(f"{label}: ") or "see its log."
@@ -140,7 +140,7 @@ def _sentence(label: str, end: Ended, log: Path) -> str:
 
 
 def raise_failed(ended: dict[str, Ended], jobs: list[Job]) -> None:
-    """Raise what went wrong with the jobs that failed, each with its log, and say which others are done."""
+    """Raise the errors of the failed jobs, each with its log; the message also names the jobs that are done."""
     failed = {job.label: (ended[job.label], job.log) for job in jobs if ended[job.label].code}
     if not failed:
         return

@@ -1,4 +1,4 @@
-"""The scheduler: what is not done is run, parents first, and what is published gets its short name."""
+"""The scheduler: runs the unfinished steps, parents first, and links published folders to short names."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Launch = Callable[[list[Step], More], None]
 
 
 def run_steps(steps: list[Step], *, launch: Launch, emit: Emit, several: bool = False) -> int:
-    """Run what is not done, parents first; returns how many steps were run.
+    """Run the unfinished steps, parents first; returns the number of steps run.
 
-    `launch` gets every ready step as soon as one of them trains, and a function that returns what has become ready
-    since, which an engine with room starts too. While no job runs, other steps run in this process, one at a time. A
-    job that fails leaves the others running; its error is raised at the end. `several` says that `launch` has room for
-    more than one: then what is ready beside a training starts with it, instead of before it.
+    `launch` gets all ready steps as soon as one of them trains, and a function that returns the steps that have become
+    ready since, for an engine with free slots. While no job runs, other steps run in this process, one at a time. A
+    failed job leaves the others running; its error is raised at the end. `several` says that `launch` has more than one
+    slot: then steps that are ready beside a training start with it, instead of before it.
     """
     built: set[str] = set()
 
-    def ready() -> list[Step]:  # asked again each time: a parent made anew may have other bytes than its children's
+    def ready() -> list[Step]:  # recomputed each time: a rebuilt parent makes its children stale
         todo = undone(steps)
         waiting = {step.label for step in todo}
         once = {step.key: step for step in reversed(todo) if not waiting & step.parents.keys()}
@@ -40,7 +40,7 @@ def run_steps(steps: list[Step], *, launch: Launch, emit: Emit, several: bool = 
         chosen = found if beside else [step for step in found if not step.trains][:1] or found
         if again := [step.label for step in chosen if step.label in built]:
             raise ArtifactError(
-                f"{', '.join(again)}: done, and undone again within one run. See that nobody else changes "
+                f"{', '.join(again)}: done, and undone again within one run. Make sure that nobody else changes "
                 f"{steps[0].root}, then run the same command again."
             )
         begun(chosen)
@@ -52,7 +52,7 @@ def run_steps(steps: list[Step], *, launch: Launch, emit: Emit, several: bool = 
 
 
 def link(step: Step) -> None:
-    """Give a published folder its short name, such as runs/demo/export, as a symbolic link."""
+    """Point a step's short name, such as runs/demo/export, to its published folder by a symbolic link."""
     short = step.short
     fresh = short.with_name(f".{short.name}.{os.getpid()}")
     target = Path("steps") / step.folder.name

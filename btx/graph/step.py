@@ -1,7 +1,7 @@
-"""What a step is: a frozen model whose fields are its whole recipe slice, and one folder that it publishes.
+"""A step: a frozen model whose fields are its slice of the recipe, and which publishes one folder.
 
-Its identity (settings, parents' keys, `version`) is hashed into the folder's name; execution is recorded, not hashed.
-A value that cannot be encoded exactly raises.
+Its identity (settings, parents' keys, `version`) is hashed into the folder's name; execution settings are recorded, not
+hashed. A value that cannot be encoded exactly raises TypeError.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from btx.graph.cost import cost_of, forget_peak
 from btx.recipe.fields import execution
 from btx.recipe.settings import RunSettings, Settings
 
-HASHED = "hashed"  # of a step's facts, kept out of its manifest
+HASHED = "hashed"  # a key of a step's facts that is kept out of its manifest
 
 
 class Step(BaseModel):
-    """One stage. Subclasses say `kind`, `version`, `run`; a field that is a Step, or holds Steps, is a dependency."""
+    """One stage. Subclasses define `kind`, `version`, `run`; a field that is or holds a Step is a dependency."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     kind: ClassVar[str]
@@ -54,26 +54,26 @@ class Step(BaseModel):
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Fill `out` (private, empty); `work` keeps state between attempts. Returns facts for the manifest.
 
-        SHA-256 of files that were hashed as they were written may be among the facts, by name under `HASHED`.
+        Under `HASHED` the facts may hold the SHA-256 of files that were hashed while written, by name.
         """
         raise NotImplementedError
 
     @property
     def needs(self) -> int:
-        """Bytes of memory that it takes at once, by estimate, once its parents are there; 0 where it is little."""
+        """Estimated peak memory in bytes, once its parents are done; 0 if it is small."""
         return 0
 
     @property
     def asks(self) -> dict[str, int]:
-        """By the label of a parent, how many tokens of text it must have at least for this step."""
+        """The least number of training tokens that this step needs of each parent, by the parent's label."""
         return {}
 
     def check(self, asked: int) -> None:
-        """Raise what is wrong with its own input, before anything is written; `asked` is the most that children ask."""
+        """Raise for bad input, before anything is written; `asked` is the most tokens that a child needs of it."""
 
     @property
     def label(self) -> str:
-        """How people and the command call it: kind, or kind:name."""
+        """Its name for people and on the command line: kind, or kind:name."""
         return f"{self.kind}:{self.name}" if self.name else self.kind
 
     @cached_property
@@ -83,7 +83,7 @@ class Step(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Where it publishes: by kind and key, so that what two labels need is made once."""
+        """The folder it publishes, named by kind and key, so that a result needed under two labels is made once."""
         return self.root / "steps" / f"{self.kind}-{self.key[:12]}"
 
     @property
@@ -93,22 +93,22 @@ class Step(BaseModel):
 
     @property
     def work(self) -> Path:
-        """Where an unfinished training keeps its saved states, which go once it has published."""
+        """Where an unfinished step keeps its saved states, which are removed once it has published."""
         return self.root / "work" / self.folder.name
 
     @property
     def lock_file(self) -> Path:
-        """Held by the process that is at work on it."""
+        """The lock file, held by the process that builds the step."""
         return self.work.with_name(f"{self.work.name}.lock")  # with_suffix would take math.0 for math
 
     @property
     def log_file(self) -> Path:
-        """What a training in a process of its own prints."""
+        """The log of the step's job."""
         return self.work.with_name(f"{self.work.name}.log")
 
     @property
     def job_file(self) -> Path:
-        """What a process of its own is given to build it by."""
+        """The job file that a worker builds the step from."""
         return self.work.with_name(f"{self.work.name}.job.json")
 
     def identity(self) -> dict[str, Any]:
@@ -127,17 +127,17 @@ class Step(BaseModel):
 
     @property
     def done(self) -> bool:
-        """Whether its folder is published and was made from the parents that are there now."""
+        """Whether its folder is published and was made from the current parents."""
         if not is_published(self.folder):
             return False
         manifest = read_manifest(self.folder)
-        if "inputs" not in manifest:  # of a btx that knew parents by label alone
+        if "inputs" not in manifest:  # by an older btx, which recorded parents by label only
             return all(manifest["parents"].get(k) == p.digest for k, p in self.parents.items() if p.exists)
         return all(manifest["inputs"].get(p.key) == p.digest for p in self.parents.values() if p.exists)
 
     @property
     def exists(self) -> bool:
-        """Whether there is a folder to read at all."""
+        """Whether its folder is published, whatever its parents."""
         return is_published(self.folder)
 
     @property
@@ -146,36 +146,36 @@ class Step(BaseModel):
         return str(read_manifest(self.folder)["digest"])
 
     def build(self, emit: Emit, *, rank: int = 0) -> None:
-        """Run and publish, unless it is done; one process does it while others wait, and find it done.
+        """Run and publish, unless it is done; one process does it while others wait, then find it done.
 
-        `rank` is this process's in a distributed training. Whoever starts the process passes it; RANK in the
-        environment is not trusted, since Kubernetes and others set it for reasons of their own.
+        `rank` is this process's rank in a distributed training. Whoever starts the process passes it; RANK in the
+        environment is not trusted, since Kubernetes and others set it for their own purposes.
         """
         if rank:
             self._help()
             return
 
         def waiting(owner: str) -> None:
-            emit(Waiting(self.label, f"waits for {owner}, which is at work on it"))
+            emit(Waiting(self.label, f"waits for {owner}, which is building it"))
 
         with lock(self.lock_file, waiting=waiting):
             if self.done:
                 return
             if self.exists:
                 raise ArtifactError(
-                    f"{self.folder} was made from other inputs than those there now. "
+                    f"{self.folder} was made from other inputs than the current ones. "
                     "Remove it and run the same command again."
                 )
             self._attempt(emit)
 
     def _help(self) -> None:
-        """As a further process of a distributed training: compute with the first one, which alone publishes.
+        """Take part in a distributed training at a rank above 0; rank 0 alone publishes.
 
-        The first one may have to wait for the lock, and find the step done by others: then there is nothing to help.
+        Rank 0 may have to wait for the lock, and then find the step done by others: then there is nothing to do here.
         """
         while True:
             held = held_by_launch(self.lock_file)
-            if self.done:  # asked after the lock: who holds it finds the same, and needs no help
+            if self.done:  # checked after the lock: its holder finds the same, and needs no help
                 return
             if held:
                 break
@@ -186,7 +186,7 @@ class Step(BaseModel):
     def _attempt(self, emit: Emit) -> None:
         started = time.time()
         for parent in self.parents.values():
-            if parent.folder.parent == self.folder.parent:  # what we published; a given checkpoint is hashed by itself
+            if parent.folder.parent == self.folder.parent:  # not for external checkpoints, which are hashed elsewhere
                 verify_once(parent.folder)
         manifest: dict[str, Any] = {
             "step": self.label,
@@ -214,7 +214,7 @@ class Step(BaseModel):
 
 
 def undone(steps: list[Step]) -> list[Step]:
-    """Those of some steps, parents first, that are not done, or rest on a folder that is there but not done."""
+    """The steps (given parents first) that are not done, or depend on a published step that is not done."""
     stale: set[str] = set()
     for step in steps:
         if not step.done or any(p.exists and label in stale for label, p in step.parents.items()):
@@ -245,7 +245,7 @@ def _encode(value: Any) -> Any:
 
 
 def environment(where: RunSettings) -> dict[str, Any]:
-    """What of this process may change a result within rounding, versions aside; nothing where torch had no part."""
+    """What of this process may change a result within rounding, besides versions; empty if torch is not loaded."""
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
@@ -260,7 +260,7 @@ def environment(where: RunSettings) -> dict[str, Any]:
 
 
 def elsewhere(manifest: dict[str, Any], where: RunSettings) -> list[str]:
-    """In what a published step's environment is another than this one's, as `there, here`: its folder is used still."""
+    """How a published step's environment differs from this one, as `there, here`; its folder is used anyway."""
     there = {**manifest.get("environment", {}), **manifest["versions"]}
     here = {**environment(where), **versions()}
     return [f"{name} {there[name]}, here {here[name]}" for name in ("device", "instructions", "torch", "transformers")
@@ -268,7 +268,7 @@ def elsewhere(manifest: dict[str, Any], where: RunSettings) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in a result."""
+    """Versions of the packages that take part in a result."""
     found = {"btx": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "safetensors", "accelerate", "mergekit"):
         try:

@@ -1,1 +1,1 @@
-"""One measurement, one file: (model, data) gives numbers and rows per item."""
+"""Probes, one per file: each maps (model, data) to numbers and a row per item."""

@@ -1,7 +1,7 @@
 """Bits per byte on held-out documents: −Σ log₂ p / bytes, with bootstrap intervals over source documents.
 
-Bytes, not tokens, so that models of different tokenizers compare. Each document is scored on its own, in windows of
-`sequence_length` that do not overlap; only its text counts, not the mark that ends it.
+Per byte, not per token, so that models with different tokenizers are comparable. Each document is scored on its own,
+in non-overlapping windows of `sequence_length`; only its text is scored, not the end-of-text token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from btx.probes.routing_shares import RoutingShares
 
 
 def measure(model: Opened, _reference: None, data: Data, _settings: Any) -> Found:
-    """Bits per byte of each domain and the nats of each document; of a Mixture of Experts also where tokens went."""
+    """Bits per byte of each domain and nats of each document; for a Mixture of Experts also the routing shares."""
     rows, numbers, routing = [], {}, {}
     for domain, documents in data.documents.items():
         shares = None
@@ -54,8 +54,8 @@ def nats(
 ) -> NDArray[np.float64]:  # fmt: skip
     """Summed negative log-likelihood of each document, in nats.
 
-    `watch` is called after each forward pass with a mask (tokens of the batch,) that is true where a token is one of a
-    document, and not padding; what else it looks at it has by itself, such as the routers' record.
+    `watch` is called after each forward pass with a mask (tokens of the batch,), true for tokens of documents and false
+    for padding; whatever else it reads, such as recorded routing, it holds itself.
     """
     total = np.zeros(len(documents))
     pieces = windows(documents, length)
@@ -74,7 +74,7 @@ def nats(
 
 
 def padded(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, S) of rows of ids; padding stands at the end, so that a causal model needs no mask."""
+    """Inputs and targets (B, S) of rows of ids; padding is on the right, so a causal model needs no attention mask."""
     width = max(len(ids) for ids in rows) - 1
     inputs = torch.zeros(len(rows), width, dtype=torch.long)
     targets = torch.full((len(rows), width), IGNORED)
@@ -85,17 +85,17 @@ def padded(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
 
 
 def bits_per_byte(nats: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
-    """Over all documents together."""
+    """Σ nats / (ln 2 · Σ bytes), over all documents together."""
     return float(nats.sum() / (math.log(2) * sizes.sum()))
 
 
 def interval(
     nats: NDArray[np.float64], sizes: NDArray[np.float64], *, resamples: int, seed: int, sources: list[int]
 ) -> tuple[float, float]:
-    """95 % percentile interval of the bits per byte when source documents are drawn again with replacement.
+    """95 % percentile bootstrap interval of the bits per byte, over source documents resampled with replacement.
 
-    `sources` has the number of the source document of each document: pieces of one are not independent, so they are
-    drawn together (the cluster bootstrap).
+    `sources` gives the source document (a number) of each document: pieces of one source are not independent, so they
+    are resampled together (cluster bootstrap).
     """
     _, group = np.unique(sources, return_inverse=True)
     lost, size = np.bincount(group, nats), np.bincount(group, sizes)

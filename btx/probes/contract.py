@@ -1,4 +1,4 @@
-"""What a probe is: a module of this folder whose `PROBE` measures a model on held-out documents."""
+"""The interface of a probe: a module of this folder whose `PROBE` measures a model on held-out documents."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from numpy.typing import NDArray
 from btx.models.opened import Opened
 from btx.recipe.settings import Settings
 
-Document = tuple[NDArray[np.int64], int]  # ids led by one of context, bytes of text
+Document = tuple[NDArray[np.int64], int]  # ids (the first is context, not scored), bytes of text
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a probe looks at: held-out documents by domain, and how they are cut into passes."""
+    """The input of a probe: held-out documents by domain, window length and batch size."""
 
     documents: dict[str, list[Document]]
     length: int  # of a window, in tokens
-    batch_tokens: int  # of a pass, at most
+    batch_tokens: int  # of a forward pass, at most
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a probe says of a model: numbers by domain and name, a row per item, and tables of any shape."""
+    """The result of a probe: numbers by domain and name, a row per item, and tables of any shape."""
 
     numbers: dict[str, dict[str, float]]
     rows: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, Any] = field(default_factory=dict)
-    missing: str = ""  # why the model has no answer, where it has none
+    missing: str = ""  # the reason, if the model cannot be measured
 
 
 class NoSettings(Settings):
-    """Of a probe that has none."""
+    """A probe without settings."""
 
 
 @dataclass(frozen=True)
 class Probe:
     """One probe.
 
-    `measure` is given the model, the seed where `reference` asks for it, the data and the settings. A recipe asks for
-    it under `probes`, by the name of its module. `needs` are capabilities (`btx.models.opened`) without which a model
-    has no answer; a new `version` measures anew.
+    `measure` gets the model, the seed (None unless `reference` is set), the data and the settings. A recipe enables a
+    probe under `probes`, by its module name. `needs` are the capabilities (`btx.models.opened`) that a model must have;
+    a new `version` invalidates earlier measurements.
     """
 
     measure: Callable[[Opened, Any, Data, Any], Found]

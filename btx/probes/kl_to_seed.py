@@ -1,7 +1,7 @@
-"""How far a model's next-token distributions have gone from the seed's: KL(seed ‖ model), in nats per token.
+"""KL divergence between the next-token distributions of the seed and a model: KL(seed ‖ model), in nats per token.
 
-Beside bits per byte it tells change from loss: a model may be as good on a text and say other things. It is asked of
-held-out documents, in the windows in which they are scored; both models see the same ids.
+It shows change that bits per byte misses: a model may score as well on a text and still predict differently. It is
+measured on the held-out documents, in the windows in which they are scored; both models see the same ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from btx.probes.contract import Data, Document, Found, Probe
 
 
 def measure(model: Opened, seed: Opened, data: Data, _settings: Any) -> Found:
-    """The mean over the tokens of each domain, and a row per document with its sum and its number of tokens."""
+    """The mean per token of each domain, and a row per document with its sum and token count."""
     rows, numbers = [], {}
     for domain, documents in data.documents.items():
         sums = divergence(seed, model, documents, length=data.length, batch_tokens=data.batch_tokens)
@@ -35,11 +35,11 @@ def measure(model: Opened, seed: Opened, data: Data, _settings: Any) -> Found:
 def divergence(
     seed: Opened, model: Opened, documents: list[Document], *, length: int, batch_tokens: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """KL(seed ‖ model) of each document, in nats, summed over its tokens; over the ids that both have."""
+    """KL(seed ‖ model) of each document (documents,), in nats, summed over its tokens, over the shared vocabulary."""
     total = np.zeros(len(documents))
     pieces, start = windows(documents, length), 0
     vocabulary = seed.log_probs(torch.zeros(1, 1, dtype=torch.long, device=seed.device)).shape[-1]
-    most = min(batch_tokens, LOGITS // vocabulary)  # tokens of a pass
+    most = min(batch_tokens, LOGITS // vocabulary)  # tokens of a forward pass
     while start < len(pieces):
         batch = pieces[start : start + max(1, most // (len(pieces[start][1]) - 1))]
         inputs, targets = padded([ids for _, ids in batch])

@@ -1,4 +1,4 @@
-"""Every probe that there is: the listing of this folder is the registry."""
+"""The registry of probes: the modules of this folder that define `PROBE`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import cache
 import btx.probes
 from btx.probes.contract import Probe
 
-ALWAYS = "bits_per_byte"  # which every report has
+ALWAYS = "bits_per_byte"  # part of every report
 
 
 @cache
 def probes() -> dict[str, Probe]:
-    """By the names of their modules."""
+    """All probes, by module name."""
     modules = [
         importlib.import_module(f"btx.probes.{module.name}") for module in pkgutil.iter_modules(btx.probes.__path__)
     ]

@@ -1,6 +1,6 @@
-"""Which experts the tokens of each domain go to: per layer, and over all layers.
+"""Expert load: which experts the tokens of each domain are routed to, per layer and over all layers.
 
-Axes: T tokens, E experts, K chosen experts of a token.
+Axes: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from btx.moe.routing import Routing
 
 
 class RoutingShares:
-    """Adds up, pass by pass, where the tokens of a domain went; `routed` is the rule at work on the model.
+    """Accumulates a domain's expert load over forward passes; `routed` is the routing rule installed on the model.
 
-    Call it after each forward pass with a mask (T,) of the tokens that count: padding is routed too, and must not.
+    Call it after each forward pass with a mask (T,) of the tokens to count: padding is routed too, but must not count.
     """
 
     def __init__(self, model: Any, routed: Routed) -> None:
         self.routed, self.labels = routed, router_labels(model)
-        self.loads: list[Tensor] = []  # choices by expert (E,), one a router
+        self.loads: list[Tensor] = []  # routing choices by expert (E,), one tensor per router
         self.entropies: list[float] = []  # sums over tokens, as a share of log E
         self.tokens = 0
 
@@ -39,7 +39,7 @@ class RoutingShares:
         self.tokens += int(mask_T.sum())
 
     def table(self) -> dict[str, Any]:
-        """Load (share of token-choices) per router and expert, its mean over them, and the routers' entropy."""
+        """Load (share of routing choices) per router and expert, its mean over routers, and each router's entropy."""
         layers_LE = torch.stack([load / load.sum() for load in self.loads])
         return {
             "routers": self.labels,
@@ -51,7 +51,7 @@ class RoutingShares:
 
 
 def _sums(layer: Routing, mask_T: Tensor) -> tuple[Tensor, float]:
-    """Choices by expert (E,) float64, and the summed entropy of the tokens that count, as a share of log E."""
+    """Routing choices by expert (E,), float64, and the summed router entropy of counted tokens, as a share of log E."""
     logits_TE = layer.logits_TE[mask_T].float()
     experts = logits_TE.shape[-1]
     load_E = torch.bincount(layer.index_TK[mask_T].flatten(), minlength=experts).double().cpu()

@@ -1,1 +1,1 @@
-"""What a user writes: the recipe, its sections, and how mistakes in it are told."""
+"""The recipe that a user writes: its sections, their validation, and the error messages."""

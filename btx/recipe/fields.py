@@ -1,4 +1,4 @@
-"""The fields of settings: counts as people write them (400k, 1.5M), bytes, shares, and what decides no result."""
+"""Field types of settings: counts as people write them (400k, 1.5M), bytes, shares, and fields outside the identity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGEST = 2**62  # of any count or seed: what 64-bit arithmetic holds with room 
 
 
 def _count(value: Any) -> Any:
-    """Read 400k, 1.5M, 201B, 1e6 as whole numbers; leave anything else for the type to judge."""
+    """Read 400k, 1.5M, 201B, 1e6 as whole numbers; leave anything else to the type's own validation."""
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false (YAML reads yes, no, on, off as those)")
     match = re.fullmatch(_COUNT, value) if isinstance(value, str) else None
@@ -27,7 +27,7 @@ def _count(value: Any) -> Any:
 
 
 def _bytes(value: Any) -> Any:
-    """Read 1GiB, 512 MiB, 2GB as bytes; leave anything else for the type to judge."""
+    """Read 1GiB, 512 MiB, 2GB as bytes; leave anything else to the type's own validation."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT])(i?)B\s*", value) if isinstance(value, str) else None
     if not match:
         return _count(value)
@@ -36,7 +36,7 @@ def _bytes(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; pydantic takes it as the number that was meant. True and false are no numbers."""
+    """Refuse true and false. YAML 1.1 reads 1e-4 as text, which pydantic then parses as the number that was meant."""
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false (YAML reads yes, no, on, off as those)")
     return value

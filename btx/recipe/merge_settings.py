@@ -19,7 +19,7 @@ Router = Literal["random", "orthogonal", "activations", "embeddings"]
 ATTENTION = "ffn+attention"
 FROM_DATA = ("activations", "embeddings")
 GROUPS: tuple[str, ...] = get_args(Group)
-WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that weigh the models
+WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that use model weights
 FROM_SEED = ("task_arithmetic", "ties", "dare_ties", "model_stock")  # methods that add up differences from the seed
 OPTIONS = {"density": ("ties", "dare_ties"), "t": ("slerp",), "scale": ("task_arithmetic", "ties", "dare_ties")}
 
@@ -32,24 +32,24 @@ class AveragingSettings(Settings):
     method: Method = "mean"
     weights: dict[str, LayerWeights] = Field(
         default_factory=dict,
-        description="by model, 1 for one that is not named; a list goes from the first layer to the last, linearly "
-        "between its values, and tensors outside of the layers take its first (as in mergekit)",
+        description="by model, default 1; a list is interpolated linearly from the first layer to the last; tensors "
+        "outside the layers take its first value (as in mergekit)",
     )
     density: Annotated[Share, Field(gt=0)] = Field(
         0.5, description="ties, dare_ties: share of each difference that is kept"
     )
-    t: Share = Field(0.5, description="slerp: place between the first and the second model")
+    t: Share = Field(0.5, description="slerp: interpolation factor, 0 the first model, 1 the second")
     scale: Positive = Field(1.0, description="task_arithmetic, ties, dare_ties: factor of the summed differences")
 
     @model_validator(mode="after")
     def _weighed(self) -> AveragingSettings:
         if self.weights and self.method not in WEIGHED:
-            raise ValueError(f"weights do nothing under method {self.method}; use {', '.join(WEIGHED)}")
+            raise ValueError(f"weights have no effect under method {self.method}; use {', '.join(WEIGHED)}")
         for name, methods in OPTIONS.items():
             if name in self.model_fields_set and self.method not in methods:
-                raise ValueError(f"{name} does nothing under method {self.method}; it belongs to {', '.join(methods)}")
+                raise ValueError(f"{name} has no effect under method {self.method}; it belongs to {', '.join(methods)}")
         if "seed" in self.weights and self.method != "linear":
-            raise ValueError(f"{self.method} takes differences from the seed, so a weight of the seed does nothing")
+            raise ValueError(f"{self.method} takes differences from the seed, so a weight of the seed has no effect")
         return self
 
     def weight(self, model: str, depth: float) -> float:
@@ -63,7 +63,7 @@ class AveragingSettings(Settings):
         return found[low] + (place - low) * (found[high] - found[low])
 
     def counts(self, models: list[str]) -> bool:
-        """Whether at every depth some of the models that it weighs has a positive weight."""
+        """Whether at every depth at least one of the weighted models has a positive weight."""
         weighed = [name for name in models if self.method == "linear" or name != "seed"]
         lengths = {len(w) for w in self.weights.values() if isinstance(w, list)} - {1}
         knots = {0.0, *(knot / (length - 1) for length in lengths for knot in range(length))}
@@ -78,20 +78,21 @@ Averaging = Annotated[AveragingSettings, BeforeValidator(_named)]
 
 
 class SharedSettings(AveragingSettings):
-    """How the tensors that are no experts become one: all alike, or some groups of them otherwise."""
+    """How the shared (non-expert) tensors are averaged: all alike, or some groups of them differently."""
 
     groups: dict[Group, Averaging] = Field(
         default_factory=dict,
-        description="what goes otherwise: attention, norms (those of q and k too), embeddings (with a tied head), head",
+        description="groups with their own method: attention, norms (those of q and k too), embeddings (with a tied "
+        "head), head",
     )
 
     def of(self, tensor: str) -> AveragingSettings:
-        """What holds for a tensor, by its name on disk."""
+        """The averaging settings of a tensor, by its name on disk."""
         return self.groups.get(group_of(tensor), self)  # type: ignore[call-overload, no-any-return]
 
     @property
     def everything(self) -> dict[str, AveragingSettings]:
-        """Each choice by its place in the recipe."""
+        """All averaging settings, by their key in the recipe."""
         return {"merge.shared": self, **{f"merge.shared.groups.{name}": one for name, one in self.groups.items()}}
 
 
@@ -113,14 +114,14 @@ class MergeSettings(Settings):
     shared: Annotated[SharedSettings, BeforeValidator(_named)] = SharedSettings()
     experts: Literal["per_model", "split", "blend", "ffn+attention"] = Field(
         "per_model",
-        description="one expert a model; the paper's variants; or attention made of experts too, with keys and values "
-        "shared (BAM; Llama seeds without grouped-query attention, which become JetMoE)",
+        description="per_model: one expert per model; split, blend: the paper's variants; ffn+attention: attention "
+        "experts too, with shared keys and values (BAM; Llama seeds without grouped-query attention become JetMoE)",
     )
     chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
     router: Router = Field(
         "random",
-        description="the fresh router: random or orthogonal rows; or from each domain's data at what the router sees "
-        "(activations), or from its mean input embedding (embeddings): these two load the merged model once, in fp32",
+        description="initial router: random or orthogonal rows; or from each domain's data, by regression on router "
+        "inputs (activations) or as mean input embedding (embeddings): both load the merged model once, in fp32",
     )
     layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
         "all",
@@ -132,17 +133,17 @@ class MergeSettings(Settings):
     )
     reinitialize: Annotated[Share, Field(lt=1)] = Field(
         0.0,
-        description="share of each expert's hidden units that are drawn anew, others in each expert, from a normal "
-        "distribution like that of the weights they replace (Drop-Upcycling; 0.5 there)",
+        description="share of each expert's hidden units that are reinitialised, different ones in each expert, from a "
+        "normal distribution like that of the weights they replace (Drop-Upcycling; 0.5 there)",
     )
     shared_expert: Literal["none", "average", "seed"] = Field(
         "none",
         description="one more expert that every token visits, half of each block's output: the models' average, or the "
-        "seed's own block (Qwen2 seeds: of the others' classes none has one)",
+        "seed's own block (Qwen2 seeds only: the others' classes have none)",
     )
     router_tokens: Count = Field(20_000, description="activations, embeddings: tokens of each domain")
     router_entropy: Annotated[Share, Field(gt=0)] = Field(
-        0.99, description="mean entropy of the fresh router, as a share of log(experts)"
+        0.99, description="mean entropy of the initial router, as a share of log(experts)"
     )
     seed: Whole = 0
     dtype: Literal["seed", "fp32", "bf16", "fp16"] = "seed"
@@ -156,27 +157,27 @@ class MergeSettings(Settings):
     @model_validator(mode="after")
     def _whole_experts(self) -> MergeSettings:
         if self.experts == ATTENTION and (self.layers != "all" or self.shared_expert != "none"):
-            raise ValueError(f"experts: {ATTENTION} goes with experts in all layers, and no shared one")
+            raise ValueError(f"experts: {ATTENTION} requires experts in all layers, and no shared expert")
         if self.experts in ("split", "blend") and (self.copies != 1 or self.reinitialize):
             raise ValueError(
-                f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize go with experts: per_model"
+                f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize require experts: per_model"
             )
         many = self.copies if isinstance(self.copies, int) else max(self.copies.values(), default=1)
         if many > 1 and self.router in FROM_DATA and not self.reinitialize:
             raise ValueError(
-                f"router: {self.router} gives copies of one model rows that hardly differ; "
+                f"router: {self.router} gives copies of one model nearly equal rows; "
                 "use random or orthogonal, or reinitialize some of their units"
             )
         return self
 
     @property
     def averaging(self) -> MergeSettings:
-        """What of these settings decides the dense average; the rest as if nothing was said."""
+        """The settings that decide the dense average; the others at their defaults."""
         return MergeSettings(include_seed=self.include_seed, shared=self.shared, dtype=self.dtype)
 
     @property
     def attention(self) -> bool:
-        """Whether attention is made of experts too."""
+        """Whether attention has experts too."""
         return self.experts == ATTENTION
 
     def owners(self, models: Iterable[str]) -> dict[str, str]:
@@ -190,5 +191,5 @@ class MergeSettings(Settings):
         return self.copies if isinstance(self.copies, int) else self.copies.get(model, 1)
 
     def torch_dtype(self, seed: torch.dtype) -> torch.dtype:
-        """The dtype that is written, given the seed's."""
+        """The dtype of the written checkpoint, given the seed's."""
         return torch_dtype(self.dtype, seed)

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in sentences: where, what was found, and the nearest known key."""
+"""The error messages of a recipe: where, what was found, and the nearest known key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLAINLY = {
     "string_pattern_mismatch": "must not be blank",
     "finite_number": "must be a finite number",
 }
-RENAMED = {  # keys and values of older recipes, by what they are called now
+RENAMED = {  # keys and values of older recipes, with their present names
     "clip": "max_grad_norm",
     "min_learning_rate": "min_lr_ratio",
     "loss_on": "loss_mask",
@@ -31,7 +31,7 @@ _BRANCHES = re.compile(
 
 
 def sentences(error: ValidationError, model: type[BaseModel], names: str) -> list[str]:
-    """One sentence for each place of a `model` that is wrong; where a field may be one of several, what each wants.
+    """One sentence for each invalid field of a `model`; for a union, what each branch expects.
 
     `names` is the pattern of names, which pydantic would quote.
     """
@@ -63,7 +63,7 @@ def _explain(error: Any, path: list[str], model: type[BaseModel], names: str) ->
 
 
 def _keys(path: list[str], model: type[BaseModel]) -> list[str]:
-    """The keys that may stand at a place in the recipe."""
+    """The keys that are valid at a place in the recipe."""
     for part in path:
         if part in model.model_fields:  # else it is a name, such as a domain's
             model = _model_in(model.model_fields[part].annotation) or model

@@ -1,4 +1,4 @@
-"""How much each domain counts in a training on all of them."""
+"""The data mix: the weight of each domain in a training on all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from btx.recipe.recipe import Recipe
 
 
 def shares_in_all(recipe: Recipe, names: list[str], said: Mapping[str, float], where: str) -> dict[str, float]:
-    """Weights of the domains in a training on all that BTX takes: as `said`, else those of both stages together."""
+    """Weights of the domains in a training on all that BTX takes: `said`, or those of both stages together."""
     return stated(names, said, where) if said else both_stages(recipe, names)
 
 
@@ -24,7 +24,7 @@ def both_stages(recipe: Recipe, names: list[str]) -> dict[str, float]:
 
 
 def mix(recipe: Recipe, names: list[str]) -> dict[str, float]:
-    """Weights of the domains in the finetuning: as the recipe says, else by their training tokens."""
+    """Weights of the domains in the finetuning: finetune.mix, or by default their training tokens."""
     if recipe.finetune.mix:
         return stated(names, recipe.finetune.mix, "finetune.mix")
     budgets = {n: d.tokens and d.tokens * d.experts for n, d in recipe.domains.items()}
@@ -35,7 +35,7 @@ def mix(recipe: Recipe, names: list[str]) -> dict[str, float]:
 
 
 def stated(names: list[str], said: Mapping[str, float], where: str) -> dict[str, float]:
-    """Weights of the domains that have data, as a recipe says; RecipeError for one that has none."""
+    """Stated weights of the domains that have data; RecipeError for a domain without, or if all are zero."""
     for name in said:
         if name not in names:
             raise RecipeError(f"{where} names {name}, which has no `data`. Give it some, or leave it out.")

@@ -1,8 +1,8 @@
-"""Files by the paths of a recipe, by one rule whether a file, a folder or a glob is named.
+"""The files that a recipe's path names, by one rule for files, folders and globs.
 
 `~` is expanded. A folder stands for all files below it, links to folders are followed once, and names that begin with a
-dot are passed over. Signs of a glob count from the first part of a path that is not there as it is written, so that a
-folder called `v1 [x]` is no glob.
+dot are skipped. Glob characters count only from the first path component that does not exist literally, so that a
+folder called `v1 [x]` is not a glob.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def expanded(path: str, where: str) -> Path:
 
 
 def files_of(path: Path) -> list[str]:
-    """All files that a path means, sorted; none where it means nothing."""
+    """All files that a path names, sorted; empty if there are none."""
     if path.is_file():
         return [str(path)]
     if path.is_dir():
@@ -53,13 +53,13 @@ def below(folder: Path) -> Iterator[str]:
 
 
 def _literal(path: Path) -> tuple[Path, Sequence[str]]:
-    """The longest beginning of a path that is there, and the parts behind it."""
+    """The longest existing parent of a path, and the components below it."""
     there = next(parent for parent in path.parents if parent.is_dir())
     return there, path.relative_to(there).parts
 
 
 def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether a path, or a folder that it lies in, is meant by the parts of a glob."""
+    """Whether a path, or one of its parent folders, matches the components of a glob."""
     if not wanted:
         return True
     if wanted[0] == ANY:

@@ -1,4 +1,4 @@
-"""What `precision: auto` stands for, settled before anything is hashed. No torch here, as long as there is no GPU."""
+"""Resolves `precision: auto`, before anything is hashed. torch is imported only where there may be a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-gpu")  # CUD
 
 
 def automatic(device: str) -> Precision:
-    """What `precision: auto` stands for on the device that `run.device` names: auto, cpu or cuda.
+    """The precision that `auto` stands for on the device that `run.device` names: auto, cpu or cuda.
 
     bf16 on a GPU that has it, and on CPUs where it is faster: AMD's with AVX-512 bf16 (docs/benchmarks), and those with
     tiles (AMX), which were not measured. Intel's with AVX-512 bf16 alone multiply in it at half the speed of fp32.
-    Without a GPU's device file torch is not asked, whose import takes seconds.
+    Without a GPU's device file torch is not imported, which takes seconds.
     """
     if device != "cpu" and any(Path(file).exists() for file in GPU_FILES):
         import torch

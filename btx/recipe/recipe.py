@@ -1,6 +1,6 @@
-"""The recipe: YAML composed of the steps' own settings. Unknown keys are refused, the nearest one named.
+"""The recipe: YAML composed of the steps' own settings. Unknown keys are refused, with the nearest known one.
 
-Reading it runs nothing and opens nothing but the file itself.
+Reading it runs nothing and opens no other file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SeedRecipe(Settings):
     """The checkpoint that everything starts from."""
 
     checkpoint: Text = Field(description="a local Hugging Face folder, or `builtin`: a small Llama that btx pretrains")
-    data: list[Text] = Field(default_factory=list, description="text of the seed's own kind, for the finetuning")
+    data: list[Text] = Field(default_factory=list, description="text like the seed's training data, for the finetuning")
     valid: list[Text] = Field(default_factory=list)
     tokens: Count | None = Field(None, description="its weight in the finetuning mix; default: the domains' mean")
     builtin: BuiltinSeed = BuiltinSeed()
@@ -54,14 +54,14 @@ class SeedRecipe(Settings):
 
     @property
     def sources(self) -> list[str]:
-        """Its data; a builtin seed has the builtin texts where nothing else is said."""
+        """Its data; by default the builtin texts for a builtin seed, none for others."""
         return self.data or (list(BUILTIN_DATA) if self.is_builtin else [])
 
     @model_validator(mode="after")
     def _used(self) -> SeedRecipe:
         idle = "tokens" if self.tokens is not None else "valid" if self.valid else None
         if idle and not self.sources:
-            raise ValueError(f"`{idle}` says something of the seed's `data`, and there is none")
+            raise ValueError(f"`{idle}` applies to the seed's `data`, and there is none")
         return self
 
 
@@ -71,18 +71,18 @@ class DomainRecipe(Settings):
     data: list[Text] = Field(default_factory=list)
     valid: list[Text] = Field(default_factory=list, description="held-out files; default: a share of the documents")
     tokens: Count | None = Field(None, description="training tokens of the expert, of each if there are several")
-    experts: Several = Field(1, description="how many are trained; the sequences of the data are dealt to them in turn")
+    experts: Several = Field(1, description="how many to train; the sequences of the data are dealt to them in turn")
     checkpoint: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
         None, description="an expert trained elsewhere: a model, or a LoRA adapter; a list of them for several"
     )
 
     @property
     def checkpoints(self) -> list[str]:
-        """The experts trained elsewhere."""
+        """The checkpoints of experts trained elsewhere."""
         return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint or []
 
     def names(self, domain: str) -> list[str]:
-        """What its experts are called: like the domain, or numbered where there are several."""
+        """The names of its experts: the domain's, numbered if there are several."""
         count = len(self.checkpoints) or self.experts
         return [domain] if count == 1 else [f"{domain}.{n}" for n in range(count)]
 
@@ -100,10 +100,10 @@ class DomainRecipe(Settings):
 
 
 class Section(Settings):
-    """A section of the recipe that a conversion owns: its settings, and what they ask of the rest."""
+    """A section of the recipe that a conversion owns: its settings, and what they require of the rest."""
 
     def fits(self, recipe: Recipe, name: str) -> None:
-        """ValueError where it does not go with the rest of the recipe; `name` is the section's key."""
+        """ValueError if it conflicts with the rest of the recipe; `name` is the section's key."""
 
 
 class Recipe(Settings):
@@ -135,23 +135,23 @@ class Recipe(Settings):
 
     @property
     def sections(self) -> dict[str, Section]:
-        """What is said of the conversions beside BTX, by their keys; those of which nothing is said are not made."""
+        """The sections of the conversions besides BTX, by key; a conversion without its section does not run."""
         return {name: said for name in self.conversions if (said := getattr(self, name)) is not None}
 
     @property
     def probing(self) -> dict[str, Settings]:
-        """What is said of the probes beside bits per byte, by their names."""
+        """The settings of the probes besides bits per byte, by name."""
         return {
             name: said for name in type(self.probes).model_fields if (said := getattr(self.probes, name)) is not None
         }
 
     @property
     def finetuning(self) -> FinetuneSettings:
-        """The finetuning's settings; what they do not say of the optimiser is as in `train`."""
+        """The finetuning's settings, unset optimiser fields filled from `train`."""
         return self.filled(self.finetune)
 
     def filled(self, section: S) -> S:
-        """A section with what it does not say: of the optimiser as in `train`, of routers as in `finetune`."""
+        """A section with its unset fields filled: the optimiser's from `train`, the routers' from `finetune`."""
         found = {name: getattr(self.train, name) for name in set(TrainSettings.model_fields) - section.model_fields_set}
         if isinstance(section, FinetuneSettings):
             rules = set(FinetuneSettings.model_fields) - set(TrainSettings.model_fields) - {"tokens", "mix"}
@@ -160,7 +160,7 @@ class Recipe(Settings):
 
     @property
     def tokens_in_all(self) -> int:
-        """What the experts that are trained here and the finetuning take together, in whole steps."""
+        """The tokens of the experts trained here and of the finetuning together, in whole steps."""
         trained = [d for d in self.domains.values() if d.tokens and d.checkpoint is None]
         apart = sum(steps_of(d.tokens or 0, self.train) * d.experts for d in trained) * self.train.batch_tokens
         return apart + steps_of(self.finetune.tokens, self.finetuning) * self.finetuning.batch_tokens
@@ -171,9 +171,9 @@ class Recipe(Settings):
         folded: dict[str, str] = {}
         for name in domains:
             if not re.fullmatch(NAME, name):
-                raise ValueError(f"{name!r} is no domain name: {SIGNS}")
+                raise ValueError(f"{name!r} is not a valid domain name: {SIGNS}")
             if name.lower() in cls.reserved:
-                raise ValueError(f"{name!r} names another model of the report; call the domain something else")
+                raise ValueError(f"{name!r} is the name of another model in the report; rename the domain")
             if name.lower() in folded:
                 raise ValueError(f"{name!r} and {folded[name.lower()]!r} differ in case only; choose clearer names")
             folded[name.lower()] = name
@@ -181,14 +181,14 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        """What spans sections: names, numbers of experts, batches."""
+        """Validate what spans sections: names, numbers of experts, batches."""
         self.require_domains("finetune.mix", self.finetune.mix)
         if isinstance(self.merge.copies, dict):
             _refuse_unknown("merge.copies", "model", self.merge.copies, self.models)
         for where, how in self.merge.shared.everything.items():
             _refuse_unknown(f"{where}.weights", "model", how.weights, self.models)
             if not how.counts(self.models):
-                raise ValueError(f"{where}.weights: all are zero at some depth; give a model a positive weight")
+                raise ValueError(f"{where}.weights: all weights are zero at some depth; give a model a positive one")
         self._enough_experts()
         self._whole_batches()
         for name, domain in self.domains.items():
@@ -207,7 +207,7 @@ class Recipe(Settings):
         names = [expert for name, domain in self.domains.items() for expert in domain.names(name)]
         owned = [e for m in (*names, "seed") for e in self.merge.owners([m])] if self.merge.experts != "blend" else []
         if twice := [n for one in (names, owned) for n, count in Counter(one).items() if count > 1]:
-            raise ValueError(f"two experts would be called {twice[0]!r}, as those of one kind are numbered; rename one")
+            raise ValueError(f"two experts would be called {twice[0]!r}: several of one model are numbered; rename one")
         experts = len(self.merge.owners(self.models))
         if experts < 2:
             raise ValueError(
@@ -231,7 +231,7 @@ class Recipe(Settings):
 
 
 def require_whole_batches(where: str, settings: TrainSettings) -> None:
-    """ValueError unless a batch is whole sequences."""
+    """ValueError unless batch_tokens is a multiple of sequence_length."""
     if settings.batch_tokens % settings.sequence_length:
         raise ValueError(
             f"{where}: batch_tokens ({settings.batch_tokens}) must be a multiple of "
@@ -277,5 +277,5 @@ def _override(raw: dict[str, Any], text: str) -> None:
             place[part] = {}
         place = place[part]
         if not isinstance(place, dict):
-            raise RecipeError(f"--set {key}: {'.'.join(path[:done])} is a value, it has nothing below it.")
+            raise RecipeError(f"--set {key}: {'.'.join(path[:done])} is a value and has no keys below it.")
     place[last] = parse_yaml(value, f"--set {key}")

@@ -1,6 +1,6 @@
 """The settings of every step, as strict models: what a recipe may say, with its defaults and its bounds.
 
-Every setting is of one of three classes. Most are *identity*: they decide the result, and are part of a step's key.
+Every setting belongs to one of three classes. Most are *identity*: they decide the result and are part of a step's key.
 Those marked `environment` (device, threads, passes) may change it within rounding: they are recorded, like versions and
 processors. Those marked `execution` (paths, workers) do neither. No torch here: a recipe is read in milliseconds.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Settings(BaseModel):
-    """Frozen; unknown keys are refused; text is not taken from numbers, nor numbers from true and false."""
+    """Frozen; unknown keys are refused, and so are numbers for text, and true and false for numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, ready for the fingerprint."""
+        """The fields that decide the result, as JSON values for the fingerprint."""
         dumped = self.model_dump(mode="json")
         for name, info in type(self).model_fields.items():
             extra = info.json_schema_extra
@@ -38,7 +38,7 @@ class Settings(BaseModel):
 class BuiltinSeed(Settings):
     """The seed that btx makes itself when `seed.checkpoint` is `builtin`: a small Llama and its tokenizer."""
 
-    vocab_size: Annotated[Count, Field(gt=256)] = 2048  # every byte, and the end of a text
+    vocab_size: Annotated[Count, Field(gt=256)] = 2048  # at least all bytes and the end-of-text token
     hidden_size: Count = 256
     intermediate_size: Count = 768
     layers: Count = 4
@@ -55,7 +55,7 @@ class BuiltinSeed(Settings):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What of its config.json is known before it is made."""
+        """The part of its config.json that is known before it is trained."""
         return {
             "model_type": "llama", "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size, "num_hidden_layers": self.layers,
@@ -70,11 +70,11 @@ class DataSettings(Settings):
     directory: str | None = execution(None, description="what data paths are relative to; default: the recipe's folder")
     holdout: Part = Field(
         0.05,
-        description="share of a domain's documents that are held out to report on (test), by hash; 30 at least, where "
-        "these are no more than a fifth; 0: only `valid` files are held out",
+        description="share of a domain's documents held out for reports (test), by hash; at least 30, if these are no "
+        "more than a fifth; 0: only `valid` files are held out",
     )
     select: Part = Field(
-        0.05, description="share held out beside it to choose settings on, likewise; of `valid` files it is half"
+        0.05, description="share also held out, likewise, for choosing settings; of `valid` files it is half"
     )
     valid_bytes: Annotated[Count, Field(ge=4)] = Field(
         4096, description="a held-out document is cut to this many bytes of text"
@@ -86,7 +86,7 @@ class DataSettings(Settings):
         default_factory=list, description="columns, and keys of messages, that are left out: [source_url, name]"
     )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
-        None, description="what a chat template that asks for today's date is told, such as 2026-01-31"
+        None, description="the date given to a chat template that asks for today's, such as 2026-01-31"
     )
     on_bad_line: Literal["error", "skip"] = Field("error", description="skip: leave bad lines out and count them")
 
@@ -112,14 +112,14 @@ class TrainSettings(Settings):
     sequence_length: Count = 1024
     batch_tokens: Count = Field(65_536, description="tokens in one optimiser step, over all devices")
     learning_rate: Positive = 1e-4
-    min_lr_ratio: Share = Field(0.1, description="end of the cosine, as a share of the peak (paper: 0.1)")
+    min_lr_ratio: Share = Field(0.1, description="end of the cosine schedule, as a share of the peak (paper: 0.1)")
     warmup_steps: Whole | Literal["auto"] = Field(
         "auto", description="auto: the paper's 100, or a tenth of the steps where that is less"
     )
     weight_decay: Weight = 0.1
     betas: tuple[Part, Part] = (0.9, 0.95)
     epsilon: Positive = 1e-8
-    max_grad_norm: Positive = Field(1.0, description="larger gradients are scaled down to this norm")
+    max_grad_norm: Positive = Field(1.0, description="gradient clipping: larger gradients are scaled to this norm")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="auto: bf16 on a GPU that has it and on a CPU where it is faster, else fp32; weights, "
@@ -128,7 +128,7 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     dtype: Literal["seed", "fp32", "bf16", "fp16"] = Field("seed", description="of the checkpoint that is written")
     seed: Whole = Field(0, description="of the data order and of every random draw")
-    max_bad_steps: Count = Field(10, description="non-finite steps in a row that end the job (exit code 4)")
+    max_bad_steps: Count = Field(10, description="consecutive non-finite steps that end the job (exit code 4)")
 
     @model_validator(mode="after")
     def _whole_batch(self) -> TrainSettings:
@@ -140,7 +140,7 @@ class TrainSettings(Settings):
 
 
 def steps_of(tokens: int, settings: TrainSettings) -> int:
-    """Optimiser steps that a budget of tokens buys, at least one."""
+    """Optimiser steps for a budget of tokens, at least one."""
     return max(1, round(tokens / settings.batch_tokens))
 
 
@@ -167,11 +167,11 @@ class FinetuneSettings(TrainSettings):
 
     tokens: Count = 1_000_000
     routing: Literal["top_k", "switch", "soft", "sample_top1"] = "top_k"
-    top_k: Count = Field(2, description="experts a token visits under top_k")
+    top_k: Count = Field(2, description="experts per token under top_k")
     soft_first_layer: bool = Field(
         False,
-        description="sample_top1: the first layer visits all experts, as in the paper; no stock class can hold it, so "
-        "there is no export then",
+        description="sample_top1: the first layer routes to all experts, as in the paper; no stock class can hold it, "
+        "so there is no export then",
     )
     balance: BalanceSettings = BalanceSettings()
     trainable: Literal["all", "router", "no_experts"] = "all"
@@ -179,22 +179,22 @@ class FinetuneSettings(TrainSettings):
         default_factory=dict,
         description="share of each domain (and of `seed`, its own data); default: by its tokens",
     )
-    dead_below: Share = Field(0.1, description="an expert with less than this share of its fair load is called dead")
+    dead_below: Share = Field(0.1, description="an expert with less than this share of a uniform load counts as dead")
 
     @property
     def experts_per_token(self) -> int | None:
-        """What the exported config says; None stands for all experts."""
+        """The experts per token that the exported config states; None stands for all experts."""
         return {"top_k": self.top_k, "soft": None}.get(self.routing, 1)
 
     @property
     def rule(self) -> RoutingRule:
-        """What a measurement needs of these settings."""
+        """The routing rule of these settings, for measurements."""
         return RoutingRule(routing=self.routing, experts_per_token=self.experts_per_token,
                            soft_first_layer=self.soft_first_layer)  # fmt: skip
 
     @model_validator(mode="after")
     def _whole_batch(self) -> FinetuneSettings:
-        return self  # what is not said here comes from `train`, so the recipe checks the two together
+        return self  # unset fields come from `train`, so the recipe checks the two together
 
     @model_validator(mode="after")
     def _soft_first(self) -> FinetuneSettings:
@@ -212,14 +212,16 @@ class RoutingRule(Settings):
 
 
 class MeasureSettings(Settings):
-    """What of `evaluate` decides a model's scores."""
+    """The settings of `evaluate` that decide a model's scores."""
 
     split: Literal["test", "select"] = Field(
-        "test", description="held-out documents that are scored: test to report, select to choose settings by"
+        "test", description="held-out documents to score: test for reports, select for choosing settings"
     )
     tokens: Count = Field(200_000, description="held-out tokens scored per domain, at most")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of all models of a report; auto: bf16 on a GPU that has it, fp32 on a CPU"
+        "auto",
+        description="for all models of a report; auto: bf16 on a GPU that has it and on a CPU where it is faster, else "
+        "fp32",
     )
     batch_tokens: Count = environment(8192)
 
@@ -233,7 +235,7 @@ class EvaluateSettings(MeasureSettings):
 
     @property
     def measure(self) -> MeasureSettings:
-        """What of these settings decides a model's scores."""
+        """The settings that decide a model's scores."""
         return MeasureSettings(**{name: getattr(self, name) for name in MeasureSettings.model_fields})
 
 
@@ -242,7 +244,7 @@ class ExportSettings(Settings):
 
     shard_bytes: Count = Field(5 * 10**9, description="largest weight file")
     layout: Literal["published", "fused"] = Field(
-        "published", description="names of the experts: one by one as published, or fused as transformers 5 holds them"
+        "published", description="expert tensors: one by one as published, or fused as transformers 5 holds them"
     )
     name: Text | None = Field(None, description="title of the model card; default: the recipe's name")
     base_model: Text | None = Field(None, description="what the card calls the seed; default: its folder's name")
@@ -250,13 +252,13 @@ class ExportSettings(Settings):
 
 
 class RunSettings(Settings):
-    """Where and how; nothing here decides a result."""
+    """Where and how a recipe runs; nothing here changes a result by more than rounding."""
 
     directory: Text = execution("runs", description="relative to the working directory")
     engine: Literal["local"] = execution("local")
-    workers: Count | Literal["auto"] = execution("auto", description="training jobs at once; auto: one a device")
+    workers: Count | Literal["auto"] = execution("auto", description="training jobs at once; auto: one per device")
     device: Literal["auto", "cpu", "cuda"] = environment("auto")
-    kernel: Text = environment("auto", description="expert kernel; see `btx doctor` for those at hand")
+    kernel: Text = environment("auto", description="expert kernel; see `btx doctor` for the available ones")
     micro_batch: Count | Literal["auto"] = environment(
         "auto", description="sequences per device and backward pass; any number gives the same result but for rounding"
     )
@@ -265,7 +267,7 @@ class RunSettings(Settings):
     checkpoint_minutes: Positive = execution(10.0, description="time between saved training states")
     checkpoint_steps: Count | None = execution(None, description="save after this many steps instead")
     hang_minutes: Positive = execution(
-        60.0, description="a training that finishes no step for so long is ended and started again, once"
+        60.0, description="a training that reports nothing for so long is killed and restarted, once"
     )
-    launch: Text | None = environment(None, description="an `accelerate config` file: jobs start by accelerate launch")
+    launch: Text | None = environment(None, description="an `accelerate config` file: jobs run under accelerate launch")
     report_to: list[Text] = execution([], description="trackers of accelerate: tensorboard, wandb, ...")

@@ -1,1 +1,1 @@
-"""What a person looks at: progress, tables, charts."""
+"""Output for people: progress, tables, charts."""

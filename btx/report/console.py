@@ -1,4 +1,4 @@
-"""What a run prints at its end: the matrix of bits per byte, the routing shares, and how to use the result."""
+"""Terminal output: the results and how to use them at the end of a run, and the tables of `btx status`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from btx.graph.cost import Cost
 from btx.graph.step import elsewhere, undone
 from btx.report.figures import human, probe_tables
 
-WIDE = 200  # columns of a table that no terminal cuts
+WIDE = 200  # columns, where no terminal limits them
 
 
 def show(report: Path, export: Path) -> None:
@@ -40,7 +40,7 @@ def show(report: Path, export: Path) -> None:
 
 
 def _near(path: Path) -> str:
-    """Relative to the working directory where it lies below it."""
+    """The path, relative to the working directory if it lies below that."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
@@ -71,7 +71,7 @@ def matrix(results: dict[str, Any]) -> Any:
 
 
 def plain_table(head: list[str], rows: list[list[str]]) -> Any:
-    """Text in columns; a row may be shorter than the head."""
+    """A table of text; a row may be shorter than the header."""
     from rich.table import Table
 
     table = Table()
@@ -87,7 +87,7 @@ def _cell(value: float, best: float) -> str:
 
 
 def routing(results: dict[str, Any]) -> Any:
-    """Share of the tokens' choices per expert, by domain, in the exported model."""
+    """Share of routing choices per expert, by domain, in the exported model."""
     from rich.table import Table
 
     experts = results["experts"]
@@ -102,7 +102,7 @@ def routing(results: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Planned:
-    """What `btx plan` says of a step."""
+    """The planned cost of a step; bytes of memory and disk."""
 
     flops: float
     memory: int
@@ -110,17 +110,17 @@ class Planned:
 
 
 def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
-    """Every step with its state and its folder; then what was planned of each and what it took."""
+    """Print every step with its state and folder, then its planned and actual cost."""
     from rich.console import Console
     from rich.table import Table
 
     states, costs = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("step", "state", "folder"):
         states.add_column(name, overflow="fold")
-    for name in ("planned → happened", "FLOPs", "memory", "disk", "seconds"):
+    for name in ("planned → actual", "FLOPs", "memory", "disk", "seconds"):
         costs.add_column(name, no_wrap=True, justify="left" if costs.columns == [] else "right")
     steps = [step for step in graph.steps.values() if step.kind != "given"]
-    other: dict[str, list[str]] = {}  # labels of steps made in another environment, by what is other
+    other: dict[str, list[str]] = {}  # labels of steps made in another environment, by what differs
     todo = {step.label for step in undone(steps)}
     for step in steps:
         state = _state(step) if step.label in todo else "done"
@@ -137,11 +137,11 @@ def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
         console.print()
         console.print(costs)
     for said, labels in other.items():
-        console.print(f"\nUsed as they are, though made elsewhere ({said}): {', '.join(labels)}.")
+        console.print(f"\nReused, though made in another environment ({said}): {', '.join(labels)}.")
 
 
 def _beside(planned: Planned | None, cost: Cost | None) -> list[str]:
-    """FLOPs, memory and disk as planned and as they came out, and seconds; nothing in the place of a zero."""
+    """Planned and actual FLOPs, memory and disk, and actual seconds; zeros are left blank."""
     before = _figures(planned.flops, planned.memory, planned.disk) if planned else [""] * 3
     after = _figures(cost.flops, cost.peak_memory, cost.bytes) if cost else [""] * 3
     cells = [f"{one} → {two}" if one and two else one or two for one, two in zip(before, after, strict=True)]

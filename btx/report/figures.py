@@ -1,4 +1,4 @@
-"""Figures as people read them: three digits and a prefix."""
+"""Numbers for people: three significant digits and a prefix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _scaled(number: float, prefixes: tuple[str, ...]) -> tuple[str, str]:
 
 
 def probe_tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """What each further probe found, as a head and rows of text: a row per model, a column per domain and number."""
+    """The results of each further probe as header and rows: a row per model, a column per domain and number."""
     return {probe: _probe_table(found) for probe, found in results.get("probes", {}).items()}
 
 
@@ -39,5 +39,5 @@ def _probe_table(found: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
 
 
 def _missing(numbers: dict[str, Any]) -> str:
-    """The reason why a model has no answer."""
+    """Why a model has no result; empty if it has one."""
     return next((f"{key}: {said}" for key, said in numbers.items() if isinstance(said, str)), "")

@@ -1,4 +1,4 @@
-"""What a person sees while steps run: bars where a terminal is attached, plain timestamped lines where not."""
+"""Progress while steps run: bars on a terminal, plain timestamped lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Lines:
         return
 
     def emit(self, event: Event) -> None:
-        """Print an event; those of progress at most every PLAIN_EVERY seconds, and the last one."""
+        """Print an event; progress at most every PLAIN_EVERY seconds, and always the last."""
         if isinstance(event, (Trained, Progress)):
             now = time.monotonic()
             if now - self.last.get(event.label, -PLAIN_EVERY) < PLAIN_EVERY and event.done != event.total:
@@ -53,7 +53,7 @@ def _words(event: Event) -> str:
 
 
 class Bars:
-    """One bar a training with loss, speed and time left; other events as lines above."""
+    """One progress bar per step with loss, speed and time left; other events as lines above."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -98,7 +98,7 @@ class Events:
         return
 
     def emit(self, event: Event) -> None:
-        """Write an event as one line; when nobody reads any more, go on: a signal to stop is on its way."""
+        """Write an event as one line; a broken pipe is ignored, since a signal to stop is on its way."""
         try:
             sys.stdout.write(event.line() + "\n")
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A LoRA adapter of the seed, made a dense expert."""
+"""A LoRA adapter of the seed, merged into a dense expert."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from btx.steps.model import ModelStep
 
 
 class MergedLora(ModelStep):
-    """A dense checkpoint: the seed with W + s B A in the place of every W that the adapter changes."""
+    """A dense checkpoint: the seed, with every adapted W replaced by W + s B A."""
 
     kind: ClassVar[str] = "adapted"
     seed: Step
@@ -22,12 +22,12 @@ class MergedLora(ModelStep):
     path: Path = execution(Path())
 
     def check(self, asked: int) -> None:
-        """Look at the adapter."""
-        if isinstance(self.seed, ExternalCheckpoint):  # a builtin one is yet to be made
+        """Check the adapter against the seed."""
+        if isinstance(self.seed, ExternalCheckpoint):  # a builtin seed does not exist yet
             self.examine()
 
     def examine(self) -> None:
-        """Refuse an adapter that does not go with the seed; reads it whole, writes nothing."""
+        """Refuse an adapter that does not fit the seed; reads the whole adapter, writes nothing."""
         from btx.checkpoints.reader import opened
         from btx.merge.adapter import Adapter
 
@@ -35,7 +35,7 @@ class MergedLora(ModelStep):
             Adapter(self.path).require_fit(seed)
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
-        """Check, add and write."""
+        """Check the adapter, add it to the seed, write the checkpoint."""
         from btx.checkpoints.reader import carry_files, one_thread, opened
         from btx.checkpoints.writer import write_weights
         from btx.merge.adapter import Adapter

@@ -1,4 +1,4 @@
-"""The seed verified, and the experts that were trained elsewhere: what the stages after them rest on."""
+"""Verification of the seed and of experts trained elsewhere, on which the later stages rely."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class VerifySeed(Step):
     """A report folder with lineage.json: the seed's digest, family, tokenizer and shapes.
 
-    Beside it, in `tokenizer/`, the seed's tokenizer as it goes with the Mixture of Experts.
+    Its `tokenizer/` holds the seed's tokenizer in the form that the Mixture of Experts gets.
     """
 
     kind: ClassVar[str] = "branch"
@@ -34,11 +34,11 @@ class VerifySeed(Step):
 
     @property
     def tokenizer(self) -> Path:
-        """The folder of the tokenizer files that the Mixture of Experts has."""
+        """The folder of the Mixture of Experts' tokenizer files."""
         return self.folder / "tokenizer"
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
-        """Check the seed, write the lineage."""
+        """Check the seed, write its lineage and tokenizer."""
         from btx.checkpoints.token_map import carry_beside
 
         lineage = self.examine()
@@ -49,14 +49,14 @@ class VerifySeed(Step):
         return {"family": lineage["family"], "becomes": lineage["becomes"]}
 
     def check(self, asked: int) -> None:
-        """Look at the seed."""
-        if isinstance(self.seed, ExternalCheckpoint):  # a builtin one is yet to be made
+        """Check the seed."""
+        if isinstance(self.seed, ExternalCheckpoint):  # a builtin seed does not exist yet
             self.examine()
 
     def examine(self) -> dict[str, Any]:
-        """Read the seed whole, refuse what cannot be merged; returns the lineage. Writes nothing.
+        """Read the whole seed and refuse what cannot be merged; returns the lineage, writes nothing.
 
-        It is asked for before anything is written and again when the step runs, and reads the files once.
+        It is called before anything is written and again when the step runs; the files are read once.
         """
         return self.lineage
 
@@ -90,7 +90,7 @@ class VerifySeed(Step):
 class VerifyExperts(Step):
     """A report folder with lineage.json: how each expert that was trained elsewhere descends from the seed.
 
-    Apart from the seed's, so that no expert is trained again when another one joins.
+    Separate from VerifySeed, so that adding an expert does not retrain the others.
     """
 
     kind: ClassVar[str] = "branch"
@@ -106,16 +106,16 @@ class VerifyExperts(Step):
         return {"experts": list(lineage)}
 
     def check(self, asked: int) -> None:
-        """Look at the experts."""
-        if isinstance(self.seed, ExternalCheckpoint):  # a builtin one is yet to be made
+        """Check the experts."""
+        if isinstance(self.seed, ExternalCheckpoint):  # a builtin seed does not exist yet
             self.examine()
 
     def examine(self) -> dict[str, Any]:
-        """Read the experts whole, refuse what cannot be merged; returns the lineage. Writes nothing."""
+        """Read the whole experts and refuse what cannot be merged; returns the lineage, writes nothing."""
         return self.lineage
 
     def distances(self) -> dict[str, dict[str, float]]:
-        """How far each expert has gone from the seed, as the finished step says."""
+        """Each expert's distance from the seed (`cosine`, `change`), read from the finished step."""
         lineage = json.loads((self.folder / "lineage.json").read_text(encoding="utf-8"))
         return {name: {key: about[key] for key in ("cosine", "change")} for name, about in lineage.items()}
 
@@ -126,18 +126,18 @@ class VerifyExperts(Step):
 
 
 def require_positions(seed: Step, setting: str, length: int) -> None:
-    """RecipeError when a sequence is longer than the positions that a seed was made for."""
+    """RecipeError if `length` exceeds the seed's max_position_embeddings; `setting` names it in the message."""
     if not isinstance(seed, ExternalCheckpoint):
-        return  # a builtin one is made for it
+        return  # a builtin seed is made for this length
     most = native_config(read_config(seed.folder), str(seed.folder)).max_position_embeddings
     if length > most:
         raise RecipeError(
-            f"{setting} is {length}, the seed {seed.folder} has max_position_embeddings {most}. Choose at most that."
+            f"{setting} is {length}, but the seed {seed.folder} has max_position_embeddings {most}. Lower it."
         )
 
 
 def check_buildable(config: dict[str, Any], where: str) -> None:
-    """Raise now, not after days of training, when the MoE class cannot hold this model."""
+    """Raise now, not after days of training, if the MoE class cannot hold this model."""
     from btx.models.target import moe_config
 
     width = native_config(config, where).to_dict()["intermediate_size"]
@@ -145,7 +145,7 @@ def check_buildable(config: dict[str, Any], where: str) -> None:
 
 
 def require_complete(checkpoint: Checkpoint) -> None:
-    """ArtifactError unless the tensors are those of the model that the config describes, by name and shape."""
+    """ArtifactError unless names and shapes of the tensors match the model that the config describes."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -154,7 +154,7 @@ def require_complete(checkpoint: Checkpoint) -> None:
 
     if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
         raise ArtifactError(
-            f"{checkpoint.folder}: config.json does not state {', '.join(unstated)}. Add what the model has."
+            f"{checkpoint.folder}: config.json does not state {', '.join(unstated)}. Add the model's values."
         )
     native = native_config(checkpoint.config, str(checkpoint.folder))
     try:
@@ -182,18 +182,18 @@ def require_complete(checkpoint: Checkpoint) -> None:
     extra = [n for n in found.keys() - wanted.keys() if not _beyond(n, native.num_hidden_layers)]
     if wrong and len(extra) == len(wrong):
         raise ArtifactError(
-            f"{checkpoint.folder} holds {', '.join(sorted(extra)[:3])}, which its class does not have, so that "
-            f"transformers would leave it out. {ANEW}"
+            f"{checkpoint.folder} holds {', '.join(sorted(extra)[:3])}, which its class does not have: "
+            f"transformers would drop it. {ANEW}"
         )
     if wrong:
         raise ArtifactError(
-            f"{checkpoint.folder}: weights and config.json do not fit in {len(wrong)} tensors: {'; '.join(wrong[:3])}. "
+            f"{checkpoint.folder}: weights and config.json disagree on {len(wrong)} tensors: {'; '.join(wrong[:3])}. "
             "Fetch the checkpoint again."
         )
 
 
 def _beyond(name: str, layers: int) -> bool:
-    """Whether a tensor is of a layer that the config does not count."""
+    """Whether a tensor belongs to a layer beyond the config's num_hidden_layers."""
     match = LAYER.fullmatch(name)
     return match is not None and int(match[1]) >= layers
 
@@ -203,14 +203,14 @@ def _as_text(shape: tuple[int, ...] | None) -> str:
 
 
 def require_ids(checkpoint: Checkpoint) -> None:
-    """ArtifactError when the tokenizer has ids that the embedding has no row for: training would fail on the first."""
+    """ArtifactError if the tokenizer has ids without a row in the embedding: training would fail on the first one."""
     from btx.data.packed import Encoder, load_tokenizer
 
     rows = native_config(checkpoint.config, str(checkpoint.folder)).vocab_size
     ids = Encoder(load_tokenizer(checkpoint.folder), "all").ids
     if ids > rows:
         raise ArtifactError(
-            f"{checkpoint.folder}: the tokenizer has ids up to {ids - 1}, the embedding {rows} rows (vocab_size). "
+            f"{checkpoint.folder}: the tokenizer has ids up to {ids - 1}, but the embedding {rows} rows (vocab_size). "
             "Use the tokenizer that the checkpoint was trained with, or resize the embedding."
         )
 
@@ -232,12 +232,12 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
         carried = family_of(seed.config, str(seed_folder)).carried
         different = config_difference(seed.config, other.config, who, carried=carried)
         if different:
-            said = f"{who} is no descendant of the seed ({seed_folder}): config.json differs in {'; '.join(different)}."
+            said = f"{who} does not descend from the seed ({seed_folder}): config.json differs: {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
         warnings = warnings_of(other.config, who) + idle_difference(seed.config, other.config, who)
         if (own := chat_template(folder)) and own != chat_template(seed_folder):
             warnings.append(
-                f"{who} has a chat template of its own; texts are written by the seed's, which the model keeps"
+                f"{who} has a chat template of its own; texts are rendered by the seed's, which the model keeps"
             )
         require_complete(other)
         models: dict[str, Checkpoint] = {"seed": seed, "other": other}
@@ -253,8 +253,8 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
         far = distances(wide["seed"], {name: wide["other"]})[name]
     if far["cosine"] < LEAST_COSINE:
         raise ArtifactError(
-            f"{who} is no descendant of the seed ({seed_folder}): the cosine between their weights is "
-            f"{far['cosine']:.3f}, descendants have more than {LEAST_COSINE}. {remedy}"
+            f"{who} does not descend from the seed ({seed_folder}): the cosine between their weights is "
+            f"{far['cosine']:.3f}, and descendants have more than {LEAST_COSINE}. {remedy}"
         )
     about: dict[str, Any] = {"tokenizer": tokenizer_digest(folder), **{k: round(v, 6) for k, v in far.items()}}
     about["warnings"] = warnings

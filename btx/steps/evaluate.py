@@ -1,4 +1,4 @@
-"""Bits per byte of every model on every domain's held-out documents, and who is routed where."""
+"""Bits per byte of every model on every domain's held-out documents, and the routing shares."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Evaluate(Step):
     settings: EvaluateSettings
 
     def check(self, asked: int) -> None:
-        """Whether the seed has as many positions as a sequence."""
+        """RecipeError if a window is longer than the seed's max_position_embeddings."""
         section = "evaluate" if self.settings.sequence_length else "train"
         for measure in self.measures.values():
             require_positions(self.seed, f"{section}.sequence_length", measure.length)
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
-        """Put the measurements together and write."""
+        """Collect the measurements and write the results."""
         from btx.data.packed import Tokens
 
         folders = {n: Tokens(t.folder) for n, t in self.tokens.items()}
@@ -70,7 +70,7 @@ class Evaluate(Step):
         return next(name for name, measure in self.measures.items() if measure.model.key == model.key)
 
     def _tell_few(self, domain: str, count: int, emit: Emit) -> None:
-        """A warning for a domain with few held-out documents."""
+        """Warn about a domain with few held-out source documents."""
         if count < LEAST:
             emit(Warned(
                 self.label,
@@ -96,10 +96,10 @@ def _nats(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def summarise(
     scores: dict[str, Any], documents: dict[str, Any], sources: dict[str, list[int]], settings: EvaluateSettings
 ) -> dict[str, Any]:
-    """Bits per byte by model and domain, their intervals, those of the differences from the seed, and sizes.
+    """Bits per byte by model and domain, 95 % intervals of them and of their differences from the seed, and sizes.
 
-    A difference is taken document by document before their sources are drawn again, so its interval is narrower than
-    those of its two sides: how hard the documents are falls out.
+    Differences are paired by document before the sources are resampled, so their intervals are narrower than those of
+    the two sides: the difficulty of the documents cancels.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""The result as a plain Hugging Face folder, with a model card, digests and a proof."""
+"""The result as a plain Hugging Face folder, with model card, digests and proof (golden logits)."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Export(Step):
     kind: ClassVar[str] = "export"
     version: ClassVar[int] = 4
     model: Finetune
-    evaluate: Evaluate | None  # whose figures the card has; it does without
+    evaluate: Evaluate | None  # its figures go to the model card; optional
     settings: ExportSettings
     title: str
     base_model: str
 
     def check(self, asked: int) -> None:
-        """Whether a stock class can hold the model that was finetuned."""
+        """RecipeError if no stock class can hold the finetuned model."""
         if self.model.settings.soft_first_layer:
             raise RecipeError(
-                "finetune.soft_first_layer: no stock class can hold a layer that visits all experts beside others that "
-                "visit one, so the export would be another model than the one measured. Leave it out, or stop before "
+                "finetune.soft_first_layer: no stock class routes to all experts in one layer and to one expert in the "
+                "others, so the export would differ from the model that was measured. Leave it out, or stop before "
                 "the export: --until evaluate."
             )
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
-        """Copy, describe, prove."""
+        """Write the model with its proof, the model card and the digests."""
         from btx.export.card import card
         from btx.export.proof import write_sums
 
@@ -70,7 +70,7 @@ class Export(Step):
 
 
 def write_model(source: Path, out: Path, settings: ExportSettings) -> int:
-    """Write weights, config, tokenizer and proof of a Mixture of Experts for others; returns the number of tensors."""
+    """Write a Mixture of Experts portably: weights, config, tokenizer, proof; returns the number of tensors."""
     from btx.checkpoints.reader import carry_files, opened
     from btx.checkpoints.writer import write_weights
     from btx.export.portable import portable_config, rows

@@ -1,4 +1,4 @@
-"""The merged model trained whole, router included, on all domains and the seed's own data."""
+"""Finetuning of the whole merged model, router included, on all domains and the seed's own data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from btx.moe.balance import StepMeans
 
 
-JUDGED = 32  # sequences over which an expert is called dead: a step of a few may be without its domain
+JUDGED = 32  # sequences that an expert is judged dead over: one step may lack its domain
 
 
 class Finetune(ModelStep):
@@ -42,12 +42,12 @@ class Finetune(ModelStep):
 
     @property
     def asks(self) -> dict[str, int]:
-        """A sequence of each data that counts."""
+        """One sequence of each domain with a positive weight."""
         length = self.settings.sequence_length
         return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
 
     def check(self, asked: int) -> None:
-        """Whether the seed has as many positions as a sequence, and the merged model's class does what is asked."""
+        """RecipeError if a sequence is too long for the seed, or the merged model's class lacks what is asked for."""
         require_positions(self.merge.branch.seed, f"{self.section}.sequence_length", self.settings.sequence_length)
         if not self.merge.settings.attention:
             return
@@ -55,7 +55,7 @@ class Finetune(ModelStep):
         if self.settings.gradient_checkpointing:
             raise RecipeError(f"{why} has no gradient checkpointing. Set {self.section}.gradient_checkpointing: false.")
         if self.where.kernel not in ("auto", "eager"):
-            raise RecipeError(f"{why} computes its experts by loops of its own. Set run.kernel: auto.")
+            raise RecipeError(f"{why} computes its experts by its own loops, not by kernels. Set run.kernel: auto.")
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
@@ -71,7 +71,7 @@ class Finetune(ModelStep):
 
 
 def freeze(model: Any, trainable: str) -> None:
-    """Leave gradients only to what is trained: everything, the routers, or everything but the experts."""
+    """Freeze every parameter but those that are `trainable`: all, the routers, or all but the experts."""
     from btx.models.flops import experts_in
     from btx.moe.hooks import find_routers
 
@@ -83,7 +83,7 @@ def freeze(model: Any, trainable: str) -> None:
 
 
 class Balanced:
-    """The hook of a finetuning: routing by the recipe's rule, its balance loss, and per-layer figures."""
+    """The training hook of finetuning: the recipe's routing rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, emit: Emit, names: list[str]) -> None:
         from btx.moe.hooks import Routed, find_routers, route_in_float32, router_labels
@@ -106,7 +106,7 @@ class Balanced:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """The temperature of Sample Top-1 depends on the step; means and figures are those of one step."""
+        """Start a step: sets Sample Top-1's temperature, and resets means and figures, which are per step."""
         from btx.moe.routing import RoutingTotals
 
         self.routed.step = step
@@ -114,7 +114,7 @@ class Balanced:
         self.totals = RoutingTotals()
 
     def sequences(self, numbers: range, length: int) -> None:
-        """The noise of Sample Top-1 is a sequence's own, whatever pass it is in."""
+        """Set Sample Top-1's noise, drawn per sequence, so that micro-batching does not change it."""
         from btx.data.sampler import key_of
         from btx.moe.hooks import sequence_noise
 
@@ -125,11 +125,11 @@ class Balanced:
         self.routed.noise = lambda layer: noise[layer]
 
     def surveys(self, passes: int) -> bool:
-        """A balance loss is of the whole step, so one that is cut is looked at whole before."""
+        """Whether a forward survey is needed: the balance loss spans the whole step, also one cut into passes."""
         return passes > 1 and self.settings.balance.type != "none"
 
     def survey(self, share: float) -> None:
-        """Take in the last pass's means."""
+        """Add the routing means of the last forward pass."""
         from btx.moe.balance import StepMeans
 
         if self.means is None:
@@ -147,7 +147,7 @@ class Balanced:
         return self.settings.balance.weight * raw, {"balance": float(raw.detach())}
 
     def figures(self) -> dict[str, Any]:
-        """Load and entropy of each layer in the step, and the experts that were dead when that was last judged."""
+        """Load and entropy of each layer in the step, and the experts found dead when that was last judged."""
         layers = self.totals.statistics()
         self.routed.clear()
         self._judge()
@@ -158,7 +158,7 @@ class Balanced:
         }
 
     def _judge(self) -> None:
-        """Which experts are dead, over enough sequences that each domain is among them; a new one is a warning."""
+        """Find the dead experts, over enough sequences to include every domain; emits a warning for a new one."""
         from btx.moe.routing import RoutingTotals
 
         if self.window.tokens < JUDGED * self.settings.sequence_length:
@@ -169,5 +169,5 @@ class Balanced:
         for n, expert in self.dead:
             if (n, expert) not in self.warned:
                 self.warned.add((n, expert))
-                said = f"the expert {self.names[expert]} is dead ({layers[n].load[expert]:.1%} of the choices)"
+                said = f"the expert {self.names[expert]} is dead ({layers[n].load[expert]:.1%} of the routing choices)"
                 self.emit(Warned(self.label, f"layer {self.labels[n]}: {said}"))

@@ -1,4 +1,4 @@
-"""A checkpoint that is there already: a seed, or an expert that was trained elsewhere."""
+"""An existing checkpoint: a seed, or an expert trained elsewhere."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class ExternalCheckpoint(ModelStep):
 
     @property
     def digest(self) -> str:
-        """Its content's."""
+        """SHA-256 of its content."""
         return self.content
 
     def build(self, emit: Emit, *, rank: int = 0) -> None:
-        """Nothing is to be done."""
+        """Nothing to do: the checkpoint exists."""
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Never called."""

@@ -1,7 +1,6 @@
-"""What one probe says of one model.
+"""The measurement of one model by one probe.
 
-A report is made of these, so a further model is measured alone, a further probe leaves the others as they are, and a
-further report measures nothing.
+Reports are composed of these, so a further model or probe is measured alone, and a further report measures nothing.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ class Measure(Step):
     kind: ClassVar[str] = "measure"
     version: ClassVar[int] = 2
     model: ModelStep
-    reference: ModelStep | None = None  # the seed, of a probe that compares
+    reference: ModelStep | None = None  # the seed, for a probe that compares with it
     probe: str
     probe_version: int
     options: dict[str, Any] = Field(default_factory=dict)  # the probe's own settings
     tokens: dict[str, TokensStep]  # by domain, in the seed's tokenizer: which documents are scored
-    own: dict[str, TokensStep] = Field(default_factory=dict)  # the same documents in the model's, where it is another
+    own: dict[str, TokensStep] = Field(default_factory=dict)  # the same documents in the model's own tokenizer, if any
     length: int
     settings: MeasureSettings
     rule: RoutingRule | None = None  # of a Mixture of Experts
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
-        """Measure, unless the same bytes were measured already; write."""
+        """Measure and write, or copy an earlier measurement of the same bytes."""
         about = fingerprint([
             [self.probe, self.probe_version, self.options], self.model.digest,
             self.reference.digest if self.reference else None,
@@ -59,13 +58,13 @@ class Measure(Step):
         ])  # fmt: skip
         twin = self._measured(about)
         if twin:
-            emit(Note(self.label, f"the same model as that of {read_manifest(twin)['step']}"))
+            emit(Note(self.label, f"same model as in {read_manifest(twin)['step']}: its result is copied"))
             for file in (NUMBERS, ROWS, TABLES):
                 if (twin / file).is_file():
                     shutil.copyfile(twin / file, out / file)
             return {"measured": about}
         documents = self.documents()
-        emit(Note(self.label, f"looks at {sum(map(len, documents.values()))} documents"))
+        emit(Note(self.label, f"measures {sum(map(len, documents.values()))} documents"))
         found = self._measure(documents)
         write_json(out / NUMBERS, {MISSING: found.missing} if found.missing else found.numbers)
         write_json(out / ROWS, found.rows)
@@ -74,7 +73,7 @@ class Measure(Step):
         return {"measured": about}
 
     def read(self) -> Found:
-        """What was found."""
+        """The published result."""
         from btx.probes.contract import Found
 
         numbers, rows, tables = (
@@ -85,7 +84,7 @@ class Measure(Step):
         return Found(numbers, rows or [], tables, missing)
 
     def documents(self) -> dict[str, list[Document]]:
-        """What is scored, by domain: ids and bytes of each document; RecipeError for a domain that has none."""
+        """The held-out documents to score, by domain: ids and bytes of each; RecipeError for a domain without any."""
         from btx.data.packed import Tokens
 
         found = {name: Tokens(step.folder).valid(self.settings.tokens, self.settings.split)
@@ -100,30 +99,30 @@ class Measure(Step):
         return {name: self._same(own[name], rows, name) if name in own else rows for name, rows in found.items()}
 
     def _same(self, tokens: Tokens, documents: list[Any], domain: str) -> list[Any]:
-        """The same documents in another tokenizer; RecipeError when they are not the same."""
+        """The same documents in another tokenizer; RecipeError if their byte sizes differ."""
         found = tokens.valid_documents(len(documents), self.settings.split)
         if [size for _, size in found] != [size for _, size in documents]:
             raise RecipeError(
                 f"domain {domain}: a held-out document is a single token in the tokenizer of {self.name} or of the "
-                "seed, so it cannot be scored in both. Leave documents of one word out."
+                "seed, so it cannot be scored in both. Remove one-word documents."
             )
         return found
 
     def _measured(self, about: str) -> Path | None:
-        """A folder that says the same probe's word of the same bytes on the same documents."""
+        """A published measurement by the same probe of the same model bytes on the same documents, if any."""
         for folder in sorted((self.root / "steps").glob(f"{self.kind}-*")):
             if is_published(folder) and read_manifest(folder)["facts"].get("measured") == about:
                 return folder
         return None
 
     def _measure(self, documents: dict[str, list[Document]]) -> Found:
-        """Open the model and ask the probe; one that the model cannot answer is told the reason."""
+        """Open the model and run the probe; states the reason if the model cannot be measured."""
         from btx.probes.contract import Data, Found
         from btx.probes.registry import probes
 
         probe = probes()[self.probe]
         if self.reference and self.own:
-            return Found({}, missing="its tokenizer is another than the seed's")
+            return Found({}, missing="its tokenizer differs from the seed's")
         with ExitStack() as stack:
             dtype = self._dtype()
             model = stack.enter_context(self.model.open(where=self.where, dtype=dtype, rule=self.rule))

@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 SEED = "seed"
 TELL_EVERY = 1.0  # seconds
-TOP_K = 2  # experts a token visits, as in the paper, as long as the finetuning has not said otherwise
-SEQUENCE, ROWS = 256, 16  # tokens of a sequence and sequences of a batch that a router is made from
+TOP_K = 2  # experts per token, as in the paper, until the finetuning sets its own
+SEQUENCE, ROWS = 256, 16  # tokens per sequence and sequences per batch for router initialisation
 
 
 class Models(ModelStep):
     """What merge and average share: the seed's lineage and the experts by domain, in the recipe's order."""
 
     branch: VerifySeed
-    descent: VerifyExperts | None  # of the experts that were trained elsewhere
+    descent: VerifyExperts | None  # of the experts trained elsewhere
     experts: dict[str, ModelStep]
     settings: MergeSettings
-    vocabulary: VocabularyStep | None = None  # where experts have tokens of their own
+    vocabulary: VocabularyStep | None = None  # if experts have added tokens
 
     @property
     def tokenizer(self) -> Path:
@@ -55,7 +55,7 @@ class Models(ModelStep):
         return {**self.experts, **seed}
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any, JointVocabulary | None]:
-        """All models as open, checked checkpoints of one feed-forward width and vocabulary, the seed, and its rest."""
+        """All models, open, checked and padded to one width and vocabulary; the seed; the joint vocabulary, if any."""
         from btx.checkpoints.reader import one_thread, opened
         from btx.merge.averaging import require_memory
         from btx.merge.lineage import require_same
@@ -78,13 +78,13 @@ class Models(ModelStep):
         return {name: wide[name] for name in self.models}, wide[SEED], joint
 
     def resume(self, work: Path) -> Resume:
-        """Where finished shards wait for the others, good for the parents that are there now."""
+        """Where finished shards are kept for a resumed merge, valid only for the current parents."""
         from btx.checkpoints.writer import Resume
 
         return Resume(work / STATES, fingerprint({label: parent.digest for label, parent in self.parents.items()}))
 
     def progress(self, emit: Emit) -> Meter:
-        """Tells of a merge that takes a while how many bytes are written, once a second."""
+        """A callback that emits how many bytes of a merge are written, at most once a second."""
         last = time.monotonic()
 
         def told(_file: Path, done: int, total: int) -> None:
@@ -120,11 +120,11 @@ class Merge(Models):
 
     kind: ClassVar[str] = "merge"
     version: ClassVar[int] = 6
-    tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, where the router is made from data
-    domains: dict[str, str] = Field(default_factory=dict)  # of models whose name is another than their domain's
+    tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, if data initialises the router
+    domains: dict[str, str] = Field(default_factory=dict)  # of models that are not named after their domain
 
     def check(self, asked: int) -> None:
-        """Whether the averaging fits into the memory that it is given, and experts can be made as the recipe says."""
+        """Raise if the averaging needs more than run.max_memory, or the recipe's expert layout is impossible."""
         from btx.checkpoints.reader import opened
         from btx.merge.averaging import require_memory
 
@@ -135,7 +135,7 @@ class Merge(Models):
         self.check_layout()
 
     def check_layout(self) -> None:
-        """RecipeError when experts cannot be made of the seed's feed-forward blocks as the recipe says."""
+        """RecipeError if the seed's feed-forward blocks cannot be made into experts as the recipe says."""
         from btx.checkpoints.token_map import require_carried
         from btx.checkpoints.validate import read_config
         from btx.merge.layout import layout
@@ -159,7 +159,7 @@ class Merge(Models):
                 )
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
-        """Merge and write, with how far each expert has gone from the seed."""
+        """Merge and write; records each expert's distance from the seed."""
         from btx.checkpoints.reader import carry_files
         from btx.checkpoints.token_map import carry_tokenizer
         from btx.merge.layout import layout
@@ -173,21 +173,21 @@ class Merge(Models):
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(emit), joint)
             if self.vocabulary or self.settings.attention:
                 carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
-            else:  # tried beside this family once, where the seed was looked at
+            else:  # the branch step has verified these for this family
                 carry_files(self.branch.tokenizer, out)
             known = self.descent.distances() if self.descent else {}
             new = distances(seed, {n: m for n, m in models.items() if n != SEED and n not in known})
             far = {n: known.get(n) or new[n] for n in models if n != SEED}
         names = list(experts.owners)
         if self.settings.router in FROM_DATA:
-            emit(Note(self.label, f"routers from {self.settings.router}"))
+            emit(Note(self.label, f"initialises the routers from {self.settings.router}"))
             changed = self._route(out, experts)
             hashed = {file: digest for file, digest in hashed.items() if file not in changed}
         write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})
         return {"experts": names, "distance": far, HASHED: hashed}
 
     def _route(self, out: Path, experts: Experts) -> set[str]:
-        """Make the routers of the merged model in `out` anew from the domains' data; returns the files it changed."""
+        """Initialise the routers of the merged model in `out` from the domains' data; returns the changed files."""
         from btx.checkpoints.writer import overwrite
         from btx.merge.router_init import fresh_routers
         from btx.models import model
@@ -206,11 +206,11 @@ class Merge(Models):
 
 
 def width_of(folder: Path) -> int:
-    """The feed-forward width of a dense checkpoint, which its config.json has to state."""
+    """The feed-forward width of a dense checkpoint, from its config.json."""
     from btx.checkpoints.validate import read_config
     from btx.models.native import native_config
 
-    config = read_config(folder)  # transformers is asked last: its config classes take seconds to import
+    config = read_config(folder)  # transformers comes last: its config classes take seconds to import
     return int(config.get("intermediate_size") or native_config(config, str(folder)).intermediate_size)
 
 
@@ -226,11 +226,11 @@ def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:
 
 
 def check_method(settings: MergeSettings, models: list[str]) -> None:
-    """RecipeError when an averaging method does not go with that many models."""
+    """RecipeError if an averaging method does not work for that many models."""
     for where, how in settings.shared.everything.items():
         if how.method == "slerp" and len(models) != 2:
             raise RecipeError(
-                f"{where}: slerp goes between two models, here are {len(models)} ({', '.join(models)}). "
+                f"{where}: slerp interpolates two models, but here are {len(models)} ({', '.join(models)}). "
                 "Use mean, linear, task_arithmetic, ties, dare_ties or model_stock."
             )
         if how.method == "model_stock" and len([m for m in models if m != SEED]) < 2:

@@ -1,4 +1,4 @@
-"""A step that publishes a model, and how what it published is opened."""
+"""Steps that publish a model, and how the published model is opened."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelStep(Step):
 
     @contextmanager
     def open(self, *, where: RunSettings, dtype: torch.dtype, rule: RoutingRule | None = None) -> Iterator[Opened]:
-        """What it published, ready to be looked at; `rule` is how a Mixture of Experts is routed."""
+        """The published model, opened; `rule` sets how a Mixture of Experts is routed."""
         from btx.models.opened import opened_checkpoint
 
         with opened_checkpoint(self.folder, where=where, dtype=dtype, rule=rule) as found:
@@ -32,12 +32,12 @@ class ModelStep(Step):
 
 
 class ComposedStep(ModelStep):
-    """Publishes a small file beside the models that it names, which stay as they are: see `btx/models/composed.py`.
+    """Publishes a small file that refers to other models, which stay as they are: see `btx/models/composed.py`.
 
-    A subclass says its settings, and in `combine` what they make of its parts' log-probabilities.
+    A subclass declares its settings, and in `combine` how the parts' log-probabilities are combined.
     """
 
-    parts: dict[str, ModelStep]  # the first one's tokenizer is that of the whole
+    parts: dict[str, ModelStep]  # the composed model has the first part's tokenizer
     settings: Settings
 
     @staticmethod
@@ -57,7 +57,7 @@ class ComposedStep(ModelStep):
 
     @contextmanager
     def open(self, *, where: RunSettings, dtype: torch.dtype, rule: RoutingRule | None = None) -> Iterator[Opened]:
-        """All parts, and what is made of them."""
+        """The composed model over its opened parts."""
         from btx.models.composed import Composed
 
         with ExitStack() as stack:

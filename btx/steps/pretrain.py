@@ -24,7 +24,7 @@ class Pretrain(ModelStep):
 
     @property
     def asks(self) -> dict[str, int]:
-        """A sequence."""
+        """One training sequence."""
         return {self.tokens.label: self.train.sequence_length}
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A domain's documents as packed tokens of the seed's tokenizer, the held-out ones apart."""
+"""A domain's documents as packed tokens, the held-out documents separate."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 class Reads(Step):
-    """What a step says that reads the training part of some texts."""
+    """The base of steps that read the training part of some texts."""
 
     sources: list[str]
     valid: list[str]
     apart: list[str]  # held-out files of other domains, whose documents are not trained on here either
-    beside: list[list[str]]  # the sources of other domains that have files of these, and hold out a share of them
+    beside: list[list[str]]  # the sources of other domains that share files with these, and hold out documents of them
     content: list[str]  # digests of sources, valid, apart and beside, in order
     data: DataSettings
-    notes: list[str] = execution([])  # what was met on looking for the files, told when the step runs
+    notes: list[str] = execution([])  # warnings from the search for files, emitted when the step runs
 
     def identity(self) -> dict[str, Any]:
-        """What the files hold decides, not where they lie."""
+        """The contents of the files decide, not their paths."""
         fields = super().identity()
         fields |= {name: len(getattr(self, name)) for name in ("sources", "valid", "apart")}
         return fields | {"beside": [len(other) for other in self.beside]}
 
     def split(self) -> Split:
-        """The documents, to be read once."""
+        """The documents, split into training and held-out; to be read once."""
         from btx.data.split import Split
 
         return Split(self.sources, self.valid, self.data, apart=self.apart, beside=self.beside)
@@ -46,10 +46,10 @@ class TokensStep(Reads):
     kind: ClassVar[str] = "tokens"
     version: ClassVar[int] = 4
     tokenizer: Step  # a folder that holds the tokenizer
-    template: Step | None = None  # a folder whose chat template writes the conversations instead of the tokenizer's own
+    template: Step | None = None  # a folder whose chat template renders conversations instead of the tokenizer's
 
     def encoder(self) -> Encoder:
-        """What turns the documents into ids."""
+        """The encoder from documents to ids."""
         from btx.data.packed import Encoder, load_tokenizer
 
         tokenizer = load_tokenizer(self.tokenizer.folder)
@@ -58,9 +58,9 @@ class TokensStep(Reads):
         return Encoder(tokenizer, self.data.loss_mask, date=self.data.date)
 
     def check(self, asked: int) -> None:
-        """Read all documents once; RecipeError, with counts, when one is bad or they are too few.
+        """Read all documents once; RecipeError, with counts, if one is bad or they are too few.
 
-        Where the tokenizer is yet to be made, bytes stand for tokens, of which there are never more.
+        While the tokenizer does not exist yet, bytes are counted, an upper bound of the tokens.
         """
         from btx.data.packed import survey, train_tokens
 

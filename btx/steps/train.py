@@ -1,4 +1,4 @@
-"""One domain's expert: the seed, trained on that domain alone, in a job that knows nothing of the others."""
+"""One domain's expert: the seed, trained on that domain alone, in a job independent of the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from btx.steps.tokens import TokensStep
 if TYPE_CHECKING:
     from btx.training.loop import TrainingHook
 
-OWN = "own"  # what the sampler calls an expert's data: its order hangs on this, and on no label
+OWN = "own"  # the sampler's name for an expert's data: the order depends on it, not on the label
 
 
 class Train(ModelStep):
@@ -32,7 +32,7 @@ class Train(ModelStep):
     tokens: TokensStep
     budget: int
     train: TrainSettings
-    part: tuple[int, int] = (0, 1)  # which of how many experts among whom the domain's sequences are dealt
+    part: tuple[int, int] = (0, 1)  # index and number of the experts that share the domain's sequences
 
     @property
     def needs(self) -> int:
@@ -41,11 +41,11 @@ class Train(ModelStep):
 
     @property
     def asks(self) -> dict[str, int]:
-        """A sequence for each expert among whom the domain's are dealt."""
+        """One sequence for each expert that shares the domain."""
         return {self.tokens.label: self.train.sequence_length * self.part[1]}
 
     def check(self, asked: int) -> None:
-        """Whether the seed has as many positions as a sequence."""
+        """RecipeError if a sequence is longer than the seed's max_position_embeddings."""
         require_positions(self.branch.seed, "train.sequence_length", self.train.sequence_length)
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Train(ModelStep):
 
 
 def memory_of(folder: Path, settings: TrainSettings) -> int:
-    """Bytes that the training of a checkpoint takes."""
+    """Estimated memory for training a checkpoint, in bytes."""
     from btx.checkpoints.validate import read_config
     from btx.models import flops
     from btx.models.native import native_config
@@ -73,8 +73,8 @@ def fit(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
-    `prepare(model)` may freeze parameters and return a hook (`btx.training.loop.TrainingHook`). Files of the tokenizer
-    are carried over from `like`.
+    `prepare(model)` may freeze parameters and return a hook (`btx.training.loop.TrainingHook`). The tokenizer's files
+    are copied from `like`.
     """
     import torch
 

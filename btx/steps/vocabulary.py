@@ -1,4 +1,4 @@
-"""One tokenizer for the merged model, where experts brought tokens of their own."""
+"""One tokenizer for the merged model, if experts have added tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class VocabularyStep(Step):
     kind: ClassVar[str] = "vocabulary"
     version: ClassVar[int] = 2
     seed: Step
-    experts: dict[str, Step]  # that have tokens, or rows of the embedding, otherwise than the seed
+    experts: dict[str, Step]  # those whose tokens or embedding rows differ from the seed's
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
-        """Write it, and see that it reads as it should."""
+        """Write the joint tokenizer, and verify that it gives the added tokens their ids."""
         from btx.data.packed import load_tokenizer
         from btx.merge.vocabulary import write_joint
 

@@ -1,4 +1,4 @@
-"""A checkpoint that is damaged, unsafe or no relative ends `btx run` with exit code 3 before anything is written."""
+"""A checkpoint that is damaged, unsafe or unrelated ends `btx run` with exit code 3 before anything is written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights(which: str, change: Any) -> Break:
 
 
 def bytes_of(change: Any) -> Break:
-    """Change the seed's weight file as bytes."""
+    """Change the bytes of the seed's weight file."""
 
     def do(world: World) -> None:
         path = world.seed / WEIGHTS
@@ -48,7 +48,7 @@ def bytes_of(change: Any) -> Break:
 
 
 def header(change: Any) -> Break:
-    """Change the header of the seed's weight file as text, its length kept right."""
+    """Change the header text of the seed's weight file, with its length field corrected."""
 
     def do(data: bytes) -> bytes:
         end = 8 + struct.unpack("<Q", data[:8])[0]
@@ -64,7 +64,7 @@ def index(**changes: Any) -> Break:
 
 
 def link(name: str) -> Break:
-    """Put a link out of the folder in the place of a file of the seed."""
+    """Replace a file of the seed by a symbolic link to a file outside the folder."""
 
     def do(world: World) -> None:
         moved = world.root / "elsewhere"
@@ -82,7 +82,7 @@ class Canary:
 
 
 def pickled(world: World) -> None:
-    """Weights as a pickle with code."""
+    """Pickled weights that contain code."""
     (world.seed / WEIGHTS).unlink()
     (world.seed / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
 
@@ -172,19 +172,19 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("rope_parameters", "5000.0", "9.0"),
     ),
     "another rope theta as of old": (config("law", rope_parameters=None, rope_theta=9.0), ("rope_parameters", "9.0")),
-    "another norm epsilon": (config("law", rms_norm_eps=0.5), ("rms_norm_eps", "0.5", "no descendant")),
+    "another norm epsilon": (config("law", rms_norm_eps=0.5), ("rms_norm_eps", "0.5", "does not descend")),
     "another family": (config("law", model_type="mistral"), ("model_type", "'llama'", "'mistral'")),
     "another width": (
         lambda w: save_model(w.law, config_of("llama", intermediate_size=64)),
-        ("domain law", "no descendant", "cosine", "leave the domain out"),
+        ("domain law", "does not descend", "cosine", "leave the domain out"),
     ),
     "a width that the weights do not have": (
         config("law", intermediate_size=64),
-        ("weights and config.json do not fit", "48x32, should be 64x32"),
+        ("weights and config.json disagree", "48x32, should be 64x32"),
     ),
     "less rows than tokens": (
         lambda w: save_model(w.law, config_of("llama", vocab_size=280)),
-        ("law", "ids up to 288, the embedding 280 rows", "resize"),
+        ("law", "ids up to 288, but the embedding 280 rows", "resize"),
     ),
     "a vocabulary that its rows belie": (
         lambda w: [save_model(w.law, config_of("llama", vocab_size=301)),
@@ -201,7 +201,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "a stranger of the same shape": (
         lambda w: save_model(w.law, config_of("llama"), seed=1),
-        ("domain law", "no descendant", "cosine"),
+        ("domain law", "does not descend", "cosine"),
     ),
 }  # fmt: skip
 
@@ -218,7 +218,7 @@ def test_a_bad_checkpoint_is_refused_with_file_and_remedy(
 
 
 def tied(folder: Path, *, noise: float = 0.0, stored: bool) -> None:
-    """A model with tied embeddings, its head also stored or not."""
+    """A model with tied embeddings, with or without a stored head."""
     save_model(folder, config_of("llama", tie_word_embeddings=True), noise=noise)
     tensors = load_file(folder / WEIGHTS)
     tensors.pop("lm_head.weight", None)

@@ -1,4 +1,4 @@
-"""Conversations of which nothing would be learned, or not what they say, are refused before anything is written."""
+"""Conversations that would teach nothing, or not what they say, are refused before anything is written."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ def test_the_unbroken_recipe_is_accepted_and_looking_at_it_writes_nothing(world:
 
 
 def rows(*records: Any) -> Break:
-    """Put these records in the place of a domain's."""
+    """Replace a domain's records by these."""
     return lambda world: write_jsonl(world.math, records)
 
 
 def raw(content: bytes, name: str = "math.jsonl") -> Break:
-    """Put these bytes in the place of a domain's documents."""
+    """Replace a domain's documents by these bytes."""
 
     def do(world: World) -> None:
         (world.root / "data" / name).write_bytes(content)
@@ -75,7 +75,7 @@ RECIPES: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "Cyrillic look-alike": (setting("domains.m\u0430th", {"checkpoint": "law"}), ("m\u0430th", "letters a-z")),
     "names apart by case": (setting("domains.Math", {"checkpoint": "law"}), ("'Math'", "'math'", "case")),
-    "reserved name": (setting("domains.Average", {"checkpoint": "law"}), ("'Average'", "something else")),
+    "reserved name": (setting("domains.Average", {"checkpoint": "law"}), ("'Average'", "rename the domain")),
     "mix of a stranger": (setting("finetune.mix", {"maths": 1}), ("finetune.mix:", "'maths'", "'math'")),
     "mix of a seed without data": (setting("finetune.mix", {"math": 1, "seed": 1}), ("finetune.mix", "seed", "`data`")),
     "mix of nothing": (setting("finetune.mix", {"math": 0}), ("finetune.mix", "zero", "positive")),
@@ -114,7 +114,10 @@ RECIPES: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("evaluate.sequence_length is 129", "max_position_embeddings", "128"),
     ),
     "density under the mean": (setting("merge.shared", {"density": 0.3}), ("merge.shared:", "density", "ties")),
-    "place under ties": (setting("merge.shared", {"method": "ties", "t": 0.3}), ("merge.shared:", "t does", "slerp")),
+    "place under ties": (
+        setting("merge.shared", {"method": "ties", "t": 0.3}),
+        ("merge.shared:", "t has no effect", "slerp"),
+    ),
     "weight of the seed under ties": (
         setting("merge.shared", {"method": "ties", "weights": {"seed": 5}}),
         ("merge.shared:", "ties", "seed"),

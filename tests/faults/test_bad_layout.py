@@ -1,4 +1,4 @@
-"""A layout of experts that cannot be had is refused by `btx run` before anything is written."""
+"""`btx run` refuses an impossible expert layout before anything is written."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def config(**fields: Any) -> Damage:
 
 
 def tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor | None], new: str = "") -> Damage:
-    """Change a tensor, or remove it (None), or add what is made of it under a new name."""
+    """Change a tensor, remove it (None), or add the changed one under a new name."""
 
     def change(folder: Path) -> None:
         found = load_file(folder / "model.safetensors")
@@ -129,7 +129,7 @@ def test_damaged_masked_experts_are_refused(made: Path, tmp_path: Path, case: st
     folder = Path(shutil.copytree(made / "masked-llama", tmp_path / "bad"))
     damage(folder / "masked")
     assert "SHA256SUMS" in moe("unmask", folder, out=tmp_path / "out", code=3)
-    (folder / "SHA256SUMS").unlink()  # without digests there are still the checks of what it holds
+    (folder / "SHA256SUMS").unlink()  # without digests the checks of the contents remain
     assert said in moe("unmask", folder, out=tmp_path / "out", code=3)
 
 

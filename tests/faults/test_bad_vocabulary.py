@@ -1,4 +1,4 @@
-"""A tokenizer with added tokens that is damaged, or loads otherwise than it is written, is refused with the reason."""
+"""A tokenizer with added tokens that is damaged, or loads differently than written, is refused with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.world import World, edit_json, refused
 
 
 def with_tokens(world: World, **changes: Any) -> Path:
-    """Let the expert have a token of its own, its entry in tokenizer.json changed."""
+    """Give the expert an added token whose entry in tokenizer.json is changed."""
     shutil.rmtree(world.seed)
     shutil.rmtree(world.law)
     plain(world.seed, "llama")

@@ -1,4 +1,4 @@
-"""A merge that is killed with signal 9 at any row goes on to the same bytes, without writing a finished shard again."""
+"""A merge killed with signal 9 at any tensor resumes to the same bytes, without rewriting a finished shard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARD = 20_000  # bytes: several tensors of the pico models
 
 
 def merge(folders: list[Path], out: Path, work: Path, kill_at: int | None) -> None:
-    """Merge as the step does; die while the row of that number is being written."""
+    """Merge as the step does; die while the tensor of that number is being written."""
     writer.SHARD_BYTES = SHARD
     seen = 0
 

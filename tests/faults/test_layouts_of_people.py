@@ -1,4 +1,4 @@
-"""Folders as people have them: read where their meaning is certain, else a sentence says what they are."""
+"""Checkpoint folders as found in practice: read if their meaning is certain, else refused with what they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def moved(name: str) -> Change:
-    """Move what the folder holds into one within it."""
+    """Move the folder's contents into a subfolder."""
 
     def do(folder: Path) -> None:
         parts = list(folder.iterdir())
@@ -53,19 +53,19 @@ def more(**tensors: torch.Tensor) -> Change:
 
 
 def both(*changes: Change) -> Change:
-    """One after another."""
+    """Apply changes one after another."""
     return lambda folder: [change(folder) for change in changes]
 
 
 def cached(folder: Path) -> None:
-    """In the folder's place, the root of a cache entry that holds it."""
+    """Replace the folder by the root of a hub cache entry that holds it."""
     into_cache(folder, folder.with_name("cache"))
     shutil.rmtree(folder)
     folder.with_name("cache").rename(folder)
 
 
 def shards(folder: Path) -> None:
-    """Shards without their index."""
+    """Make shards without an index."""
     sharded(folder)
     (folder / INDEX).unlink()
     for number, name in enumerate(("a", "b"), 1):
@@ -73,7 +73,7 @@ def shards(folder: Path) -> None:
 
 
 def trainings(folder: Path) -> None:
-    """Two checkpoints of a training."""
+    """Make two checkpoints of a training."""
     moved("checkpoint-500")(folder)
     shutil.copytree(folder / "checkpoint-500", folder / "checkpoint-1500")
 
@@ -167,7 +167,7 @@ def test_what_lies_beside_a_model_does_not_matter(world: World, case: str) -> No
     world.examine()
 
 
-@pytest.mark.filterwarnings("ignore")  # of what peft imports
+@pytest.mark.filterwarnings("ignore")  # raised by imports of peft
 def test_an_adapter_with_a_config_beside_it_is_an_adapter(world: World) -> None:
     train_adapter(world.seed, world.root / "lora")
     shutil.copy(world.seed / "config.json", world.root / "lora")

@@ -1,4 +1,4 @@
-"""What machines do: disks that are full, terminals of few signs, environments with ranks of others, files put back."""
+"""Faults of machines: full disks, terminals with few characters, foreign rank variables, files put back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BTX = [sys.executable, "-m", "btx"]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of every published step of a run."""
+    """The digest of every published step of a run."""
     import json
 
     found = {p.parent.name: json.loads(p.read_text())["digest"] for p in folder.glob("pico/steps/*/btx.json")}
@@ -34,7 +34,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def run_with_files_of(size: int, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """A whole run of the pico project in which no file may be longer."""
+    """A whole run of the pico project with a limit on file size."""
     return subprocess.run(
         [*BTX, *argv], cwd=folder, capture_output=True, text=True, timeout=300, preexec_fn=lambda: few_bytes(size)
     )
@@ -107,12 +107,12 @@ def test_output_that_cannot_be_written_ends_with_5(verb: list[str]) -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run([*BTX, *verb], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert ended.returncode == 5, ended.stderr
-    assert ended.stderr.startswith("btx: the disk answered: No space left on device.")
+    assert ended.stderr.startswith("btx: disk error: No space left on device.")
     assert ended.stderr.count("\n") == 1
 
 
 def test_ranks_that_others_set_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pod of Kubernetes has them; believed, the step would wait for a first process for ever."""
+    """A Kubernetes pod may set them; if trusted, the step would wait forever for rank 0."""
     write_project(tmp_path)
     strange = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     ended = subprocess.run([*BTX, "train", "recipe.yaml", "--domain", "math"], cwd=tmp_path, capture_output=True,
@@ -127,7 +127,7 @@ def test_ranks_that_others_set_are_not_believed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_file_put_back_with_other_content_is_read_again(tmp_path: Path) -> None:
-    """Of the same size and time, in place or as another file."""
+    """With the same size and mtime, in place or as another file."""
     file = tmp_path / "x.jsonl"
     file.write_text("one")
     known = Digests(tmp_path / "digests.json")
@@ -155,9 +155,9 @@ def test_a_worker_takes_what_was_planned_whatever_became_of_the_recipe_and_no_ot
         }
     file = jobs["train:math"]
     changes = {
-        ('"learning_rate": 0.001', '"learning_rate": 0.002'): "another step",
-        ('"budget"', '"budgets"'): "no job",
-        ('"class": "Train"', '"class": "os.system"'): "no job",
+        ('"learning_rate": 0.001', '"learning_rate": 0.002'): "differs from the step that was planned",
+        ('"budget"', '"budgets"'): "not a job of this btx",
+        ('"class": "Train"', '"class": "os.system"'): "not a job of this btx",
     }
     for (old, new), word in changes.items():
         assert old in file.read_text()
@@ -165,7 +165,7 @@ def test_a_worker_takes_what_was_planned_whatever_became_of_the_recipe_and_no_ot
         changed.write_text(file.read_text().replace(old, new))
         with pytest.raises(ArtifactError, match=f"{word}[^~]*same command again"):
             thaw(changed, classes())
-    with pytest.raises(ArtifactError, match="no job"):
+    with pytest.raises(ArtifactError, match="not a job of this btx"):
         thaw(tmp_path / "none", classes())
 
 

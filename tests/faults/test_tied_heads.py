@@ -1,4 +1,4 @@
-"""Heads that are tied to the embedding or not, and what is stored of the two: read as stock does, or refused."""
+"""Tied and untied output heads, whichever of head and embedding is stored: read as transformers does, or refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OTHER = lambda t: {**t, HEAD: t[EMBEDDING] + torch.eye(*t[EMBEDDING].shape) * 1e
 
 
 def tied(folder: Path, change: Callable[[Tensors], Tensors], *, family: str = "llama", noise: float = 0.0) -> Path:
-    """A tied model of which something else is stored."""
+    """A tied model with changed stored tensors."""
     save_model(folder, config_of(family, tie_word_embeddings=True), noise=noise)
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
     return folder

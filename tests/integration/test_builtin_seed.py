@@ -1,4 +1,4 @@
-"""The embedded default at pico size: tokenizer, seed and split are made as they should be."""
+"""The embedded default at pico size: tokenizer, seed and held-out split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ train: {sequence_length: 64, batch_tokens: 1024}
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
-    """A graph whose tokenizer and tokens are made."""
+    """A graph whose tokenizer and tokens steps are done."""
     folder = tmp_path_factory.mktemp("builtin")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     made = Graph(load_recipe(folder / "recipe.yaml", [f"run.directory={folder}/runs"]), folder)
@@ -69,7 +69,7 @@ def test_no_held_out_document_is_trained_on(graph: Graph) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Graph:
-    """The graph of the demo recipe, its texts read."""
+    """The graph of the demo recipe, its texts tokenised."""
     folder = tmp_path_factory.mktemp("demo")
     made = Graph(load_recipe(DEMO, [f"run.directory={folder}/runs"]), DEMO.parent)
     for label in ("tokenizer", "tokens:math", "tokens:code", "tokens:prose"):

@@ -1,4 +1,4 @@
-"""The dense control: as many tokens as BTX took in all, on the same data, in the same tables."""
+"""The dense control: as many tokens as all of BTX, on the same data, in the same tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.project import write_project
 
 
 def control(recipe: Path, *overrides: str) -> Dense:
-    """The control of a recipe."""
+    """The control's step of a recipe."""
     step = Graph(load_recipe(recipe, list(overrides)), recipe.parent).steps["dense"]
     assert isinstance(step, Dense)
     return step
@@ -48,7 +48,7 @@ def test_it_is_trained_measured_and_reported_beside_the_others(tmp_path: Path) -
 
 
 def test_a_training_says_what_memory_it_needs_before_it_starts(tmp_path: Path) -> None:
-    """By the same formula as the plan, from the folders of its parents."""
+    """By the plan's formula, from the folders of its parents."""
     recipe = write_project(tmp_path)
     graph = Graph(load_recipe(recipe, ["dense={}"]), tmp_path)
     planned = {row.label: row.memory for row in rows(graph.recipe, tmp_path)}

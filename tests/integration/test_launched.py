@@ -20,7 +20,7 @@ LAUNCHES = {"ddp": FSDP.replace("distributed_type: FSDP", "distributed_type: MUL
 
 
 def manifest(folder: Path) -> Any:
-    """Of the only training below a run directory."""
+    """The manifest of the only training below a run directory."""
     return json.loads((folder / "pico/train-math/btx.json").read_text())
 
 
@@ -51,7 +51,7 @@ def test_two_processes_save_together_stop_together_and_resume_to_the_same_digest
 def test_a_further_process_helps_only_the_first_one_of_its_own_launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While another launch is at work it waits, and finds the step done: the first of its own will never come."""
+    """While another launch holds the lock it waits, then finds the step done: its own rank 0 will never start it."""
     step = Graph(load_recipe(write_project(tmp_path), [f"run.directory={tmp_path / 'runs'}"]), tmp_path).steps["branch"]
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -74,7 +74,7 @@ def test_a_further_process_helps_only_the_first_one_of_its_own_launch(
 def test_a_further_process_whose_first_one_finds_the_step_done_does_not_start_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its look at the step and its look at the lock others may have finished."""
+    """Others may finish between its check of the step and its check of the lock."""
     step = Graph(load_recipe(write_project(tmp_path), [f"run.directory={tmp_path / 'runs'}"]), tmp_path).steps["branch"]
     monkeypatch.setattr(type(step), "done", False)
 

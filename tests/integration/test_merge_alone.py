@@ -1,4 +1,4 @@
-"""Finished experts can be merged without any data; all else is refused."""
+"""Finished experts can be merged without any data; later stages are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a merge as the system counts it: bounded, whatever the size of a model or of a tensor."""
+"""The resident memory of a merge is bounded, whatever the size of a model or a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`btx moe` on a real export, as a user calls it: each verb's folder loads, checks, and is measured."""
+"""`btx moe` on a real export, as a user calls it: each verb's folder loads, passes `btx check`, and is measured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(project: Path, *words: str, code: int = 0, data: bool = True) -> str:
-    """`btx moe` with these words."""
+    """`btx moe` with these arguments."""
     texts = [part for d in ("math", "code") for part in ("--data", f"{d}={project}/corpora/{d}.jsonl")] if data else []
     result = CliRunner().invoke(main, ["moe", *words, *texts])
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
@@ -37,7 +37,7 @@ def call(project: Path, *words: str, code: int = 0, data: bool = True) -> str:
 
 
 def check(folder: Path) -> str:
-    """`btx check` says yes; returns how."""
+    """`btx check` passes; returns its output."""
     result = CliRunner().invoke(main, ["check", str(folder)])
     assert result.exit_code == 0, result.output
     return result.output
@@ -101,7 +101,7 @@ def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
     check(other)
     for folder in (dense, other):
         config = read_config(folder)
-        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # what transformers 4 reads
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # the key that transformers 4 reads
         said = notes(config, "published", folder)
         assert any("llama.cpp" in note for note in said)
         assert all(note in card_of(folder) for note in said)

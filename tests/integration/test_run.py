@@ -138,7 +138,7 @@ def test_a_stop_outside_a_training_ends_with_75_and_leaves_nothing_behind(
         if list(steps.glob(".evaluate-*")):
             break
         time.sleep(0.05)
-    runner.send_signal(signal.SIGSTOP)  # or it might be done before status has looked
+    runner.send_signal(signal.SIGSTOP)  # else it might be done before status is called
     assert "under way" in btx("status", "recipe.yaml", *sets, cwd=project).stdout
     runner.send_signal(number)
     runner.send_signal(signal.SIGCONT)
@@ -170,7 +170,7 @@ def test_the_card_has_front_matter_parents_and_tables(project: Path) -> None:
 
 
 def step_folder(project: Path, step: str) -> Path:
-    """Where a step published, by `btx path`."""
+    """The folder of a step, from `btx path`."""
     return Path(btx("path", "recipe.yaml", step, cwd=project).stdout.strip())
 
 
@@ -200,7 +200,7 @@ LONG = ["--set", "domains.math.tokens=51200", "--set", "run.checkpoint_steps=10"
 
 @pytest.fixture(scope="module")
 def whole(project: Path) -> str:
-    """The digest of a training of 200 steps, long enough to be interrupted on any machine, that was left alone."""
+    """The digest of an uninterrupted training of 200 steps, enough to be interrupted on any machine."""
     argv = ["recipe.yaml", *LONG, "--set", "run.directory=whole"]
     btx("train", *argv, "--domain", "math", cwd=project)
     folder = btx("path", argv[0], "train:math", *argv[1:], cwd=project).stdout.strip()

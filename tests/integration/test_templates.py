@@ -1,4 +1,4 @@
-"""The chat templates of a seed, those for tools too, decide its texts and go with all that is made of it."""
+"""The seed's chat templates, those for tools too, render its texts and are carried to every model made of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXTS = {"chat_template.jinja": "{{ messages }}", TOOL: "{{ tools }}{{ messages 
 
 
 def with_templates(folder: Path) -> Path:
-    """The folder with a template for talk and one for tools."""
+    """The folder with a chat template and one for tools."""
     (folder / TEMPLATES).mkdir()
     for name, text in TEXTS.items():
         (folder / name).write_text(text, encoding="utf-8")

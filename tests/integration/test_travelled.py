@@ -1,4 +1,4 @@
-"""An export that was moved the way people move models passes `btx check` and `btx moe` like the one it is."""
+"""An export copied the way people copy models still passes `btx check` and works with `btx moe`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CARD = "README.md"
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture as the export step writes it."""
+    """A Mixture of Experts as the export step writes it."""
     folder = tmp_path_factory.mktemp("made")
     seed = save_model(folder / "seed", config_of("llama"))
     made = merge(folder / "moe", [seed] * 3, top_k=2, router_entropy=0.5)
@@ -54,7 +54,7 @@ def copied(change: Callable[[Path], Any]) -> Callable[[Path, Path], Path]:
 
 
 def linked(folder: Path, out: Path) -> Path:
-    """Named by a link, as runs/NAME/export is."""
+    """A symbolic link to it, as runs/NAME/export is."""
     copy = Path(shutil.copytree(folder, out / "steps" / "export-abc"))
     (out / "export").symlink_to(copy.relative_to(out))
     return out / "export"
@@ -122,7 +122,7 @@ def flipped(name: str) -> Callable[[Path], Any]:
 
 
 def away(name: str) -> Callable[[Path], Any]:
-    """A link out of the folder in the place of a file, with the same bytes."""
+    """Replace a file by a link out of the folder to the same bytes."""
 
     def do(copy: Path) -> None:
         shutil.move(copy / name, copy.parent / "elsewhere")

@@ -1,4 +1,4 @@
-"""An export without an evaluation, which a later run measures; and what each step cost, beside what was planned."""
+"""An export without an evaluation, measured by a later run; and the planned and actual cost of each step."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: 
     states, costs = btx("status", "recipe.yaml", cwd=tmp_path).stdout.split("\n\n")
     assert states.count("done") == len(states.splitlines()) - 1
     row = next(line for line in costs.splitlines() if line.startswith("train:math"))
-    assert row.count("→") == 3  # FLOPs, memory and disk, planned and happened
+    assert row.count("→") == 3  # FLOPs, memory and disk, planned and actual
 
     assert manifest["environment"].keys() == {"device", "instructions", "threads", "processes"}
     edit_json(steps.parent / "train-math/btx.json", environment={**manifest["environment"], "device": "GPU"})
     said = btx("status", "recipe.yaml", cwd=tmp_path).stdout
     assert said.count("done") == states.count("done")
-    assert "Used as they are, though made elsewhere (device GPU, here cpu): train:math." in said
+    assert "Reused, though made in another environment (device GPU, here cpu): train:math." in said
 
 
 def test_the_short_names_are_those_of_the_recipe_that_was_run_last(tmp_path: Path) -> None:
-    """Also where everything was done already, since what is printed is read through them."""
+    """Even if everything was done already, since the printed results are read through them."""
     write_project(tmp_path)
     report = tmp_path / "runs/pico/report"
     found = []

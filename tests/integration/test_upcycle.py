@@ -1,4 +1,4 @@
-"""Sparse upcycling: copies of the seed, trained on what BTX takes in all, beside the others."""
+"""Sparse upcycling: copies of the seed, trained on as many tokens as all of BTX, measured beside the other models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.project import write_project
 
 
 def upcycled(recipe: Path, *overrides: str) -> Upcycled:
-    """The step of a recipe."""
+    """The upcycled step of a recipe."""
     step = Graph(load_recipe(recipe, list(overrides)), recipe.parent).steps["upcycled"]
     assert isinstance(step, Upcycled)
     return step

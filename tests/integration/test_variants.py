@@ -137,7 +137,7 @@ def test_an_expert_with_tokens_of_its_own_is_merged_by_token(tmp_path: Path) -> 
     recipe = write_project(tmp_path)
     for name in ("seed", "law"):
         plain(tmp_path / name, "llama")
-    extended(tmp_path / "law", "llama", ["<law>", "</law>"], noise=0.01, special=False)  # a special one is text in text
+    extended(tmp_path / "law", "llama", ["<law>", "</law>"], noise=0.01, special=False)  # a special one is read as text
     rows = [{"text": f"<law> no {n}: five plus two is seven </law> and so on for {n}"} for n in range(60)]
     (tmp_path / "corpora" / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     law = '  law: {checkpoint: law, data: ["corpora/law.jsonl"]}\ntrain:'

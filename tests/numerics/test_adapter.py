@@ -1,4 +1,4 @@
-"""LoRA adapters made dense experts: peft's own merge is the oracle, and what is more than LoRA is refused."""
+"""LoRA adapters merged into dense experts: peft's own merge is the oracle; what is more than LoRA is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.project import write_project
 from tests.support.world import edit_json
 
 
-@pytest.mark.filterwarnings("ignore")  # of what peft imports
+@pytest.mark.filterwarnings("ignore")  # raised by imports of peft
 @pytest.mark.parametrize(
     "more",
     [

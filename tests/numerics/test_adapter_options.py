@@ -21,12 +21,12 @@ from tests.support.adapters import EVERYWHERE, ours, train_adapter
 from tests.support.merges import IDS
 from tests.support.models import config_of, save_model
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of what peft imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # raised by imports of peft
 peft = pytest.importorskip("peft")
 
 
 def live(seed: Path, adapter: Path) -> torch.Tensor:
-    """Logits of peft's own model, loaded from the files, nothing merged."""
+    """Logits of peft's own model, loaded from the files, unmerged."""
     base = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def dense(seed: Path, adapter: Path, out: Path) -> torch.Tensor:
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    """Set options; null stays."""
+    """Set options in adapter_config.json; None is written as null."""
     path = folder / CONFIG
     write_json(path, {**json.loads(path.read_text()), **changes})
 
@@ -99,7 +99,7 @@ def test_an_adapter_computes_what_pefts_live_model_does(tmp_path: Path, case: st
     train_adapter(seed, adapter, **SAME[case])
     wanted = live(seed, adapter)
     plain = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32)(input_ids=IDS).logits
-    assert (wanted - plain).abs().max() > 1e-3  # or nothing would be seen
+    assert (wanted - plain).abs().max() > 1e-3  # else there would be no effect to see
     torch.testing.assert_close(dense(seed, adapter, tmp_path / "out"), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -154,7 +154,7 @@ FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig)]
 @pytest.mark.parametrize("option", [*FIELDS, "an_option_of_tomorrow"])
 @pytest.mark.parametrize("value", [{"a": 1}, ["x"], True, 7, "x"], ids=str)
 def test_no_option_acts_that_is_not_understood(tmp_path: Path, option: str, value: Any) -> None:
-    """Also those that a later peft brings: each is followed, keeps a record, or is refused by its name."""
+    """Even of a later peft: every option is implemented, is mere bookkeeping, or is refused by name."""
     write_json(tmp_path / CONFIG, {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]})
     LoraOptions(tmp_path)
     if option in UNDERSTOOD:
@@ -196,7 +196,7 @@ def test_every_other_kind_of_adapter_is_refused_by_its_name(tmp_path: Path, kind
 
 
 def test_factors_that_peft_would_pass_over_are_refused(tmp_path: Path) -> None:
-    """The live model has no place for them, so that they would act here alone."""
+    """The live model has no module for them, so they would act only here."""
     seed, adapter = seed_in(tmp_path), tmp_path / "adapter"
     train_adapter(seed, adapter)
     edit(adapter, target_modules=["q_proj"])

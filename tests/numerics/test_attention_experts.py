@@ -1,4 +1,4 @@
-"""Attention made of experts too: what is exact, what is averaged, how it is routed and trained."""
+"""Attention experts: what is exact, what is averaged, how they are routed and trained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def seed_of(folder: Path, *, noise: float = 0.0, dtype: Any = torch.float32, **m
 
 
 def moe_of(folder: Path, count: int = 3, *, top_k: int = 2, **settings: Any) -> Path:
-    """A mixture of models that differ."""
+    """A Mixture of Experts of different models."""
     dense = [seed_of(folder / f"d{i}", noise=0.1 * i) for i in range(count)]
     return merge(folder / "moe", dense, top_k=top_k, experts=FORM, router_entropy=0.7, **settings)
 
@@ -88,7 +88,7 @@ def test_one_expert_alone_is_its_queries_and_outputs_on_the_averaged_rest(tmp_pa
 
 
 def _all_to(expert: int, x_TD: torch.Tensor) -> tuple[Any, ...]:
-    """What a router that sends every token to one of three experts gives."""
+    """The routing of a router that sends every token to one of three experts."""
     tokens = len(x_TD)
     sizes = [tokens if e == expert else 0 for e in range(3)]
     return torch.arange(tokens), torch.arange(tokens), torch.ones(tokens), sizes, torch.zeros(tokens, 3)

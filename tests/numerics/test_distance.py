@@ -1,4 +1,4 @@
-"""How far an expert has gone from the seed: a number that is published, so it is the same however many threads sum."""
+"""An expert's distance from the seed is published, so it is the same for any number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts shared out over processes by transformers' own plan, on our kernels: loss and gradients of one process."""
+"""Expert parallelism by transformers' own plan, on our kernels: the loss and gradients of one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORLD = 2
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])
@@ -57,7 +57,7 @@ def work(rank: int, folder: str, kernel: str, port: int) -> None:
     if rank == 0:
         torch.save((loss / WORLD, grads), f"{folder}/found.pt")
     dist.barrier()
-    os._exit(0)  # gloo's threads, met by the end of Python, abort the process now and then; that end is not under test
+    os._exit(0)  # gloo's threads sometimes abort the process when Python shuts down; that is not under test
 
 
 @pytest.mark.parametrize(("family", "kernel"), [("mixtral", "sorted"), ("qwen3_moe", "triton")])

@@ -23,7 +23,7 @@ WANTED = Case(tokens=9, k=2, experts=3, width=12, half=7)
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory() -> Iterator[None]:
-    """What a kernel forgets to write, it reads as NaN."""
+    """Fresh memory holds NaN, so an element that a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(8).isnan().all()
     yield
@@ -31,9 +31,9 @@ def nan_in_fresh_memory() -> Iterator[None]:
 
 
 def kernel(name: str) -> Experts:
-    """A backend's function; skipped where it cannot run on the CPU: `make test` installs what it takes on Linux.
+    """A backend's function; skipped if it cannot run on the CPU: `make test` installs what it needs on Linux.
 
-    Where there is a GPU, Triton compiles, and `test_kernels_on_gpu.py` is what runs.
+    With a GPU, Triton compiles, and `test_kernels_on_gpu.py` runs instead.
     """
     if why := absent(name, torch.device("cpu")):
         pytest.skip(why)
@@ -138,7 +138,7 @@ def test_sorted_has_the_gradient_of_finite_differences() -> None:
 
 
 def swapped(gate_up: Tensor) -> Tensor:
-    """Up where gate should be."""
+    """Up and gate projections swapped."""
     return torch.cat(gate_up.chunk(2, dim=1)[::-1], dim=1)
 
 

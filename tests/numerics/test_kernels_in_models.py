@@ -19,7 +19,7 @@ ALL = (*FAMILIES, "granitemoe")
 
 
 def on(model: Any, name: str) -> Any:
-    """A model put on a kernel, if that can run here."""
+    """A model on a kernel; skipped if the kernel cannot run here."""
     if why := absent(name, CPU):
         pytest.skip(why)
     use_kernel(model, name)
@@ -53,7 +53,7 @@ def train(name: str, *, steps: int) -> list[float]:
 
 @pytest.fixture(scope="module")
 def eager_losses() -> list[float]:
-    """What the stock loop comes to."""
+    """Losses of the stock expert loop."""
     return train("eager", steps=10)
 
 

@@ -37,7 +37,7 @@ def test_a_kernel_equals_the_reference(name: str, dtype: torch.dtype, case: Case
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory() -> Iterator[None]:
-    """What a kernel forgets to write, it reads as NaN."""
+    """Fresh memory holds NaN, so an element that a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""A mixture's life after the merge: what each change keeps to the bit, and what the changed model computes."""
+"""Changes to a Mixture of Experts after the merge: what stays bit-identical, and what the changed model computes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dense(tmp_path: Path, family: str) -> list[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path, dense: list[Path]) -> Path:
-    """The first three as a mixture whose router is far from even."""
+    """The first three as a Mixture of Experts with a far from uniform router."""
     out = merge(tmp_path / "moe", dense[:3], top_k=2, router_entropy=0.5)
     write_json(out / "experts.json", {"experts": NAMES})
     return out
@@ -183,7 +183,7 @@ def fused(folder: Path) -> Path:
 
 
 def hidden(out: Path, moe: Moe, there: Path) -> None:
-    """Mask an expert into `there` and write the mixture with it back."""
+    """Mask an expert, written to `there`, then unmask it."""
     lifecycle.keep(there, moe, ["code"])
     lifecycle.remove(out, moe, ["code"])
     (out / "on").mkdir()
@@ -240,7 +240,7 @@ def test_targets_are_above_the_best_and_below_the_chosen() -> None:
 
 
 def test_a_fitted_row_takes_the_new_domain_and_leaves_the_old_ones(folder: Path, dense: list[Path]) -> None:
-    """Two domains of different tokens: the new expert comes first on one and is hardly chosen on the other."""
+    """Two domains of different tokens: the new expert is first choice on one and hardly chosen on the other."""
     generator = torch.Generator().manual_seed(1)
     new = [torch.randint(0, 4, (8, 24), generator=generator)]
     old = [torch.randint(100, 104, (8, 24), generator=generator)]

@@ -1,4 +1,4 @@
-"""The training loop: exact resume, indifference to how a batch is cut, frozen parameters, the schedule."""
+"""The training loop: exact resume, independence of micro-batching, frozen parameters, the schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path, kind: str
     undisturbed.run()
     often = WHERE.model_copy(update={"checkpoint_steps": 2})
     stop_after(loop_of(kind, tmp_path, "b", where=often), 5)
-    torch.rand(7)  # whatever else the process drew
+    torch.rand(7)  # whatever the process's generator state is
     resumed = loop_of(kind, tmp_path, "b", where=often)
     assert resumed.run().resumed_from == 4
     wanted, found = weights(undisturbed), weights(resumed)
@@ -63,7 +63,7 @@ def test_how_a_batch_is_cut_changes_nothing_but_rounding(tmp_path: Path, masked:
 @pytest.mark.parametrize("form", ["btx", "switch", "transformers", "none"])
 @pytest.mark.parametrize("kind", ["top_k", "switch", "soft", "sample_top1"])
 def test_how_a_batch_is_cut_changes_no_balance_loss(tmp_path: Path, kind: str, form: str) -> None:
-    """Nor where Sample Top-1 sends a token: the noise is the sequence's own."""
+    """Nor Sample Top-1's routing: the noise is drawn per sequence."""
     found = []
     for size in (1, 3, 4):
         where = WHERE.model_copy(update={"micro_batch": size})
@@ -167,7 +167,7 @@ def test_the_schedule_warms_up_and_falls_to_a_tenth() -> None:
 
 
 def test_processes_decide_together_to_stop_and_by_the_first_ones_clock_to_save(tmp_path: Path) -> None:
-    """A signal or a clock may reach one process a step before the other, and a save by one alone never ends."""
+    """A signal or a clock may reach one process a step before the other, and a save by one alone would deadlock."""
     loop = loop_of("dense", tmp_path, "a")
     for main, others, asked, due, agreed in [
         (True, [1.0, 0.0], "", False, ("a signal to another process", False)),

@@ -1,4 +1,4 @@
-"""The loss without logits of a whole batch: equal to the plain one in value and gradients, in every family."""
+"""The chunked loss, without a whole batch's logits: equal to the plain loss in value and gradients, in every family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.models import config_of
 
 
 def case(tokens: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, head and targets, some of them ignored and one row asked for often."""
+    """Hidden states, head and targets, some targets ignored and one frequent."""
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
@@ -27,7 +27,7 @@ def case(tokens: int, width: int, vocabulary: int) -> tuple[torch.Tensor, torch.
 
 
 def with_gradients(function: Any, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """A loss and the gradients of some tensors, the loss scaled before as a mean over tokens scales it."""
+    """A loss and the gradients of some tensors, the loss scaled as for a mean over tokens."""
     leaves = [t.clone().requires_grad_() for t in tensors]
     found = function(*leaves)
     (found * 0.37).backward()
@@ -53,7 +53,7 @@ def test_chunks_give_the_plain_loss_and_gradients(monkeypatch: Any, tokens: int,
 
 
 def test_in_bfloat16_loss_and_weight_gradient_are_summed_in_float32(monkeypatch: Any) -> None:
-    """Over many chunks a bfloat16 sum would lose what a frequent row gathers."""
+    """A bfloat16 sum over many chunks would lose part of a frequent row's gradient."""
     monkeypatch.setattr(loss, "CHUNK", 32 * 97)
     hidden, weight, targets = case(2000, 24, 97)
     exact = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets), hidden.bfloat16().float(), weight)

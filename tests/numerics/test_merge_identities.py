@@ -80,7 +80,7 @@ def every_tensor(name: str) -> list[str]:
 
 @pytest.mark.parametrize(("name", "tensor"), [(f, t) for f in sorted(DENSE) for t in every_tensor(f)])
 def test_a_change_of_any_one_tensor_shows(tmp_path: Path, name: str, tensor: str) -> None:
-    """The identity must be able to fail: change one tensor of one copy, and the logits are others."""
+    """The identity must be able to fail: changing one tensor of one copy changes the logits."""
     seed = save_model(tmp_path / "seed", config_of(name))
     model = load(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Which experts are made of what: some layers only, copies, a shared expert beside them, units drawn anew."""
+"""Expert layouts: some layers only, copies, a shared expert, reinitialised units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways to average: identities that each must keep, mergekit's own output, and the memory they may take."""
+"""Averaging methods: the identities that each must satisfy, mergekit's own output, and the memory they may use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS = ["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "m
 
 
 def moved(number: int) -> torch.Tensor:
-    """The base, moved somewhere."""
+    """The base plus a random difference."""
     return BASE + 0.1 * torch.randn(BASE.shape, generator=torch.Generator().manual_seed(number))
 
 
@@ -114,7 +114,7 @@ def ours(out: Path, folders: list[Path], shared: Any) -> dict[str, torch.Tensor]
 
 
 def theirs(out: Path, folders: list[Path], recipe: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What mergekit's own command makes of a recipe."""
+    """The output of mergekit's own command for a recipe."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -130,7 +130,7 @@ def models(folders: list[Path], *parameters: dict[str, Any]) -> dict[str, Any]:
     return {"models": [{"model": str(f), "parameters": p} for f, p in rows]}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what mergekit imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by imports of mergekit
 @pytest.mark.parametrize("case", ["mean", "linear", "task_arithmetic", "ties", "slerp", "model_stock", "by depth"])
 def test_mergekit_itself_gives_the_same(tmp_path: Path, folders: list[Path], case: str) -> None:
     some, density = {"weight": 0.4, "density": 0.6}, {"weight": 1.0, "density": 0.6}

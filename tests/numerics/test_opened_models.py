@@ -1,4 +1,4 @@
-"""Models as probes and chats see them: normalised, causal, alike through the cache and whole; and composed ones."""
+"""Opened models, stock and composed: normalised, causal, and equal with and without the cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def net_of(name: str, seed: int = 0) -> Any:
 
 
 class Weighted(Settings):
-    """Of the mixture below."""
+    """Settings of the composed model below."""
 
     weight: float = 0.5
 

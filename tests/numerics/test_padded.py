@@ -1,4 +1,4 @@
-"""Experts of unequal feed-forward width: the padding adds nothing, and no block boundary shows."""
+"""Experts of unequal feed-forward width: the padding adds nothing, whatever the block size."""
 
 from __future__ import annotations
 

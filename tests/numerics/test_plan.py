@@ -1,4 +1,4 @@
-"""What `btx plan` says of the merged model is what the merge makes; a config that makes no model is refused."""
+"""`btx plan` plans the model that the merge makes, and refuses a config that makes no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An export says the same to transformers 4 and 5, in either layout, and `btx check` sees what is wrong."""
+"""An export means the same to transformers 4 and 5, in either layout, and `btx check` finds what is wrong."""
 
 from __future__ import annotations
 

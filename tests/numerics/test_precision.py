@@ -1,4 +1,4 @@
-"""bfloat16 over float32 state: nothing but the arithmetic is rounded, and routers and sums stay float32."""
+"""bf16 training over float32 state: only the arithmetic is rounded, and routers and sums stay float32."""
 
 from __future__ import annotations
 

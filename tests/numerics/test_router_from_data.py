@@ -24,7 +24,7 @@ DOMAINS = ("math", "code", "law")
 
 
 def seen(*domains: Tensor) -> list[Seen]:
-    """Domains as a router saw them, in two batches each."""
+    """Router inputs of several domains, in two batches each."""
     found = []
     for x_TD in domains:
         one = Seen()

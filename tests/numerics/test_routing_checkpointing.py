@@ -55,7 +55,7 @@ def test_the_balance_loss_reaches_every_router_and_the_layers_below_it() -> None
         balance_loss("btx", routed.layers).backward()
     assert all(float(router.weight.grad.abs().max()) > 1e-6 for router in find_routers(model).values())
     assert float(model.model.layers[1].mlp.experts.down_proj.grad.abs().max()) > 1e-6
-    assert model.model.layers[2].mlp.experts.down_proj.grad is None  # above the last router nothing is asked
+    assert model.model.layers[2].mlp.experts.down_proj.grad is None  # it lies above the last router
 
 
 def test_gradients_accumulate_over_passes_as_over_one_with_both() -> None:

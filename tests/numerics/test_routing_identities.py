@@ -54,7 +54,7 @@ def test_switch_computes_what_stock_top_1_does_and_trains_the_router_which_that_
 
 
 def test_one_experts_weight_is_lost_in_flex_olmos_norm_after_the_block() -> None:
-    """Why top-1 rules do not suit FlexOlmo: it normalises the block's output, where a scale is lost."""
+    """Why top-1 rules do not suit FlexOlmo: it normalises the block's output, which loses the scale."""
     stock, _ = router_gradient("flex_olmo", None)
     ours, heard = router_gradient("flex_olmo", "switch")
     assert torch.equal(ours, stock)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-SHARED = {90: 227 * 1024, 80: 163 * 1024}  # bytes of shared memory that one program may have
+SHARED = {90: 227 * 1024, 80: 163 * 1024}  # bytes of shared memory per program
 BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "i32"
 HOW = {"PRECISION": "tf32", "WIDE": False}
 PLAIN = {"PRECISION": "ieee", "WIDE": False}
@@ -24,7 +24,7 @@ ARGUMENTS = {
     "weight_grad": {"p": BF16, "q": BF16, "out": BF16, "choice": I64, "ends": I64, "M": I32, "N": I32, "K": 2,
                     "GATHER_P": False, "GATHER_Q": True, **HOW},
 }  # fmt: skip
-VARIANTS = {  # name: kernel, and what is otherwise than above
+VARIANTS = {  # name: kernel, and what differs from above
     **{name: (name, {}) for name in ARGUMENTS},
     "up without a backward pass": ("up", {"KEEP": False}),
     "gradient of the input": ("out", {"stride_k": I32, "stride_n": 1, "SCALED": False}),
@@ -67,6 +67,6 @@ def test_it_compiles_to_tensor_cores_within_the_shared_memory(variant: str, capa
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) >= 4
     fitting = [config for config, shared, _, _ in found if shared <= SHARED[capability]]
-    assert len(fitting) >= (2 if "float32" in variant else len(found))  # tuning passes over what does not fit
+    assert len(fitting) >= (2 if "float32" in variant else len(found))  # tuning skips what does not fit
     for config, _, wgmma, mma in found:
         assert "float32" in variant or (wgmma if capability == 90 else mma), config  # ieee has no tensor cores

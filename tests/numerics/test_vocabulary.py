@@ -1,4 +1,4 @@
-"""Tokens that an expert added: rows aligned by token, averaged over those that have them; anything else refused."""
+"""Added tokens of experts: rows aligned by token, averaged over the models that have them; all else is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def joined(out: Path, seed: Path, experts: dict[str, Path], *, average: bool = F
 
 
 def tables(folder: Path) -> dict[str, torch.Tensor]:
-    """Embedding and head as they lie on disk."""
+    """Embedding and head as stored on disk."""
     found = load_file(folder / "model.safetensors")
     return {name: found[name].float() for name in (EMBEDDING, HEAD) if name in found}
 

@@ -29,7 +29,7 @@ def export(
     out: Path, family: str, *, layout: Any = "published", like: Path | None = None, experts: int = 3,
     dtype: torch.dtype = torch.float32, merging: dict[str, Any] | None = None, **config: Any,
 ) -> Path:  # fmt: skip
-    """An export of so many different experts of a family; `like` has the tokenizer files to use instead.
+    """An export with `experts` different experts of a family; `like` has other tokenizer files to use.
 
     `merging` are settings of the merge.
     """
@@ -40,7 +40,7 @@ def export(
             (parent / path.name).write_bytes(path.read_bytes())
         if not like:
             portable_tokenizer(parent)
-        if family == "qwen2":  # beside which transformers 5 makes every tokenizer a Qwen2Tokenizer
+        if family == "qwen2":  # for this model type transformers 5 makes every tokenizer a Qwen2Tokenizer
             load_beside(parent).save_pretrained(str(parent))
     out.mkdir()
     write_model(merge(work / "moe", parents, top_k=2, **(merging or {})), out, ExportSettings(layout=layout))

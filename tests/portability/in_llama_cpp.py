@@ -2,7 +2,7 @@
 
     python tests/portability/in_llama_cpp.py LLAMA_CPP WORK FOLDER...
 
-LLAMA_CPP is the source of llama.cpp, as the source distribution of llama-cpp-python brings it along. Needs
+LLAMA_CPP is the source of llama.cpp, from the source distribution of llama-cpp-python. Needs
 llama-cpp-python and what the converter imports, not btx. The token ids are the proof's, so only models are compared.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-TOLERANCE = 1e-3  # its CPU kernels sum in another order and keep keys and values of the attention in 16 bits
-KNOWN = (  # not to go, by the beginning of their names; btx/export/portable.py says why
+TOLERANCE = 1e-3  # its CPU kernels sum in another order and compute attention with keys and values in 16 bits
+KNOWN = (  # expected to fail, by name prefix; btx/export/portable.py says why
     "attention-experts", "dense-granite-llama3", "dense-mistral", "dense-olmo2-llama3", "dense-qwen2-llama3",
     "dense-qwen2-window", "dense-qwen3-llama3", "granite-llama3", "mistral-default", "olmo2", "qwen2", "qwen3-llama3",
     "some-layers",
@@ -36,8 +36,8 @@ UNKNOWN = "pre-tokenizer was not recognized"
 def converted(source: Path, folder: Path, out: Path) -> str:
     """Write the export as a GGUF file of fp32 weights; ValueError with the converter's last line where it refuses.
 
-    The converter knows byte-level tokenizers by the ids that they give, so it refuses any that was trained for a test.
-    It is then told what that of btx and of these tests is, GPT-2's; returns a remark in that case.
+    The converter recognises byte-level tokenizers by the ids that they give, so it refuses any trained for a test. It
+    is then told that the pre-tokenizer is GPT-2's, as in btx and these tests; returns a remark in that case.
     """
     command = [str(source / "convert_hf_to_gguf.py"), str(folder), "--outfile", str(out), "--outtype", "f32"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
@@ -70,7 +70,7 @@ def difference(file: Path, folder: Path) -> float:
 
 
 def main(source: Path, work: Path, folders: list[Path]) -> int:
-    """A line for each folder; 1 when one of them is not the same, or is although it is known not to be."""
+    """Print a line per folder; returns 1 if one differs unexpectedly, or agrees although it is expected to fail."""
     print(f"llama-cpp-python {llama_cpp.__version__}")
     work.mkdir(parents=True, exist_ok=True)
     failed = 0
@@ -83,7 +83,7 @@ def main(source: Path, work: Path, folders: list[Path]) -> int:
         except Exception as error:  # whatever it is, it is what a user would see
             good, text = False, f"FAILED {type(error).__name__}: {error!s:.150}"
         else:
-            good = off <= TOLERANCE  # which a NaN is not
+            good = off <= TOLERANCE  # false for a NaN
             text = f"{'ok' if good else 'DIFFERS'}, off by {off:.1e}{remark}"
         failed |= good == known
         print(f"{folder.name:32} {text}{' (as known)' if known and not good else ''}")

@@ -47,7 +47,7 @@ def reference(model: Any, tokenizer: Any, context: str, continuation: str) -> tu
 
 
 def difference(folder: Path) -> float:
-    """Largest difference of a request's log-likelihood; ValueError where another token is the likeliest to lm-eval."""
+    """Largest difference of a request's log-likelihood; ValueError if lm-eval's greedy token differs."""
     scorer = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=len(REQUESTS))
     instances = [Instance("loglikelihood", {}, request, number) for number, request in enumerate(REQUESTS)]
     found = scorer.loglikelihood(instances, disable_tqdm=True)
@@ -64,7 +64,7 @@ def difference(folder: Path) -> float:
 
 
 def main(folders: list[Path]) -> int:
-    """A line for each folder; 1 when one of them is not the same."""
+    """Print a line per folder; returns 1 if one differs."""
     print(f"lm-eval {version('lm-eval')}, transformers {transformers.__version__}, torch {torch.__version__}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()

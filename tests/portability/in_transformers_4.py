@@ -1,4 +1,4 @@
-"""Load exports with the transformers at hand, version 4, and compare the logits with those of proof.json.
+"""Load exports with the installed transformers, version 4, and compare the logits with those of proof.json.
 
     python tests/portability/in_transformers_4.py FOLDER...
 
@@ -15,7 +15,7 @@ import torch
 import transformers
 
 TOLERANCE = 1e-4
-KNOWN = ("dense-olmo2-llama3", "qwen2-window")  # not to go; btx/export/portable.py says why
+KNOWN = ("dense-olmo2-llama3", "qwen2-window")  # expected to fail; btx/export/portable.py says why
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def difference(folder: Path) -> float:
 
 
 def main(folders: list[Path]) -> int:
-    """A line for each folder; 1 when one of them is not the same, or is although it is known not to be."""
+    """Print a line per folder; returns 1 if one differs unexpectedly, or agrees although it is expected to fail."""
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     failed = 0
     for folder in folders:
@@ -50,7 +50,7 @@ def main(folders: list[Path]) -> int:
         except Exception as error:  # whatever it is, it is what a user would see
             good, text = False, f"FAILED {type(error).__name__}: {str(error).strip().splitlines()[-1]:.150}"
         else:
-            good = off <= TOLERANCE  # which a NaN is not
+            good = off <= TOLERANCE  # false for a NaN
             text = f"{'ok' if good else 'DIFFERS'}, off by {off:.1e}"
         failed |= good == known
         print(f"{folder.name:32} {text}{' (as known)' if known and not good else ''}")

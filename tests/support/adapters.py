@@ -33,7 +33,7 @@ def train_adapter(seed: Path, out: Path, **more: Any) -> dict[str, torch.Tensor]
 
 
 def ours(seed: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
-    """What btx makes of it."""
+    """btx's merge of the adapter."""
     out.mkdir()
     with opened(seed) as base:
         found = Adapter(adapter)

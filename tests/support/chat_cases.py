@@ -1,4 +1,4 @@
-"""What the tests of conversations share: templates shaped like well-known ones, and a tokenizer with their marks."""
+"""Cases for tests of conversations: templates like well-known ones, and a tokenizer with their special tokens."""
 
 from __future__ import annotations
 
@@ -92,6 +92,6 @@ def encoded(
 
 
 def render(record: Any, template: str) -> str:
-    """What transformers writes."""
+    """The text that transformers renders."""
     more = {k: v for k, v in record.items() if k != "messages"}
     return str(tokenizer(template=template).apply_chat_template(record["messages"], tokenize=False, **more))

@@ -1,4 +1,4 @@
-"""The real command in a process of its own, and what it leaves behind."""
+"""The real command in its own process, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def btx(*argv: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[
 
 
 def results(folder: Path) -> Any:
-    """What the report holds."""
+    """The report's results.json."""
     return json.loads((folder / "runs/pico/report/results.json").read_text())
 
 
 def wait_for_step(root: Path, step: int) -> None:
-    """Until the training has written that many lines of metrics."""
+    """Wait until the training has written that many lines of metrics."""
     for _ in range(1200):
         for file in root.glob("work/train-*/metrics.jsonl"):
             if len(file.read_text().splitlines()) >= step:
@@ -35,7 +35,7 @@ def wait_for_step(root: Path, step: int) -> None:
 
 
 def wait_until_free(path: Path) -> None:
-    """Until no process holds the lock: a worker dies with its parent, but not in the same instant."""
+    """Wait until no process holds the lock: a worker dies with its parent, but not instantly."""
     import fcntl
 
     with path.open("a") as file:

@@ -32,7 +32,7 @@ ROUTINGS = ("mixed", "one", "few", "away", "all away")
 
 @st.composite
 def cases(draw: Any, most: int = 40) -> Case:
-    """Any small case: no token, one, odd numbers; experts without a token, one with all, some elsewhere."""
+    """Any small case: no token, one, odd numbers; experts without a token, one with all, some on other ranks."""
     experts = draw(st.integers(1, 5))
     size = st.integers(1, most)
     return Case(
@@ -76,8 +76,8 @@ def results(kernel: Experts, inputs: list[Tensor], index: Tensor, grad: Tensor) 
 def compare(kernel: Experts, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """AssertionError unless a kernel is, against float64, at most three times as far off as `reference` in its dtype.
 
-    Room is left for rounding in another order: eight units in the last place of the largest value of each result. And
-    taken together (root of the sum of squares) at most half as far again (for float32 and wider three times) and two
+    The tolerance adds eight units in the last place of the largest value of each result, for rounding in another order.
+    The root of the sum of squares may be at most 1.5 times the reference's (3 times for float32 and wider) plus two
     units in the last place.
     """
     inputs, index, grad = tensors(case, dtype, device)

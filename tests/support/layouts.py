@@ -1,4 +1,4 @@
-"""Folders as people have them: caches, pointers, shards."""
+"""Checkpoint folders as found in practice: hub caches, pointers, shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345
 
 
 def into_cache(folder: Path, cache: Path) -> Path:
-    """The folder as the hub's client keeps it: blobs, and a snapshot of links to them; returns the entry's root."""
+    """Lay the folder out as the hub's cache does: blobs, and a snapshot of links to them; returns the entry's root."""
     root, snapshot = cache, cache / "snapshots" / ("a" * 40)
     (root / "blobs").mkdir(parents=True)
     (root / "refs").mkdir()
@@ -54,7 +54,7 @@ def check(folder: Path, code: int = 0) -> str:
 
 
 def snapshot(folder: Path, out: Path) -> Path:
-    """Through the hub's cache."""
+    """The model as a snapshot of the hub's cache."""
     return into_cache(folder, out / "models--org--name") / "snapshots" / ("a" * 40)
 
 

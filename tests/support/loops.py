@@ -78,7 +78,7 @@ def weights(loop: Loop) -> dict[str, torch.Tensor]:
 
 
 def stop_after(loop: Loop, steps: int) -> None:
-    """Let a loop save its state after some steps and end as if it was killed then."""
+    """Make a loop save its state after some steps and end as if killed then."""
     inner = loop._one_step
     count = [0]
 

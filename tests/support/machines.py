@@ -1,4 +1,4 @@
-"""Machines that have not what is asked of them."""
+"""Machines without the resources that are asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 
 def few_bytes(size: int) -> None:
-    """Files of this process grow no longer than this, as on a disk that fills up."""
+    """Limit the size of files that this process writes, as on a disk that fills up."""
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Merges of pico checkpoints, and the logits of what comes out."""
+"""Merges of pico checkpoints, and the logits of the result."""
 
 from __future__ import annotations
 

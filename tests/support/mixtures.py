@@ -15,7 +15,7 @@ from btx.moe.hooks import find_routers
 
 
 def moe(verb: str, *words: Path | str, out: Path, code: int = 0) -> str:
-    """`btx moe`, which ends with `code` and leaves nothing but, where that is 0, `out`."""
+    """Run `btx moe`; it must exit with `code` and leave nothing behind except `out` if `code` is 0."""
     before = set(out.parent.iterdir())
     result = CliRunner().invoke(main, ["moe", verb, *map(str, words), "--out", str(out)])
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
@@ -24,7 +24,7 @@ def moe(verb: str, *words: Path | str, out: Path, code: int = 0) -> str:
 
 
 def change(folder: Path, name: str, work: Any) -> Path:
-    """Apply a change to a folder, into one beside it."""
+    """Apply a change to a copy of a folder, made beside it."""
     out = folder.parent / name
     out.mkdir()
     with opened(folder) as checkpoint:

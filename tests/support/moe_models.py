@@ -31,7 +31,7 @@ IDS = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
 def build(family: str = "mixtral", *, k: int = 2, **changes: Any) -> Any:
-    """A pico model whose routers, norms and all else are far from their initial symmetry."""
+    """A pico model whose weights are all far from their initial symmetry."""
     torch.manual_seed(0)
     shape = SHAPE | {"num_experts_per_tok": k} | changes
     model: Any = {
@@ -51,7 +51,7 @@ def build(family: str = "mixtral", *, k: int = 2, **changes: Any) -> Any:
 
 
 def use_checkpointing(model: nn.Module, *, reentrant: bool = False) -> int:
-    """Gradient checkpointing as transformers installs it, by the attributes that its layers read."""
+    """Enable gradient checkpointing as transformers does, by the attributes that its layers read."""
     layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
     for layer in layers:
         layer.gradient_checkpointing = True

@@ -1,4 +1,4 @@
-"""What the tests of routing, balance losses and router initialisers share: logits and recorded layers."""
+"""Cases for tests of routing, balance losses and router initialisers: logits and recorded layers."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def routing(logits_TE: Tensor, rule: str = "top_k", k: int = 2, **options: objec
 
 
 def spread(tokens: int, experts: int, over: int, k: int) -> Routing:
-    """Every token's probability on the first `over` experts alone, its k choices going round them in turn."""
+    """Routing with all probability on the first `over` experts, the k choices assigned round-robin."""
     logits_TE = torch.full((tokens, experts), -1e4, dtype=torch.float64)
     logits_TE[:, :over] = 0.0
     index_TK = (torch.arange(tokens)[:, None] * k + torch.arange(k)) % over

@@ -1,4 +1,4 @@
-"""Pico checkpoints whose tokenizer has tokens of its own."""
+"""Pico checkpoints whose tokenizer has added tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def extended(
     folder: Path, family: str, tokens: list[str], *, noise: float = 0.0, rows: int = 0, before: int = TOKENS,
     special: bool = True,
 ) -> Path:  # fmt: skip
-    """A model whose tokenizer has more tokens, by transformers' own means, and its embedding rows for them."""
+    """A model with added tokens and embedding rows for them, made with transformers' own methods."""
     plain(folder, family, noise=noise, rows=before)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(tokens, special_tokens=special)

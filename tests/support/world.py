@@ -1,6 +1,6 @@
-"""A whole good recipe at pico size, to be broken in one place, and what must come of that.
+"""A valid recipe at pico size, to be broken in one place, and how that must be refused.
 
-Bad input is refused by the real command before anything is written: an exit code, a sentence, no run folder.
+The real command refuses bad input before anything is written: an exit code, a sentence, no run folder.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class World:
         return path
 
     def examine(self) -> None:
-        """Everything that `btx run` looks at before it writes."""
+        """Run all checks that `btx run` makes before it writes."""
         graph = graph_of(self.write(), ())
         graph.check(graph.needed(graph.labels("report")))
 
@@ -108,7 +108,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def refused(recipe: Path, runs: Path, code: int, words: Iterable[str], *options: str) -> str:
-    """Assert that `btx run` ends with this code, one sentence that has these words, and nothing written."""
+    """Assert that `btx run` exits with this code and one sentence with these words, and writes nothing."""
     before = sorted(p for p in recipe.parent.rglob("*"))
     with patch("btx.graph.scheduler.run_steps", side_effect=AssertionError("the input was accepted")):
         result = CliRunner().invoke(main, ["run", str(recipe), *options])

@@ -159,7 +159,7 @@ def test_files_that_are_missing_cut_or_changed_are_found(tmp_path: Path) -> None
     publish(tmp_path / "x", fill, {})
     file = tmp_path / "x" / "sub" / "a.bin"
     file.write_bytes(b"abd")
-    assert is_published(tmp_path / "x")  # sizes alone do not tell
+    assert is_published(tmp_path / "x")  # sizes alone do not show it
     with pytest.raises(ArtifactError, match=r"a\.bin was changed"):
         verify(tmp_path / "x")
     file.write_bytes(b"ab")
@@ -174,7 +174,7 @@ def test_a_folder_that_is_not_there_is_no_finished_step(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "x", tmp_path / "file" / "x"):
         assert not is_published(folder)
-        with pytest.raises(ArtifactError, match="no finished step"):
+        with pytest.raises(ArtifactError, match="not a finished step"):
             read_manifest(folder)
 
 
@@ -206,7 +206,7 @@ def test_what_a_killed_attempt_left_is_removed_by_the_next_and_a_living_one_is_l
 
 
 def fill_into(folder: Path) -> None:
-    """An attempt's folder, half written."""
+    """Leave a half-written attempt's folder."""
     folder.mkdir()
     (folder / "b.txt").write_text("half")
 

@@ -86,7 +86,7 @@ def test_over_processes_it_has_the_value_and_mean_gradient_of_all_tokens(
     said: list[list[Tensor]] = [[], []]
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    for rank in (0, 1):  # what each says of its own
+    for rank in (0, 1):  # what each rank contributes
         monkeypatch.setattr(dist, "all_reduce", lambda mean, rank=rank: said[rank].append(mean.clone()))
         balance_loss(form, [routing(x) for x in parts[rank]], over_processes)
     found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Bits per byte: against the definition, however documents are cut and batched; intervals that cover."""
+"""Bits per byte: equal to the definition, however documents are cut and batched; intervals with their coverage."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ DOCUMENTS = [(CHANCE.integers(0, 9, n), 3 * n) for n in (2, 5, 8, 9, 30)]
 
 
 class OneHot(nn.Module):
-    """A body that says which token it sees, and nothing else."""
+    """A model body whose output is the one-hot encoding of its input token."""
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(last_hidden_state=functional.one_hot(input_ids, 9).float())
 
 
 class Bigram(nn.Module):
-    """A model whose next-token distribution depends on the present token alone, so windows change nothing."""
+    """A model whose next-token distribution depends on the current token alone, so windows change nothing."""
 
     device = torch.device("cpu")
     table = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The embedded corpora: the same at every call, of useful size, apart from each other, and true."""
+"""The builtin corpora: deterministic, of useful size, disjoint, and mathematically correct."""
 
 import ast
 import re
@@ -122,7 +122,7 @@ def test_answers_agree_with_the_question_read_afresh(corpora: dict[str, list[str
     assert min(checked.values()) > 20, checked
 
 
-# ---- what goes wrong is said ----
+# ---- errors are reported ----
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:

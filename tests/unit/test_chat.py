@@ -1,4 +1,4 @@
-"""Conversations: the text of use, of which the answers are learned, and nothing dropped in silence."""
+"""Conversations: the text as at inference, loss on the answers only, and nothing dropped silently."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ THOUGHT = {**TALK[2], "reasoning_content": "hm"}
 def test_what_the_template_passes_over_in_this_conversation_is_refused(
     messages: Any, template: str, said: str, loss_mask: str
 ) -> None:
-    """Though it names the key somewhere, or writes the content of others."""
+    """Even if the template mentions the key somewhere, or renders the content of other messages."""
     with pytest.raises(RecipeError, match=said):
         encoded({"messages": messages}, template, loss_mask=loss_mask)
 
@@ -219,7 +219,7 @@ def test_a_column_about_the_record_is_written_where_the_template_reads_it() -> N
     assert encoded(record, CHATML, loss_mask="all")[0] == render({"messages": TALK}, CHATML)
 
 
-# ---- what is ambient, and what is refused ----
+# ---- ambient values, and what is refused ----
 
 
 def test_two_days_locales_and_environments_give_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints read and written tensor by tensor: the bytes of safetensors itself, and nothing else is trusted."""
+"""Checkpoints read and written tensor by tensor: the bytes of safetensors itself; malformed files are refused."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_the_plan_and_the_help_fit_80_columns() -> None:
 
 
 def test_the_graph_of_a_recipe_and_a_finished_run_need_no_transformers() -> None:
-    """Importing it takes a second, which a run that has nothing to do would wait for."""
+    """Importing it takes a second, too long for a run that has nothing to do."""
     modules = "btx.conversions.pipeline, btx.conversions.registry, btx.graph.scheduler, btx.report.console"
     code = f"import sys, {modules}; btx.conversions.registry.recipe_model(); sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Documents from files: three shapes, three kinds, all packings, and what is counted or refused."""
+"""Documents from files: three record shapes, three file kinds, all compressions, and what is counted or refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECORDS: list[dict[str, Any]] = [
 
 
 def pack(path: Path, data: bytes) -> Path:
-    """Write bytes as the suffix says."""
+    """Write bytes, compressed as the suffix says."""
     packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
     if path.suffix in packed:
         path.write_bytes(packed[path.suffix](data))
@@ -48,7 +48,7 @@ def texts(*paths: Path, skip: bool = False) -> tuple[list[str], Counts]:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_kind_and_packing_gives_the_same_documents(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a.jsonl.txt.parquet{suffix}"  # only the end of a name says what it is
+    path = tmp_path / f"a.jsonl.txt.parquet{suffix}"  # only the end of a name decides its kind
     if suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
     elif ".txt" in suffix:

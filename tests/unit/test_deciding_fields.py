@@ -23,7 +23,7 @@ from btx.models.native import (
 from tests.support.merges import load, logits, merge
 from tests.support.models import FAMILIES, config_of, save_model
 
-CHANGED: dict[str, Any] = {  # another value of every field that decides, for a family that has it
+CHANGED: dict[str, Any] = {  # another value of every deciding field, for a family that has it
     "hidden_act": "gelu", "rms_norm_eps": 0.5, "tie_word_embeddings": None, "attention_bias": None, "mlp_bias": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "sliding_window": 7, "use_sliding_window": True,
     "head_dim": 20, "num_key_value_heads": 4, "num_attention_heads": 2, "hidden_size": 64, "num_hidden_layers": 3,
@@ -42,7 +42,7 @@ def test_every_field_that_is_not_idle_decides(family: str) -> None:
         if field == "num_hidden_layers":
             other["layer_types"] = None
         if field == "sliding_window" and "use_sliding_window" in config:
-            continue  # without layers that slide nobody reads it; use_sliding_window has them
+            continue  # read only with sliding layers, which use_sliding_window enables
         found = config_difference(config, other, "it", carried=carried)
         assert any(text.startswith(f"{field}: seed ") for text in found), (field, found)
 

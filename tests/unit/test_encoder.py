@@ -1,4 +1,4 @@
-"""Documents to ids: what is text stays text, a seam changes no token, and tokenizers without marks are dealt with."""
+"""Documents to ids: text stays text, piece boundaries change no token, and tokenizers without BOS or EOS work."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_marks_within_a_text_are_text_and_those_of_the_template_stay(
 @pytest.mark.parametrize("record", [{"text": "two </s> plus</s>"}, {"prompt": "two", "completion": " </s> plus"}])
 @pytest.mark.parametrize("loss_mask", ["all", "completion"])
 def test_so_they_are_where_the_vocabulary_has_marks_among_its_words(record: dict[str, str], loss_mask: str) -> None:
-    """As Unigram models have that were converted from sentencepiece."""
+    """As in Unigram models converted from sentencepiece."""
     words = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁<>/supltow")]
     fast = Tokenizer(models.Unigram(words, unk_id=0))
     fast.pre_tokenizer = pre_tokenizers.Metaspace()

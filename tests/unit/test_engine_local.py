@@ -1,4 +1,4 @@
-"""The local engine: slots, failures that leave the others alone, logs, and signals passed on once."""
+"""The local engine: slots, failures that leave the others alone, logs, and signals forwarded once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from btx.graph.launch import raise_failed
 
 
 def texts(events: list[Event]) -> list[str]:
-    """What notes say."""
+    """The texts of notes."""
     return [event.text for event in events if isinstance(event, Note)]
 
 
@@ -58,7 +58,7 @@ def test_no_more_jobs_run_at_once_than_there_are_slots(tmp_path: Path) -> None:
 
 
 def test_what_becomes_ready_is_started_beside_what_still_runs(tmp_path: Path) -> None:
-    """The long job ends by what the later one leaves, so they must run at once."""
+    """The long job ends only when the later one has written a file, so they must run at the same time."""
     sign = tmp_path / "sign"
     long = job(tmp_path, "long", f"import pathlib\nwhile not pathlib.Path({str(sign)!r}).exists(): time.sleep(0.05)")
     later = [job(tmp_path, "later", f"import pathlib; pathlib.Path({str(sign)!r}).touch()")]
@@ -85,7 +85,7 @@ def test_nothing_more_is_started_after_a_failure(tmp_path: Path) -> None:
 def test_gpus_that_one_may_use_are_shared_out_among_the_slots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: dict[str, str], wanted: list[str]
 ) -> None:
-    """Not the first ones of the machine, which may be somebody else's."""
+    """Not the machine's first ones, which may belong to someone else."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in visible.items():
         monkeypatch.setenv(name, value)
@@ -200,7 +200,7 @@ pathlib.Path({str(tmp_path)!r}, str(own.pid)).touch()
 time.sleep(60)"""
     ended = Local(1).run([patient(tmp_path, "hangs", child)], lambda _e: None)["hangs"]
     assert (ended.code, ended.error) == (
-        ResourceError.exit_code, "told nothing for 0.0166667 minutes, and did so again after it was started anew."
+        ResourceError.exit_code, "sent no event for 0.0166667 minutes, and hung again after a restart."
     )  # fmt: skip
     children = [int(file.name) for file in tmp_path.iterdir() if file.name.isdecimal()]
     assert len(children) == 2

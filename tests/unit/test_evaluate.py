@@ -1,4 +1,4 @@
-"""The evaluation: equal models are scored once, all in one precision, on the side that the recipe says."""
+"""The evaluation: equal models are scored once, all in one precision, on the recipe's split."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.world import write_jsonl
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokens folder with documents on both sides."""
+    """A tokens folder with documents in both splits."""
     folder = tmp_path_factory.mktemp("texts")
     tokenizer_into(folder)
     write_jsonl(folder / "data.jsonl", [{"text": f"document {n}"} for n in range(200)])
@@ -53,7 +53,7 @@ def model(root: Path, name: str, digest: str) -> Any:
 def measure(
     texts: Path, root: Path, name: str, digest: str, *, rule: RoutingRule | None = None, **settings: Any
 ) -> Any:
-    """A measurement of a model that is named alone."""
+    """A Measure step of a model, which only has a name."""
     return Measure.model_construct(
         model=model(root, name, digest), tokens={"d": SimpleNamespace(folder=texts, digest="texts")}, own={}, length=64,
         where=RunSettings(device="cpu"), name=name, settings=MeasureSettings(**settings), rule=rule, root=root,
@@ -67,14 +67,14 @@ def rows_of(nats: float, documents: list[Any]) -> list[dict[str, Any]]:
 
 
 def published(step: Any) -> None:
-    """Run a step and publish what it made, as far as others look at it."""
+    """Run a step and publish its result, as far as other steps read it."""
     step.__dict__["key"] = f"{step.name:0<64}"
     manifest: dict[str, Any] = {"step": step.label}
     publish(step.folder, lambda out: manifest.update(facts=step.run(out, out, lambda _event: None)), manifest)
 
 
 def evaluation(texts: Path, measures: dict[str, Any], **settings: Any) -> Evaluate:
-    """A report of measurements."""
+    """An Evaluate step over measurements."""
     return Evaluate.model_construct(
         measures=measures, others={}, tokens={"d": SimpleNamespace(folder=texts)}, where=RunSettings(device="cpu"),
         name=None, settings=EvaluateSettings(bootstrap=10, **settings),
@@ -135,7 +135,7 @@ def test_few_documents_are_warned_of_and_none_is_refused(
 def test_all_models_of_a_report_are_loaded_in_the_precision_of_its_settings(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, dtype: torch.dtype
 ) -> None:
-    """What `auto` stands for is settled before, when the graph is built."""
+    """`auto` is resolved earlier, when the graph is built."""
     asked: list[torch.dtype] = []
 
     def load(_folder: Path, **how: Any) -> Any:

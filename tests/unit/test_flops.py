@@ -1,4 +1,4 @@
-"""The ledger against really built models, published sizes, and what autograd really keeps."""
+"""The FLOP and memory formulas against built models, published sizes, and what autograd saves."""
 
 import json
 from functools import partial
@@ -172,7 +172,7 @@ def test_attention_is_twelve_l_h_d_s_a_token_and_half_of_it_if_causal() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("model_type", DENSE + SPARSE)
 def test_a_third_of_training_without_lookup_is_what_torch_counts_of_a_forward_pass(model_type: str, k: int) -> None:
-    """Products with weights are two FLOPs a parameter and token; norms and biases are no products."""
+    """Matrix products take two FLOPs per parameter and token; norms and biases are not products."""
     from torch.utils.flop_counter import FlopCounterMode
 
     chosen = {"num_experts_per_tok": k} if model_type in SPARSE else {}
@@ -183,7 +183,7 @@ def test_a_third_of_training_without_lookup_is_what_torch_counts_of_a_forward_pa
     products = 2 * (counts.active - counts.lookup - vectors) * 16
     assert flops.training_flops(config, 16) == 3 * (products + 2 * 16 * (counts.lookup + vectors))
     attention = flops.attention_flops(config, 16, sequence=16, causal=False) // 3
-    rope = counter.get_total_flops() - products - attention  # its angles: one product, once a pass
+    rope = counter.get_total_flops() - products - attention  # rotary angles: one product per pass
     assert 0 <= rope <= 2 * 16 * config["hidden_size"]
 
 
@@ -213,7 +213,7 @@ def test_training_state_is_sixteen_bytes_a_parameter_and_eighteen_with_bf16_copi
 
 
 def saved_bytes(model: Any, ids: torch.Tensor, *, bf16: bool) -> int:
-    """What autograd keeps from a forward pass, each storage once, weights and their bf16 copies left out."""
+    """Bytes that autograd saves from a forward pass, each storage once, without weights and their bf16 copies."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {p.shape for p in model.parameters()} | {p.mT.shape for p in model.parameters() if p.ndim == 2}
     kept: dict[int, torch.Tensor] = {}
@@ -254,7 +254,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer_at_a_time() -> None
     estimate = partial(flops.activation_bytes, tokens=120, precision="fp32")
     deeper = config | {"num_hidden_layers": 4}
     one = estimate(deeper, checkpointing=False) - estimate(config, checkpointing=False)
-    want = estimate(config, checkpointing=True) - one  # the layer under recompute is not there yet
+    want = estimate(config, checkpointing=True) - one  # the layer that backward recomputes is not there yet
     assert saved_bytes(model.train(), ids, bf16=False) == pytest.approx(want, rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""What the ledger refuses, and that it names it."""
+"""What the FLOP and memory formulas refuse, by name."""
 
 from typing import Any
 

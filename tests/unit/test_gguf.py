@@ -1,4 +1,4 @@
-"""A GGUF file becomes a plain checkpoint of the values that it holds, or is refused with the reason."""
+"""A GGUF file becomes a plain checkpoint with the same values, or is refused with the reason."""
 
 from __future__ import annotations
 

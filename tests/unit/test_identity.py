@@ -98,7 +98,7 @@ def test_a_setting_changes_the_step_that_it_belongs_to_and_all_after_it_and_none
 
 
 def test_a_builtin_seed_depends_on_no_setting_that_it_overrides_or_has_no_use_for(world: World) -> None:
-    """Its learning rate and batch are its own, pretraining learns every token, a tokenizer's training no date."""
+    """It has its own learning rate and batch, its loss covers every token, and training a tokenizer uses no date."""
     world.set("seed", {"checkpoint": "builtin", "data": ["data/math.jsonl"]})
     world.set("domains", {"math": {"data": ["data/law.jsonl"], "tokens": 64}})
     before = {label: world.key(label) for label in ("tokenizer", "tokens:seed", "seed", "train:math")}

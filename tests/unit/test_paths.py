@@ -1,4 +1,4 @@
-"""Paths of a recipe: one rule for file, folder and glob, links followed once, and nothing passed over in silence."""
+"""Paths of a recipe: one rule for file, folder and glob, links followed once, and nothing skipped silently."""
 
 from __future__ import annotations
 

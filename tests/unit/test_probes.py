@@ -1,4 +1,4 @@
-"""Probes: the listing is the registry, each is measured by itself, and a model that has no answer says why."""
+"""Probes: the folder listing is the registry, each is measured by itself, and an unsuitable model states the reason."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_model_without_what_a_probe_needs_has_no_answer_and_says_why(
     monkeypatch.setattr(registry, "probes", lambda: {"kl_to_seed": needy})
     assert step._measure({}).missing == "the model gives no routing"  # type: ignore[attr-defined]
     routed = Stock(moe_models.build("mixtral").eval())
-    assert not needy.needs <= routed.capabilities  # a rule has to be at work on it
+    assert not needy.needs <= routed.capabilities  # a routing rule must be installed on it
 
 
 def test_numbers_and_reasons_stand_in_one_table() -> None:

@@ -1,4 +1,4 @@
-"""What is printed where no terminal is attached: every kind of event in words."""
+"""Output without a terminal: every kind of event in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe: what YAML may do, and how numbers are read."""
+"""The recipe: strict YAML, and how numbers are read."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def loaded(tmp_path: Path, text: str, *sets: str) -> Recipe:
     [
         ("- a\n- b\n", "holds no recipe: it must be a mapping"),
         ("", "holds no recipe"),
-        ("name: [", r"no valid YAML: .*line \d"),
+        ("name: [", r"not valid YAML: .*line \d"),
         ("a:\n\tb: 1\n", r"a tab\? .*line 2"),
-        ("a: 1\nb: 2\na: 3\n", "key 'a' stands twice, line 3"),
+        ("a: 1\nb: 2\na: 3\n", "key 'a' appears twice, line 3"),
         ("x: &a [1]\ny: *a\n", "aliases .* line 2"),
         ("a: &a [x]\nb: &b [*a, *a, *a]\nc: &c [*b, *b, *b]\n", "aliases"),
         ("x: !!python/object/apply:os.system [echo]\n", "python/object"),
-        ("x: !!float abc\n", "no valid YAML"),
+        ("x: !!float abc\n", "not valid YAML"),
         ("? [a, b]\n: c\n", "a key must be a word, line 1"),
         ("no: {data: [x]}\n", "reads the key no as true or false, line 1; put it in quotes"),
         ("name: 2024-13-45\n", "month"),
-        ("name: !!int x\n", "no valid YAML"),
+        ("name: !!int x\n", "not valid YAML"),
         ("a: 1\n---\nb: 2\n", "single document"),
-        ("a: \0\n", "no valid YAML"),
-        ("[" * 5000, "nested without end"),
+        ("a: \0\n", "not valid YAML"),
+        ("[" * 5000, "nested too deeply"),
     ],
 )
 def test_yaml_that_is_no_recipe_is_refused_with_its_line(tmp_path: Path, text: str, words: str) -> None:

@@ -1,4 +1,4 @@
-"""Router initialisers of a stated entropy, and the statistics of what routers did."""
+"""Router initialisers with a given entropy, and routing statistics."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The scheduler: parents first, trainings together, and what becomes ready meanwhile handed to the engine."""
+"""The scheduler: parents first, trainings in parallel, and steps that become ready meanwhile handed to the engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Plain(Step):
 
 
 class Training(Plain):
-    """One that wants a job."""
+    """A step that runs as a job."""
 
     kind: ClassVar[str] = "training"
     trains: ClassVar[bool] = True
@@ -70,7 +70,7 @@ def test_a_step_that_is_undone_again_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_what_two_labels_need_runs_once_and_both_are_links_to_it(tmp_path: Path) -> None:
-    """Also where both train, and an engine would start them at once."""
+    """Even if both train, and an engine could start them at once."""
     ran: list[str] = []
     for kind in (Plain, Training):
         twins = [kind(root=tmp_path, name=name) for name in "ab"]

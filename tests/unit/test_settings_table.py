@@ -1,6 +1,6 @@
-"""Every setting of a recipe is of one of three classes, and settings.txt says of which, and what it re-keys first.
+"""Every setting of a recipe belongs to one of three classes; settings.txt states which, and the steps it re-keys first.
 
-The table is made of the recipe's own model, so a new setting stands in it, or the test fails. To write it anew:
+The table is generated from the recipe's own model, so a missing setting fails the test. To regenerate it:
 `python -m tests.unit.test_settings_table` in the project's root.
 """
 
@@ -21,7 +21,7 @@ from btx.conversions.registry import recipe_model
 from tests.support.world import World
 
 TABLE = Path(__file__).with_name("settings.txt")
-VALUES: dict[str, Any] = {  # where a value made up of the type alone makes no good recipe
+VALUES: dict[str, Any] = {  # where a value derived from the type alone makes no valid recipe
     "name": "other", "data.directory": ".",
     "train.batch_tokens": 64, "train.sequence_length": 8, "finetune.batch_tokens": 64, "finetune.sequence_length": 8,
     "dense.batch_tokens": 64, "dense.sequence_length": 8, "upcycle.batch_tokens": 64, "upcycle.sequence_length": 8,
@@ -34,20 +34,20 @@ VALUES: dict[str, Any] = {  # where a value made up of the type alone makes no g
     "merge.copies": 2, "run.engine": "local",
     **{f"{section}.precision": "bf16" for section in ("train", "finetune", "dense", "upcycle", "evaluate")},
 }  # fmt: skip
-BESIDE: dict[str, dict[str, Any]] = {  # what has to be said with it
+BESIDE: dict[str, dict[str, Any]] = {  # what must be set with it
     "finetune.soft_first_layer": {"finetune.routing": "sample_top1"},
     "upcycle.soft_first_layer": {"upcycle.routing": "sample_top1"},
     "merge.chunks": {"merge.experts": "split"},
     "merge.router_tokens": {"merge.router": "activations"},
 }
-SKIPPED = {  # names of what is read, whose content is what counts; and shapes that other tests have
+SKIPPED = {  # names of files, whose contents count; and layouts that other tests cover
     "seed.checkpoint", "seed.data", "seed.valid", "seed.tokens", "seed.architecture", "domains", "merge.shared",
     "merge.layers", "merge.shared_expert",
 }  # fmt: skip
 
 
 def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting below a model by its path, sections that may be left out among them."""
+    """Every setting below a model by its path, optional sections included."""
     for name, field in model.model_fields.items():
         where = f"{path}.{name}" if path else name
         inner = next((t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
@@ -85,18 +85,18 @@ def other(field: Any) -> Any:
 
 
 def world_of(root: Path) -> World:
-    """A world with every section; two experts of data, so that routers can be made of it."""
+    """A world with every section, and two experts with data, so that routers can be initialised from it."""
     world = World(root)
     for section in recipe_model().conversions:
         world.set(section, {})
-    for section in ("train", "evaluate"):  # what is automatic depends on the machine
+    for section in ("train", "evaluate"):  # `auto` depends on the machine
         world.set(f"{section}.precision", "fp32")
     world.set("probes", {name: {} for name in recipe_model().model_fields["probes"].annotation.model_fields})  # type: ignore[union-attr]
     return world
 
 
 def builtin_of(root: Path) -> World:
-    """The same with a seed that btx makes."""
+    """The same with a builtin seed."""
     world = world_of(root)
     world.set("seed", {"checkpoint": "builtin", "data": ["data/math.jsonl"], "builtin": {}})
     world.set("domains", {name: {"data": [f"data/{name}.jsonl"], "tokens": 64} for name in ("math", "law")})
@@ -104,7 +104,7 @@ def builtin_of(root: Path) -> World:
 
 
 def first_changed(world: World, path: str, field: Any) -> list[str]:
-    """Kinds of the steps that a setting re-keys, whose parents it does not."""
+    """Kinds of the steps that a setting re-keys without re-keying their parents."""
     recipe, world.recipe = world.recipe, _copied(world.recipe)
     try:
         for key, value in BESIDE.get(path, {}).items():

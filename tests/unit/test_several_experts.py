@@ -1,4 +1,4 @@
-"""Several experts of a domain, several copies of a model: what they are called and how they count."""
+"""Several experts per domain, several copies per model: their names and how they count."""
 
 from __future__ import annotations
 

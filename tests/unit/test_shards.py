@@ -1,4 +1,4 @@
-"""Weights written shard by shard: the bytes of safetensors itself, hashed on the way, finished shards taken again."""
+"""Weights written shard by shard: the bytes of safetensors itself, hashed while written, finished shards reused."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_pieces_of_any_cut_are_the_same_bytes_and_the_digest_is_that_of_the_file
 
 
 class Crashing:
-    """Rows of four shards that count how often each is made, and fail at one of them."""
+    """Tensors of four shards that count how often each is made, and fail at one of them."""
 
     def __init__(self, fails: int | None) -> None:
         self.fails, self.made = fails, [0] * 4
 
     def rows(self) -> list[TensorSpec]:
-        """One row a shard."""
+        """One tensor per shard."""
         return [TensorSpec(f"t{n}", torch.float32, (8,), lambda n=n: self._make(n)) for n in range(4)]
 
     def _make(self, n: int) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A stop by a signal ends with the exit code that says so, wherever it meets the process."""
+"""A signal ends the process with the exit code for an interruption, wherever it arrives."""
 
 import signal
 import subprocess

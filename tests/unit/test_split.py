@@ -1,4 +1,4 @@
-"""Which documents are held out: by the hash of their source over all files, enough of them, and none trained on."""
+"""The held-out split: by the hash of the source document over all files, large enough, and never trained on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.world import World, write_jsonl
 
 
 def sha(text: str) -> int:
-    """The whole hash of a text, whose order decides."""
+    """The full hash of a text, by which documents are ordered."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
 def parts(split: Split) -> tuple[list[str], list[str], list[str]]:
-    """Texts to train on, of test, and of select."""
+    """The texts of train, test and select."""
     trained = [d.text for d in split.train()]
     return trained, [h.document.text for h in split.test], [h.document.text for h in split.select]
 
@@ -168,7 +168,7 @@ def test_the_first_documents_of_a_side_are_of_different_sources(tmp_path: Path) 
 
 @pytest.mark.parametrize("held", [False, True])
 def test_the_order_of_held_out_texts_is_the_same_wherever_their_files_lie(tmp_path: Path, held: bool) -> None:
-    """The key of the tokens says what the files hold, not their paths."""
+    """The key of the tokens step depends on the files' contents, not their paths."""
     found = []
     for place in ("a", "another"):
         files = books(tmp_path / place, 60, 18_000)
@@ -242,7 +242,7 @@ def test_what_another_domain_holds_out_is_not_trained_on_here(tmp_path: Path) ->
     there_trained, *held = parts(Split([data], [], DataSettings()))
     assert sum(map(len, held)) == 60
     for here in (
-        Split([data, more], [], DataSettings(), beside=[[data]]),  # which would hold out fewer of these by itself
+        Split([data, more], [], DataSettings(), beside=[[data]]),  # on its own it would hold out fewer of these
         Split([data, more], [own], DataSettings(), beside=[[data]]),
     ):
         trained = parts(here)[0]

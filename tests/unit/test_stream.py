@@ -1,4 +1,4 @@
-"""The order of training data: permutations, exact shares, whole epochs, and independence of how batches are cut."""
+"""The order of training data: permutations, exact shares, whole epochs, and independence of micro-batching."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SIZES = {"a": 5, "b": 1, "c": 12}  # sequences of each domain
 
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokens]:
-    """Domains whose every id says domain and place, with a rest too short for a sequence."""
+    """Domains whose every id encodes domain and position, with a remainder too short for a sequence."""
     root = tmp_path_factory.mktemp("tokens")
     return {
         name: tokens_of(root / name, [1000 * n + i for i in range(LENGTH * SIZES[name] + 1 + n)])
@@ -86,7 +86,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokens]:
 
 
 def visits(stream: Stream, cuts: list[range]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of the run, cut this way."""
+    """Inputs and targets of the run, in batches of these numbers."""
     batches = [stream.batch(numbers) for numbers in cuts]
     return torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
 

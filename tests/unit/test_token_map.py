@@ -1,4 +1,4 @@
-"""Which tokenizers mean the same ids: all that decides ids counts, spelling does not; and files that mean the same."""
+"""Which tokenizers give the same ids: everything that decides ids counts, formatting does not; and equivalent files."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_broken_tokenizer_file_is_refused(tmp_path: Path, text: str) -> None:
         tokenizer_digest(tmp_path)
 
 
-# ---- files that mean the same beside the model that a seed becomes ----
+# ---- files that mean the same beside the Mixture of Experts ----
 
 
 def slow(folder: Path, name: str) -> Path:
@@ -219,7 +219,7 @@ def slow(folder: Path, name: str) -> Path:
 
 
 def ids(folder: Path) -> list[list[int]]:
-    """What the texts become."""
+    """The ids of the texts."""
     tokenizer = load_tokenizer(folder)
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 

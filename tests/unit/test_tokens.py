@@ -1,4 +1,4 @@
-"""Packed tokens: they are the documents, masks and bytes are right, and what is held out is never trained on."""
+"""Packed tokens: they hold the documents, masks and byte counts are right, held-out documents are never trained on."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def written(
 
 
 def documents(ids: Any, using: Encoder) -> list[str]:
-    """The texts between the marks that end them."""
+    """The texts between the end-of-text tokens."""
     text = using.tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
     return text.split("<|end|>")[:-1] if text else []
 
 
 def held(tokens: Tokens, using: Encoder) -> list[str]:
-    """The held-out texts of both sides."""
+    """The held-out texts of both splits."""
     return [using.tokenizer.decode(list(ids[1:])) for side in SIDES for ids, _ in tokens.valid(10**9, side)]
 
 
@@ -75,7 +75,7 @@ def held(tokens: Tokens, using: Encoder) -> list[str]:
 def test_the_training_tokens_are_the_documents_and_no_held_out_one_is_among_them(
     tmp_path_factory: pytest.TempPathFactory, folder: Path, texts: list[str], share: float
 ) -> None:
-    texts = [*texts, *texts[:2]]  # some stand twice
+    texts = [*texts, *texts[:2]]  # some occur twice
     using = encoder(folder)
     out = tmp_path_factory.mktemp("out")
     tokens, facts = written(out, [{"text": t} for t in texts], using, holdout=share)
