@@ -98,7 +98,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
     "a hub name": (lambda w: w.set("seed.checkpoint", "meta/Llama"), ("seed.checkpoint", "local Hugging Face")),
     "unknown user": (lambda w: w.set("seed.checkpoint", "~nobody-here/x"), ("seed.checkpoint", "~nobody-here")),
     "no expert": (lambda w: w.set("domains.law.checkpoint", "lwa"), ("domains.law.checkpoint", "'law'")),
-    "no config": (lambda w: (w.seed / "config.json").unlink(), ("config.json", "no Hugging Face checkpoint")),
+    "no config": (lambda w: (w.seed / "config.json").unlink(), ("config.json", "not a Hugging Face checkpoint")),
     "config is a list": (put("config.json", "[]"), ("config.json", "model_type")),
     "config is broken": (put("config.json", '{"a": '), ("config.json", "JSON")),
     "config without end": (put("config.json", "[" * 200_000), ("config.json", "JSON")),

@@ -117,7 +117,7 @@ def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
         (["add", "{export}", "{dense}", "--name", "law", "--out", "{out}"], 2, "--data law=PATH"),
         (["add", "{export}", "{dense}", "--name", "code", "--out", "{out}"], 2, "an expert 'code' already"),
         (["add", "{export}", "{dense}", "--name", "7", "--out", "{out}"], 2, "no name of an expert"),
-        (["replace", "{export}", "{nowhere}", "--name", "code", "--out", "{out}"], 3, "is no folder"),
+        (["replace", "{export}", "{nowhere}", "--name", "code", "--out", "{out}"], 3, "is not a folder"),
     ],
     ids=lambda x: str(x)[:40],
 )
