@@ -35,7 +35,7 @@ def test_an_entry_that_is_no_token_is_refused(world: World, changes: dict[str, A
 
 def test_an_id_that_the_loaded_tokenizer_does_not_have_is_refused(world: World) -> None:
     with_tokens(world, id=10**6)
-    refused(world.write(), world.runs, 3, ("1000000", "'<x>'", f"takes it as {TOKENS}"))
+    refused(world.write(), world.runs, 3, ("1000000", "'<x>'", f"tokenizer gives {TOKENS}"))
 
 
 def test_a_tokenizer_without_a_vocabulary_is_refused(world: World) -> None:

@@ -77,7 +77,7 @@ def config(**changes: Any) -> Any:
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WRONG = {
-    "dora without lengths": (config(use_dora=True), "use_dora: True.*lengths of .* are none.*merge_and_unload"),
+    "dora without lengths": (config(use_dora=True), "use_dora: True.*magnitudes are none.*merge_and_unload"),
     "bias": (config(bias="all"), "bias: 'all'"),
     "pissa": (config(init_lora_weights="pissa"), "init_lora_weights: 'pissa'"),
     "another kind": (config(peft_type="IA3"), "peft_type: 'IA3'"),

@@ -128,7 +128,7 @@ def test_a_shared_expert_learns_and_one_of_zeros_does_not(tmp_path: Path, family
 @pytest.mark.parametrize("family", sorted({*DENSE} - {*SHARING}))
 def test_a_class_without_a_shared_expert_is_not_given_one(tmp_path: Path, family: str) -> None:
     seed = save_model(tmp_path / "seed", config_of(family))
-    with pytest.raises(RecipeError, match=r"needs a class with a shared expert.*family qwen2"):
+    with pytest.raises(RecipeError, match=r"needs an MoE class with a shared expert.*family qwen2"):
         merge(tmp_path / "moe", [seed] * 2, top_k=1, shared_expert="seed")
 
 

@@ -96,7 +96,7 @@ LIMITS = [  # as make portability met them, or as the source of the same version
     ("mixtral", {"sliding_window": 16}, "differs beyond 16 tokens"),
     ("qwen2", {"sliding_window": 16, "use_sliding_window": True}, "differs beyond 16 tokens"),
     ("qwen2_moe", {"use_sliding_window": True}, "transformers 4 computes something else"),
-    ("flex_olmo", {}, "llama.cpp has no place for its family"),
+    ("flex_olmo", {}, "llama.cpp does not support its family"),
 ]
 
 
