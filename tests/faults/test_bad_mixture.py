@@ -113,7 +113,7 @@ MASKED = {
     "fewer names": (config(names=["math"]), "a place for every expert"),
     "a name that is there": (config(names=["seed", "code"]), "not distinct names of experts"),
     "numbers for names": (config(names=[1, 2]), "not distinct names of experts"),
-    "another family": (config(model_type="qwen3_moe"), "it is of a qwen3_moe"),
+    "another family": (config(model_type="qwen3_moe"), "it belongs to a qwen3_moe"),
     "no top-k": (config(top_k=None), "top_k = None"),
     "top-k of more than all": (config(top_k=4), "from 1 to 3"),
     "a short router": (tensor(ROUTER, lambda t: t[:1]), "gate.weight is 1x32"),

@@ -115,7 +115,7 @@ def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
         (["remove", "{export}", "--name", "code", "--out", "{export}"], 2, "already exists"),
         (["unmask", "{export}", "--out", "{out}"], 3, "nothing is masked"),
         (["add", "{export}", "{dense}", "--name", "law", "--out", "{out}"], 2, "--data law=PATH"),
-        (["add", "{export}", "{dense}", "--name", "code", "--out", "{out}"], 2, "an expert 'code' already"),
+        (["add", "{export}", "{dense}", "--name", "code", "--out", "{out}"], 2, "already has an expert 'code'"),
         (["add", "{export}", "{dense}", "--name", "7", "--out", "{out}"], 2, "not an expert's name"),
         (["replace", "{export}", "{nowhere}", "--name", "code", "--out", "{out}"], 3, "is not a folder"),
     ],
