@@ -100,7 +100,7 @@ class Checkpoint(Tensors):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of the most bytes of weights."""
+        """The dtype that holds the most bytes of the weights."""
         sizes: dict[str, int] = {}
         for entry in self.entries.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size

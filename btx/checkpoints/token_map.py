@@ -189,7 +189,7 @@ def carry_tokenizer(source: Path, out: Path, like: Path) -> None:
     if not _same(out, wanted):
         kind = read_config(out)["model_type"]
         raise ArtifactError(
-            f"{source}: its tokenizer gives other ids with the model type {kind}, which the merged model has, than "
+            f"{source}: its tokenizer gives other ids with the model type {kind}, which the new model has, than "
             f"with {beside['model_type']}, and saving it again does not help. Use a checkpoint with its "
             "family's own tokenizer, or name its class in tokenizer_config.json (tokenizer_class: "
             "PreTrainedTokenizerFast, with a tokenizer.json)."

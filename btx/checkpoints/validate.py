@@ -131,7 +131,7 @@ def refuse_link(path: Path, folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """ArtifactError for a link that leaves the folder; links in a Hugging Face cache may point to its own blobs."""
+    """ArtifactError for broken links and links out of the folder; a Hugging Face cache's may point to its own blobs."""
     for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")):
         refuse_link(path, folder)
 

@@ -20,7 +20,7 @@ class Texts:
         self.recipe, self.digests = recipe, digests
         self.base = base / expanded(recipe.data.directory or ".", "data.directory")
         self.files: dict[str, tuple[list[str], list[str]]] = {}
-        self.notes: dict[str, list[str]] = {}  # what was met on looking for them
+        self.notes: dict[str, list[str]] = {}  # remarks made while looking the files up
 
     def reads(self, where: str, data: list[str], valid: list[str]) -> dict[str, Any]:
         """What a step records of the text that it reads, and of other domains' text that it must leave out.

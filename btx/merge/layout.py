@@ -126,7 +126,7 @@ class Experts:
 
 
 def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, Any], where: str) -> Experts:
-    """The recipe's expert layout over models by name, for a dense config; RecipeError for one that its family lacks."""
+    """The recipe's expert layout over models by name, for a dense config; RecipeError for an impossible one."""
     family, width = family_of(dict(config), where, attention=settings.attention), config["intermediate_size"]
     layers = sparse_layers(settings, config["num_hidden_layers"], family)
     if settings.shared_expert != "none" and not family.shared:
@@ -146,7 +146,7 @@ def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, 
 
 
 def sparse_layers(settings: MergeSettings, count: int, family: Family) -> tuple[int, ...]:
-    """The layers that get experts, in order; RecipeError for absent layers, or a layer without that must have them."""
+    """The layers that get experts, in order; RecipeError for layers that do not exist, or must not be left out."""
     if count > MOST_LAYERS:
         raise RecipeError(f"the seed's num_hidden_layers is {count}, more than a model has. Correct its config.json.")
     if settings.layers == "all":
