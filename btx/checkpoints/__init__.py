@@ -1,1 +1,1 @@
-"""Files of models: read, validated, written; the tokenizers beside them."""
+"""Checkpoint files, and the tokenizers beside them: validated, read and written."""

@@ -1,4 +1,4 @@
-"""The files that go with a model besides config and weights: its tokenizer, its chat templates, how it generates."""
+"""The files that go with a model besides config and weights: tokenizer, chat templates, generation config."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CARRIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-TEMPLATES = "additional_chat_templates"  # the folder of those that are not the default one, such as for tools
+TEMPLATES = "additional_chat_templates"  # folder of the chat templates besides the default one, such as for tools
 
 
 def carried(folder: Path) -> list[str]:
-    """What of a folder goes with its model besides config and weights, by relative name."""
+    """Relative names of the files in a folder that go with its model, besides config and weights."""
     templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
     return [name for name in (*CARRIED, *templates) if (folder / name).is_file()]
 

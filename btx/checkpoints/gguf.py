@@ -1,6 +1,6 @@
-"""A GGUF file as a plain checkpoint folder, by transformers' own GGUF loader.
+"""Converts a GGUF file into a plain checkpoint folder, by transformers' own GGUF loader.
 
-What a quantised file holds is dequantised: the folder has those values, not the ones that were quantised once.
+Quantised weights are dequantised: the folder has their rounded values, not those from before quantisation.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     import torch
 
 MAGIC = b"GGUF"
-LEFT = ("quantization_config", "_model_name_or_path")  # of the loader's config: it says how the file was read
+LEFT = ("quantization_config", "_model_name_or_path")  # dropped from the loader's config: how the file was read
 DTYPES = ("bf16", "fp16", "fp32")
 
 
 def import_gguf(file: Path, folder: Path, *, dtype: str, sha256: str | None, say: Callable[[str], None]) -> None:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder of `dtype` (bf16, fp16, fp32).
 
-    Values of the file are exact in fp32. ArtifactError for a file that is none, has another SHA-256 than asked for, or
-    is of a family that transformers' loader does not know; RecipeError for a folder that is taken.
+    fp32 keeps the dequantised values exactly. ArtifactError for a file that is not GGUF, has another SHA-256 than
+    asked for, or is of a family that transformers' loader does not know; RecipeError for a folder that exists already.
     """
     found = _checked(file, sha256)
     made = {"gguf": file.name, "sha256": found, "dtype": dtype}
     if (folder / MANIFEST).is_file() and read_manifest(folder).get("made_of") == made:
-        say(f"{folder} holds it already")
+        say(f"{folder} already holds it")
         return
     if folder.exists():
-        raise RecipeError(f"{folder} exists already and holds something else; name another folder.")
+        raise RecipeError(f"{folder} already exists and holds something else; name another folder.")
     kind = require_known(file)
-    say(f"reads {file.name} ({kind}, {file.stat().st_size / 1e6:.0f} MB)")
+    say(f"reading {file.name} ({kind}, {file.stat().st_size / 1e6:.0f} MB)")
     model, tokenizer = _loaded(file)
 
     def produce(out: Path) -> None:
@@ -43,11 +43,11 @@ def import_gguf(file: Path, folder: Path, *, dtype: str, sha256: str | None, say
         (out / "README.md").write_text(_card(file, found, dtype), encoding="utf-8")
 
     publish(folder.absolute(), produce, {"made_of": made, "architecture": kind})
-    say(f"{folder} is written: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {dtype}")
+    say(f"wrote {folder}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {dtype}")
 
 
 def _checked(file: Path, sha256: str | None) -> str:
-    """The SHA-256 of a file that begins as GGUF files do."""
+    """The SHA-256 of a file; ArtifactError unless it begins with GGUF's magic bytes."""
     try:
         with file.open("rb") as stream:
             magic = stream.read(4)
@@ -55,7 +55,7 @@ def _checked(file: Path, sha256: str | None) -> str:
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error.strerror or error}. Name a GGUF file.") from error
     if magic != MAGIC:
-        raise ArtifactError(f"{file} is no GGUF file: it begins with {magic!r}, not with {MAGIC!r}.")
+        raise ArtifactError(f"{file} is not a GGUF file: it begins with {magic!r}, not with {MAGIC!r}.")
     if sha256 and digest != sha256.lower():
         raise ArtifactError(f"{file} has the SHA-256 {digest}, not {sha256}: it is another file, or damaged.")
     return digest
@@ -66,18 +66,18 @@ def require_known(file: Path) -> str:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ResourceError("reading GGUF takes the package gguf: `pip install gguf` (or btx[gguf]) first.") from error
+        raise ResourceError("reading GGUF needs the package gguf: `pip install gguf` (or btx[gguf]).") from error
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     try:
         field = GGUFReader(str(file)).fields["general.architecture"]
         kind = str(field.contents())
-    except Exception as error:  # its parser meets damage as any of several errors of numpy
+    except Exception as error:  # on a damaged file its parser raises any of several numpy errors
         raise ArtifactError(f"{file} is damaged: its header cannot be read ({error}). Fetch it again.") from error
     if kind not in GGUF_SUPPORTED_ARCHITECTURES:
         known = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
         raise ArtifactError(
-            f"{file} holds a model of the architecture {kind}, which transformers' GGUF loader does not know. It knows "
+            f"{file} has the architecture {kind}, which transformers' GGUF loader does not know. It knows "
             f"{known}. Use the model's own checkpoint folder instead."
         )
     return kind
@@ -95,7 +95,7 @@ def _loaded(file: Path) -> tuple[Any, Any]:
             str(file.parent), dtype=torch.float32, output_loading_info=True, **place
         )
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
-    except Exception as error:  # whatever its loader stumbles over
+    except Exception as error:  # the loader raises many types
         why = " ".join(str(error).split())[:300]
         raise ArtifactError(
             f"transformers cannot read {file} as a causal language model ({why}). "
@@ -108,7 +108,7 @@ def _loaded(file: Path) -> tuple[Any, Any]:
 
 
 def _write(model: Any, out: Path, dtype: str) -> None:
-    """Save by a model that was never quantised, since transformers refuses to save what its GGUF loader made."""
+    """Save from a fresh, unquantised model, since transformers refuses to save a model that its GGUF loader made."""
     import torch
     from transformers import AutoModelForCausalLM
 

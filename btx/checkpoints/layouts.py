@@ -1,6 +1,6 @@
-"""What a folder is that holds no checkpoint as btx reads one, in words: what it is, and what to do.
+"""Errors for a folder that holds no checkpoint btx can read: they say what the folder is, and the remedy.
 
-Nothing is opened here but the first bytes of files; names and folders tell the rest.
+They judge by the names of files and folders, and by a file's first bytes; no weights are read.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-POINTER = b"version https://git-lfs"  # what stands in the place of a file that git-lfs has not fetched
+POINTER = b"version https://git-lfs"  # how the pointer begins that stands for a file git-lfs has not fetched
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-ANEW = "Load and save it anew: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
-CONVERT = (
-    "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
-)
-OTHERS = {  # weights of other programs, by the end of their names
+ANEW = "Load and save it again: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+CONVERT = "If you trust it, convert it once: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+OTHERS = {  # weights of other programs, by file extension
     ".gguf": "weights for llama.cpp",
     ".msgpack": "weights for Flax",
     ".h5": "weights for TensorFlow",
     ".npz": "weights for MLX or numpy",
     ".onnx": "weights for ONNX",
-    ".distcp": "a checkpoint that FSDP cut into pieces",
+    ".distcp": "a sharded FSDP checkpoint",
 }
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether git-lfs's note stands in the place of a file."""
+    """Whether a file is only a git-lfs pointer."""
     try:
         with path.open("rb") as stream:
             return stream.read(len(POINTER)) == POINTER
@@ -43,18 +41,18 @@ def is_pointer(path: Path) -> bool:
 def refuse_pointer(path: Path) -> None:
     """ArtifactError for a file that git-lfs has not fetched."""
     if is_pointer(path):
-        raise ArtifactError(f"{path} is a pointer of git-lfs, not the file. Fetch it: git lfs pull in {path.parent}.")
+        raise ArtifactError(f"{path} is a git-lfs pointer, not the file. Fetch it: git lfs pull in {path.parent}.")
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder holds the weights of a model, in whatever form, besides those of an adapter."""
+    """Whether a folder holds the weights of a model, in whatever format; those of an adapter do not count."""
     names = (p.name for end in ("*.safetensors", "*.bin", INDEX) for p in folder.glob(end))
     return any(name.startswith(("model", "pytorch_model", "consolidated")) for name in names)
 
 
 def refuse_no_config(folder: Path) -> None:
     """ArtifactError that says what a folder without config.json is."""
-    raise ArtifactError(f"{folder} has no {CONFIG}, so it is no Hugging Face checkpoint. {_instead(folder)}")
+    raise ArtifactError(f"{folder} has no {CONFIG}, so it is not a Hugging Face checkpoint. {_instead(folder)}")
 
 
 def _instead(folder: Path) -> str:
@@ -66,17 +64,17 @@ def _instead(folder: Path) -> str:
         return "It is an adapter: a seed must be a dense model. Merge the adapter first (peft's merge_and_unload)."
     inside = [p.parent for name in (CONFIG, ADAPTER) for p in folder.glob(f"*/{name}")]
     if found := sorted({*inside}, key=_number):
-        what = "checkpoints of a training" if found[-1].name.startswith("checkpoint-") else "checkpoints in folders"
+        what = "checkpoints of a training run" if found[-1].name.startswith("checkpoint-") else "checkpoints in folders"
         return f"It holds {what} ({_list(p.name for p in found)}): name one, such as {found[-1]}."
     if found_files := [p.name for end in OTHERS for p in folder.glob(f"*{end}")]:
         return f"It holds {_other(found_files)}. Use the original with {CONFIG} and safetensors."
     if (folder / "params.json").is_file():
-        return "It is in the format of its makers (params.json): use the folder that was converted for transformers."
+        return "It is in its maker's own format (params.json): use the folder that was converted for transformers."
     return "Correct the path, or fetch it again."
 
 
 def _snapshot(folder: Path) -> Path:
-    """The snapshot that refs/main names, else the one that was changed last."""
+    """The snapshot that refs/main names, else the last by name."""
     main = folder / "refs" / "main"
     named = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
     if re.fullmatch(r"\w+", named) and (folder / "snapshots" / named).is_dir():
@@ -124,20 +122,20 @@ def refuse_no_weights(folder: Path) -> None:
         )
     if parts:
         raise ArtifactError(
-            f"{folder} holds shards ({_list(parts)}) without {INDEX}, which says what lies where. Fetch that file too."
+            f"{folder} holds shards ({_list(parts)}) without {INDEX}, the map of tensors to shards. Fetch that file."
         )
     pickles = sorted(p.name for end in ("*.bin", "*.pt", "*.pth") for p in folder.glob(end) if not _of_training(p.name))
     if pickles:
         raise ArtifactError(f"{folder} holds its weights as pickle ({_list(pickles)}), which can run code. {CONVERT}")
     if pieces := sorted(p.name for p in (*folder.glob("global_step*"), *folder.glob("*fsdp*")) if p.is_dir()):
         raise ArtifactError(
-            f"{folder} holds the pieces of a model that DeepSpeed or FSDP trained ({_list(pieces)}), not the model. "
-            "Put them together first (zero_to_fp32.py of DeepSpeed, or `accelerate merge-weights`)."
+            f"{folder} holds a sharded checkpoint of DeepSpeed or FSDP ({_list(pieces)}), not the model. "
+            "Consolidate it first (zero_to_fp32.py of DeepSpeed, or `accelerate merge-weights`)."
         )
     if others := [p.name for end in OTHERS for p in folder.glob(f"*{end}")]:
-        raise ArtifactError(f"{folder} holds {_other(others)}, no safetensors. Use the original checkpoint.")
+        raise ArtifactError(f"{folder} holds {_other(others)}, not safetensors. Use the original checkpoint.")
     if named := sorted(p.name for p in folder.glob("*.safetensors")):
-        own = "the format of its makers" if named[0].startswith("consolidated") else "another name"
+        own = "its maker's own names" if named[0].startswith("consolidated") else "another name"
         raise ArtifactError(
             f"{folder} holds weights under {own} ({_list(named)}), and no {SINGLE} or {INDEX}. Use the folder that was "
             f"converted for transformers, or rename the file to {SINGLE} if it is the whole model."
@@ -148,28 +146,29 @@ def refuse_no_weights(folder: Path) -> None:
 
 
 def _of_training(name: str) -> bool:
-    """Whether a pickle is a training's own state, not a model's weights."""
+    """Whether a pickle holds training state, not a model's weights."""
     return name.startswith(("training_args", "optimizer", "scheduler", "scaler", "rng_state"))
 
 
 def refuse_wrapped(folder: Path, names: Iterable[str]) -> None:
-    """ArtifactError for tensors named by a wrapper around the model, or by its body alone."""
+    """ArtifactError for tensor names that carry a wrapper's prefix, or lack the prefix `model.`."""
     for name in names:
         if found := next((part for part in name.split(".") if part in WRAPPERS), None):
             raise ArtifactError(
-                f"{folder} was saved inside of a wrapper: its tensors are named {found}.… (such as {name}), which "
-                "transformers does not know. Unwrap the model where it was made (model.module, model._orig_mod, or "
-                f"accelerate's unwrap_model), and save it anew; or take `{found}.` out of the names."
+                f"{folder} was saved inside a wrapper: its tensors are named {found}.… (such as {name}), which "
+                "transformers does not know. Unwrap the model before saving it (model.module, model._orig_mod, or "
+                f"accelerate's unwrap_model), or strip `{found}.` from the names."
             )
         if name == "embed_tokens.weight":
             raise ArtifactError(
-                f"{folder} was saved without the class that has the head: {name} and the others lack `model.`. {ANEW}"
+                f"{folder} was saved from the base model, without its head: {name} and the others lack the prefix "
+                f"`model.`. {ANEW}"
             )
 
 
 def refuse_integers(path: Path, name: str, dtype: str) -> None:
-    """ArtifactError for whole numbers that are a buffer, not a quantised weight."""
+    """ArtifactError for an integer tensor that is a buffer, not a quantised weight."""
     if re.fullmatch(r"[IU]\d+|BOOL", dtype) and not re.search(r"weight|zeros|g_idx|scales|packed|SCB", name):
         raise ArtifactError(
-            f"{path}: {name} holds whole numbers ({dtype}), a buffer that some tools store and no weight. {ANEW}"
+            f"{path}: {name} is an integer tensor ({dtype}), a buffer that some tools store and not a weight. {ANEW}"
         )

@@ -1,4 +1,4 @@
-"""Names of tensors that every family of ours shares."""
+"""Tensor names that all supported families share."""
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

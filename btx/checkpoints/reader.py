@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder in blocks of bounded size, and refuses what is unsafe.
 
-Nothing found in a checkpoint is ever run: no pickle, no remote code, no path that leaves the folder. Files are read,
-never mapped: pages of a mapped file count as memory of the process, and a model of any size must fit in a bounded one.
+Nothing found in a checkpoint is ever run or followed: no pickle, no remote code, no path that leaves the folder. Files
+are read, never memory-mapped: mapped pages count as memory of the process, which must stay bounded for any model.
 `btx.checkpoints.writer` writes.
 """
 
@@ -24,19 +24,19 @@ from btx.errors import ArtifactError
 from btx.graph.artifact import file_digest, fingerprint
 
 TIED = ("jetmoe",)  # model types whose head is tied unless their config says otherwise
-BLOCK = 2**20  # elements of a block: 2 or 4 MB, which stays in a cache from reading to writing
+BLOCK = 2**20  # elements per block: 2 or 4 MB, which stay in a CPU cache from reading to writing
 LARGEST_READ = 2**30  # bytes; the system returns less than 2 GiB at once
 
 
 class Tensors:
-    """Tensors in the files of a folder, by name, read whole or block by block."""
+    """The tensors in a folder's files, by name, read whole or block by block."""
 
     def __init__(self, folder: Path, entries: dict[str, Entry]) -> None:
         self.folder, self.entries = folder, entries
         self._open: dict[str, int] = {}
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a tensor in row-major order, (stop - start,), in its own dtype and own memory."""
+        """Elements [start, stop) of a tensor in row-major order: a new tensor (stop - start,) in its stored dtype."""
         entry = self.entries[name]
         found = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
         if stop > start:
@@ -61,7 +61,7 @@ class Tensors:
             raise ArtifactError(f"{path} cannot be read ({error}). Fetch it again.") from error
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor, in its own dtype, on the CPU."""
+        """One whole tensor, in its stored dtype, on the CPU."""
         entry = self.entries[name]
         return self.flat(name, 0, entry.count).view(entry.shape)
 
@@ -74,20 +74,20 @@ class Tensors:
             yield self.flat(name, at, min(at + size, end))
 
     def close(self) -> None:
-        """Let go of the open files."""
+        """Close the open files."""
         for handle in self._open.values():
             os.close(handle)
         self._open.clear()
 
 
 class Checkpoint(Tensors):
-    """A checked Hugging Face folder: its config and its tensors.
+    """A validated Hugging Face folder: its config and its tensors.
 
-    Where the head is tied to the embedding there is one tensor for both, under the embedding's name, whichever is
-    stored. ArtifactError when both are and differ: transformers would then not tie them, against the config.
+    A tied head and embedding are one tensor, under the embedding's name, whichever of the two is stored. ArtifactError
+    when both are stored and differ: transformers would then leave them untied, against the config.
     """
 
-    head: Entry | None = None  # of a tied model that stores its head too
+    head: Entry | None = None  # the stored head of a tied model, if it has one
 
     def __init__(self, folder: Path) -> None:
         self.config = read_config(folder)
@@ -100,14 +100,14 @@ class Checkpoint(Tensors):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the weights have."""
+        """The dtype that holds the most bytes of the weights."""
         sizes: dict[str, int] = {}
         for entry in self.entries.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
         return DTYPES[max(sorted(sizes), key=lambda d: sizes[d])]
 
     def digest(self, file_digest: Callable[[Path], str] = file_digest) -> str:
-        """SHA-256 over what decides the model: config, tokenizer files and weights."""
+        """SHA-256 over everything that defines the model: config, tokenizer files and weights."""
         names = {e.file for e in self.entries.values()} | {"config.json"} | ({self.head.file} if self.head else set())
         names |= {*carried(self.folder)}
         return fingerprint([[n, file_digest(self.folder / n)] for n in sorted(names)])
@@ -131,7 +131,7 @@ def require_tied(folder: Path, head: Entry, embedding: Entry) -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Checkpoint]:
-    """A checkpoint that lets go of its files at the end."""
+    """A checkpoint whose files are closed at the end."""
     checkpoint = Checkpoint(folder)
     try:
         yield checkpoint
@@ -141,7 +141,7 @@ def opened(folder: Path) -> Iterator[Checkpoint]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Have torch compute on one thread: for blocks this small, waiting for others costs more than they do."""
+    """Have torch compute on one thread: on blocks this small, synchronising threads costs more than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -157,7 +157,7 @@ def carry_files(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-_EXPONENT = {  # of each dtype: the integers of its width, and the exponent bits, which NaN and infinity have all set
+_EXPONENT = {  # dtype: the integer type of its width, and its exponent bits, all of which NaN and infinity have set
     torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
     torch.float32: (np.uint32, 0x7F80_0000),
     torch.bfloat16: (np.uint16, 0x7F80),
@@ -166,7 +166,7 @@ _EXPONENT = {  # of each dtype: the integers of its width, and the exponent bits
 
 
 def count_non_finite(tensor: torch.Tensor) -> int:
-    """How many entries are NaN or infinite, from their bits: ten times as fast as arithmetic on bfloat16."""
+    """Number of NaN or infinite elements, from their bits: ten times as fast as arithmetic on bfloat16."""
     integer, exponent = _EXPONENT[tensor.dtype]
     bits = tensor.contiguous().view(-1).view(torch.uint8).numpy().view(integer)
     magnitude = bits & integer(2 ** (8 * bits.itemsize - 1) - 1)

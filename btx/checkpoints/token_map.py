@@ -1,8 +1,8 @@
-"""What a tokenizer maps to what: whether two mean the same ids, and files that mean them beside another model too.
+"""Compares tokenizers by the token ids they give, and carries one over to another model type with the same ids.
 
 A tokenizer is compared as it loads, not as it is written: transformers chooses its class by tokenizer_config.json and
-by the model type in config.json, and some classes build their own pipeline out of the vocabulary. So the same files may
-give other ids, or none, beside a Mixture of Experts than beside the seed; what is carried over is tried there.
+by the model type in config.json, and some classes build their own pipeline from the vocabulary. So the same files may
+give other ids, or fail to load, beside a Mixture of Experts than beside the seed; a carried tokenizer is loaded there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from btx.graph.artifact import file_digest, fingerprint, write_json
 
 JSON = "tokenizer.json"
 MODEL_FILES = (JSON, "tokenizer.model", "vocab.json")
-STAYS = ("generation_config.json", "chat_template.jinja")  # of what is carried, no part of the map
-OFFSETS = ("trim_offsets",)  # options that move offsets, no ids
+STAYS = ("generation_config.json", "chat_template.jinja")  # carried files that do not affect ids
+OFFSETS = ("trim_offsets",)  # options that change offsets but no ids
 NAMES = {"model": "vocabulary, merges or options"}
 Map = dict[str, Any]
 DECIDING = ("model_type", "tokenizer_class", "model_name", "_name_or_path")  # what AutoTokenizer reads of a config
@@ -33,9 +33,9 @@ _KNOWN: dict[str, tuple[Map, str]] = {}
 
 
 def tokenizer_digest(folder: Path, beside: Mapping[str, Any] | None = None) -> str:
-    """SHA-256 of what decides the ids that a folder's tokenizer gives, not of its formatting.
+    """SHA-256 of what decides the ids of a folder's tokenizer, whatever its files' formatting.
 
-    `beside` is the config of the model that it is loaded with, the folder's own if it has one.
+    `beside` is the config of the model that it is loaded with; by default the folder's own.
     """
     return _known(folder, beside)[1]
 
@@ -43,14 +43,14 @@ def tokenizer_digest(folder: Path, beside: Mapping[str, Any] | None = None) -> s
 def token_map(folder: Path, beside: Mapping[str, Any] | None = None) -> Map:
     """What decides the ids: model (vocabulary, merges, ...), normalizer, pre_tokenizer, post_processor, added tokens.
 
-    It is shared by all who ask: not to be changed. ArtifactError for a folder without a tokenizer, or with one that is
-    damaged.
+    The map is cached and shared: do not mutate it. ArtifactError for a folder without a tokenizer, or with a damaged
+    one.
     """
     return _known(folder, beside)[0]
 
 
 def _known(folder: Path, beside: Mapping[str, Any] | None) -> tuple[Map, str]:
-    """A map and its digest, of each content and config once a process, wherever it lies: to load one takes a second."""
+    """A map and its digest, cached per process by file content and config: loading a tokenizer takes a second."""
     files = [(name, file_digest(folder / name)) for name in CARRIED if name not in STAYS and (folder / name).is_file()]
     config = beside or _config(folder)
     key = fingerprint([files, {k: config.get(k) for k in DECIDING} if isinstance(config, Mapping) else None])
@@ -63,7 +63,7 @@ def _known(folder: Path, beside: Mapping[str, Any] | None) -> tuple[Map, str]:
 
 
 def _config(folder: Path) -> Any:
-    """What a folder's config.json says, as it is; None where there is none or it is damaged."""
+    """A folder's config.json, unchecked; None where it is missing or damaged."""
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -81,19 +81,19 @@ def _token_map(folder: Path, beside: Mapping[str, Any] | None) -> Map:
     if (folder / JSON).is_file():
         _require_whole(folder / JSON)
     backend = getattr(load_beside(folder, beside), "backend_tokenizer", None)
-    if backend is None:  # a class of its own, without the library: its files are all that can be compared
+    if backend is None:  # a slow tokenizer, without the tokenizers library: only its files can be compared
         return {name: file_digest(folder / name) for name in CARRIED if (folder / name).is_file() and name not in STAYS}
     return plain(json.loads(backend.to_str()))
 
 
 def load_beside(folder: Path, beside: Mapping[str, Any] | None = None) -> Any:
-    """A folder's tokenizer, as transformers loads it beside a model of this config, or of the folder's own."""
+    """A folder's tokenizer, as transformers loads it beside a model with the config `beside`, or the folder's own."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.for_model(**deepcopy(dict(beside))) if beside else None
         return AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # damaged files end in any of a dozen kinds, bare Exception of Rust among them
+    except Exception as error:  # damaged files raise any of a dozen types, among them Rust's bare Exception
         why = (str(error).splitlines() or [repr(error)])[0]
         kind = f" beside a {beside['model_type']}" if beside else ""
         raise ArtifactError(
@@ -103,26 +103,26 @@ def load_beside(folder: Path, beside: Mapping[str, Any] | None = None) -> Any:
 
 
 def _require_whole(path: Path) -> None:
-    """ArtifactError for a tokenizer.json that the library does not read."""
+    """ArtifactError for a tokenizer.json that the tokenizers library cannot read."""
     from tokenizers import Tokenizer
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data["model"]["vocab"], (dict, list)):
-            raise ValueError("its vocabulary is none")
+            raise ValueError("its vocabulary is neither an object nor a list")
         for token in data.get("added_tokens", []):
             if type(token["id"]) is not int or not isinstance(token["content"], str) or not token["content"]:
-                raise ValueError(f"{token!r:.80} is no token")
+                raise ValueError(f"{token!r:.80} is not a token")
         Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ArtifactError(f"{path} is damaged ({error!r:.200}). Fetch the checkpoint again.") from error
 
 
 def plain(data: Map) -> Map:
-    """A serialised tokenizer without what does not decide ids, under one spelling.
+    """A serialised tokenizer in canonical form, without what does not affect ids.
 
-    Left out: padding and truncation, which transformers sets anew at every call, the decoder, options of offsets, and
-    the version. A dropout of zero and empty prefixes are none; a sequence of one step is that step.
+    Left out: padding and truncation, which transformers sets at every call, the decoder, options of offsets, and the
+    version. A dropout of zero counts as none, an empty prefix too, and a sequence of one step as that step.
     """
     model = {k: v for k, v in data["model"].items() if v is not None and v is not False and v != ""}
     if not model.get("dropout"):
@@ -134,7 +134,7 @@ def plain(data: Map) -> Map:
 
 
 def _steps(step: Map | None) -> list[Map]:
-    """The steps of a pipeline that decide ids, in order."""
+    """The steps of a pipeline, flattened, in order, without options that do not affect ids."""
     if step is None:
         return []
     if step["type"] == "Sequence":
@@ -144,7 +144,7 @@ def _steps(step: Map | None) -> list[Map]:
 
 
 def _marks(step: Map) -> Map | None:
-    """A post-processor's marks around one text; None where it has none: some move offsets alone, or set type ids."""
+    """The special tokens that a post-processor adds to one text; None where it only moves offsets or sets type ids."""
     if step["type"] == "ByteLevel":
         return None
     if step["type"] != "TemplateProcessing":
@@ -156,7 +156,7 @@ def _marks(step: Map) -> Map | None:
 
 
 def same_files(mine: Path, theirs: Path) -> bool:
-    """Whether two folders of one model type have the same tokenizer files, which need not be loaded to be compared."""
+    """Whether two folders of one model type have identical tokenizer files, which then need not be loaded."""
     names = [name for name in CARRIED if name not in STAYS]
     there = [name for name in names if (mine / name).is_file()]
     if there != [name for name in names if (theirs / name).is_file()] or not {*there} & {*MODEL_FILES}:
@@ -167,16 +167,16 @@ def same_files(mine: Path, theirs: Path) -> bool:
 
 
 def difference(mine: Map, theirs: Map) -> str:
-    """In which part two token maps differ, added tokens aside; empty where they do not."""
+    """The parts in which two token maps differ, added tokens aside; empty where they do not."""
     parts = sorted((mine.keys() | theirs.keys()) - {"added_tokens"})
     return ", ".join(NAMES.get(k, k) for k in parts if mine.get(k) != theirs.get(k))
 
 
 def carry_tokenizer(source: Path, out: Path, like: Path) -> None:
-    """Carry tokenizer and generation files over to `out`, whose config.json may be of another model than `like`'s.
+    """Carry tokenizer and generation files over to `out`, whose config.json may name another model type than `like`'s.
 
-    They are copied byte for byte where they give the same ids beside both, and else written anew as a tokenizer.json.
-    ArtifactError where that gives other ids too.
+    They are copied byte for byte if they give the same ids beside both, and otherwise saved again as a tokenizer.json.
+    ArtifactError if that gives other ids too.
     """
     beside = read_config(like)
     wanted = token_map(source, beside)
@@ -189,8 +189,8 @@ def carry_tokenizer(source: Path, out: Path, like: Path) -> None:
     if not _same(out, wanted):
         kind = read_config(out)["model_type"]
         raise ArtifactError(
-            f"{source}: its tokenizer gives other ids beside a {kind}, which the model becomes, than beside a "
-            f"{beside['model_type']}, and cannot be written so that it gives the same. Use a checkpoint with its "
+            f"{source}: its tokenizer gives other ids with the model type {kind}, which the new model has, than "
+            f"with {beside['model_type']}, and saving it again does not help. Use a checkpoint with its "
             "family's own tokenizer, or name its class in tokenizer_config.json (tokenizer_class: "
             "PreTrainedTokenizerFast, with a tokenizer.json)."
         )
@@ -210,15 +210,15 @@ def _same(out: Path, wanted: Map) -> bool:
 
 
 def require_carried(folder: Path, model_type: str) -> None:
-    """ArtifactError, before anything is trained, unless a seed's tokenizer can go with the model that it becomes."""
+    """ArtifactError, before anything is trained, unless a seed's tokenizer gives the same ids with the merged model."""
     with tempfile.TemporaryDirectory(prefix="btx-tokenizer-") as scratch:
         carry_beside(folder, Path(scratch) / "made", model_type)
 
 
 def carry_beside(folder: Path, out: Path, model_type: str) -> None:
-    """Make `out`, with a seed's tokenizer files as they go with a model of this type, and a config.json that names it.
+    """Make `out` with a seed's tokenizer files, fit for this model type, and a config.json that names the type.
 
-    ArtifactError where they do not.
+    ArtifactError where they cannot be made to fit.
     """
     out.mkdir()
     write_json(out / CONFIG, {"model_type": model_type})

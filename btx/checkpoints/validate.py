@@ -1,7 +1,7 @@
-"""What is looked at before anything of a checkpoint folder is used: its config, its links, its index, its headers.
+"""Validates a checkpoint folder before anything in it is used: its config, links, index and safetensors headers.
 
-Only JSON and the first bytes of the weights are read here. Code, pickles, quantised weights, names of a hub and
-whatever lies outside of the folder are refused, whichever library would have followed them.
+Only JSON and the headers of the weights are read here. Code, pickles, quantised weights, hub names and paths outside
+the folder are refused, whichever library would have followed them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from btx.errors import ArtifactError
 HEADER_LIMIT = 100 * 2**20  # the limit of the safetensors library itself
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # older checkpoints store it; it is computed, not a weight
+BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # stored by older checkpoints; it is computed, not a weight
 MOST_LAYERS = 10_000
-NOTHING: tuple[Any, ...] = (None, False, {}, [], "")  # values by which a key asks for nothing
-NATIVE = ("eager", "sdpa")  # what a config may ask for by `*_implementation` without a package or a hub
+NOTHING: tuple[Any, ...] = (None, False, {}, [], "")  # values under which a key requests nothing
+NATIVE = ("eager", "sdpa")  # values of `*_implementation` that need no further package and no hub
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its shard, its dtype as safetensors names it, its shape, and its first byte in the file."""
+    """Where a tensor is stored: its shard, safetensors' name of its dtype, its shape, its byte offset in the file."""
 
     file: str
     dtype: str
@@ -61,10 +61,10 @@ class Entry:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint, after the safety checks on it; ArtifactError when one fails."""
+    """The parsed config.json of a checkpoint, after its safety checks; ArtifactError when one fails."""
     if not folder.is_dir():
         raise ArtifactError(
-            f"{folder} is no folder: a checkpoint is a local Hugging Face folder with config.json, "
+            f"{folder} is not a folder: a checkpoint is a local Hugging Face folder with config.json, "
             "*.safetensors and the tokenizer. Download it first, or correct the path."
         )
     refuse_links(folder)
@@ -82,12 +82,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     _refuse_code(folder, config)
     require_size(config, str(folder))
     if config["model_type"] == "mistral" and "layer_types" in config:
-        config["model_type"] = "ministral"  # as AutoConfig reads it: another choice of sliding layers
+        config["model_type"] = "ministral"  # as AutoConfig does: its sliding-window layers are chosen differently
     return config
 
 
 def require_size(config: dict[str, Any], where: str) -> None:
-    """ArtifactError for a config that claims more layers than a model has: each would be looked at."""
+    """ArtifactError for a config that claims absurdly many layers, since every layer is looked at."""
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ArtifactError(
@@ -100,24 +100,24 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is no valid JSON ({error}). Fetch the checkpoint again.") from error
+        raise ArtifactError(f"{path} is not valid JSON ({error}). Fetch the checkpoint again.") from error
 
 
 def places(folder: Path) -> list[Path]:
-    """Where the links of a folder may lead: into itself and, in a snapshot of a Hugging Face cache, its own blobs."""
+    """Where a folder's links may point: into itself and, for a snapshot in a Hugging Face cache, into its blobs."""
     home = folder.resolve()
     snapshots = [p.parent for p in (home, *home.parents) if p.parent.name == "snapshots"]
     return [home, *(p.parent / "blobs" for p in snapshots[:1])]
 
 
 def refuse_link(path: Path, folder: Path) -> None:
-    """ArtifactError for a link that leads nowhere, or out of the folder: one rule for seeds, experts and exports."""
+    """ArtifactError for a broken link, or one out of the folder: the same rule for seeds, experts and exports."""
     if not path.is_symlink():
         return
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:
-        raise ArtifactError(f"{path} is a link that leads nowhere ({error}). Put the file in its place.") from error
+        raise ArtifactError(f"{path} is a broken link ({error}). Put the file in its place.") from error
     if not any(target.is_relative_to(place) for place in places(folder)):
         raise ArtifactError(
             f"{path} is a link that leaves the checkpoint folder, to {target}. "
@@ -131,18 +131,18 @@ def refuse_link(path: Path, folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Links may not leave the folder; those of a Hugging Face cache may lead to its own blobs."""
+    """ArtifactError for broken links and links out of the folder; a Hugging Face cache's may point to its own blobs."""
     for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")):
         refuse_link(path, folder)
 
 
 def refuse_scripts(folder: Path, asked: Sequence[str] = ()) -> None:
-    """ArtifactError when a folder brings Python files, or asks for code by the keys in `asked`."""
+    """ArtifactError when a folder contains Python files, or its JSON requests code by the keys in `asked`."""
     scripts = sorted(p.relative_to(folder).as_posix() for p in (*folder.glob("*.py"), *folder.glob("*/*.py")))
     if asked or scripts:
         raise ArtifactError(
             f"{folder} brings its own code ({', '.join(asked or scripts)}); btx runs no code from a "
-            "checkpoint. Use a checkpoint of a family that transformers knows."
+            "checkpoint. Use a checkpoint of a family that transformers implements."
         )
 
 
@@ -152,19 +152,19 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
         if (folder / name).is_file():
             configs[name] = _json(folder / name)
             if not isinstance(configs[name], dict):
-                raise ArtifactError(f"{folder / name} is no JSON object. Fetch the checkpoint again.")
+                raise ArtifactError(f"{folder / name} is not a JSON object. Fetch the checkpoint again.")
     keys = {(key, name) for name, found in configs.items() for key, value in _walk(found) if value not in NOTHING}
     asked = [f"{key} in {name}" for key, name in sorted(keys) if key in ("auto_map", "trust_remote_code")]
     refuse_scripts(folder, asked)
     if config.get("quantization_config") or config.get("compression_config"):
         raise ArtifactError(
-            f"{folder} is quantised (quantization_config in config.json); experts are averaged and "
-            "trained from full weights. Use the unquantised checkpoint."
+            f"{folder} is quantised (quantization_config in config.json); averaging and training "
+            "take unquantised weights. Use the unquantised checkpoint."
         )
     for key, value in _walk(config):
         if key.endswith("implementation") and isinstance(value, str) and value not in NATIVE:
             raise ArtifactError(
-                f"{folder / 'config.json'} asks for an implementation that a package or a hub has to bring "
+                f"{folder / 'config.json'} requests an implementation from a further package or a hub "
                 f"({key}: {value!r}). Remove that key."
             )
 
@@ -178,9 +178,9 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """All tensors of a folder by name, from the headers alone, in the order in which they lie on the disk.
+    """All tensors of a folder by name, from the headers alone, in their order on disk.
 
-    ArtifactError when they do not make one model.
+    ArtifactError when they do not make up one model.
     """
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file() and single.is_file():
@@ -233,7 +233,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key!r} stands twice")
+            raise ValueError(f"duplicate key {key!r}")
         found[key] = value
     return found
 
@@ -272,7 +272,7 @@ def _check_dtypes(path: Path, entries: dict[str, Entry]) -> None:
             refuse_integers(path, name, entry.dtype)
             raise ArtifactError(
                 f"{path}: {name} has dtype {entry.dtype}; weights must be one of {', '.join(DTYPES)}. Use the "
-                "unquantised checkpoint, since others cannot be averaged or trained."
+                "unquantised checkpoint: others cannot be averaged or trained."
             )
 
 

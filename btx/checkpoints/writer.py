@@ -1,7 +1,7 @@
 """Writes a checkpoint's weights shard by shard, in blocks of bounded size, hashed and checked on the way.
 
-The headers are fixed before the first tensor is made, so the bytes depend on nothing but the rows. Two threads hash and
-write what the caller makes meanwhile. With a `Resume`, a shard that an earlier attempt finished is taken as it is.
+The headers are fixed before the first tensor is made, so the bytes depend on the rows alone. Threads hash, write and
+flush while the caller makes the next block. With a `Resume`, a shard that an earlier attempt finished is reused.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from btx.errors import ArtifactError
 from btx.graph.artifact import canonical, file_digest, fingerprint, sync
 
 SHARD_BYTES = 5 * 10**9
-QUEUED = 12  # blocks that may wait to be hashed and written: with 4, one side waited for the other half of the time
-FLUSHED = 2**28  # bytes after which they are brought to the disk
-Meter = Callable[[Path, int, int], None]  # takes the file at work, bytes of tensors done and in all
+QUEUED = 12  # blocks queued for hashing and writing: with 4, one side waited for the other half of the time
+FLUSHED = 2**28  # bytes between two flushes to disk
+Meter = Callable[[Path, int, int], None]  # takes the current file, and the bytes of tensors done and in all
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor to be written, and how to make it: flat or shaped pieces that follow each other in row-major order."""
+    """One tensor to be written, and how to make it: pieces of any shape that follow each other in row-major order."""
 
     name: str
     dtype: torch.dtype
@@ -53,19 +53,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where finished shards wait until all are there, and what they must have been made from to be taken again."""
+    """Where finished shards are kept until all are done, and the inputs they must have been made from to be reused."""
 
     folder: Path
     made_from: str
 
 
 def whole(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
-    """A row that is one tensor, at hand on whatever device, cast and brought over when its turn comes."""
+    """The row of a tensor in memory, on any device; it is cast and moved to the CPU when it is written."""
     return TensorSpec(name, dtype, tuple(tensor.shape), lambda: [tensor.to("cpu", dtype)])
 
 
 def copies(source: Checkpoint) -> list[TensorSpec]:
-    """A row for every tensor of a checkpoint, as it is."""
+    """A row for every tensor of a checkpoint, unchanged."""
     return [
         TensorSpec(name, DTYPES[entry.dtype], entry.shape, partial(source.blocks, name))
         for name, entry in source.entries.items()
@@ -76,10 +76,10 @@ def write_weights(
     out: Path, rows: list[TensorSpec], *, shard_bytes: int | None = None, resume: Resume | None = None,
     progress: Meter | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Write rows into safetensors shards in `out`; returns the SHA-256 of each. One shard is `model.safetensors`.
+    """Write rows into safetensors shards in `out`; returns each file's SHA-256. A single shard is `model.safetensors`.
 
-    `progress` is told of every block. ArtifactError names a tensor that holds a NaN or an infinity; nothing with one is
-    ever finished.
+    `progress` is called after every block. ArtifactError names a tensor that holds a NaN or an infinity; no shard with
+    one is ever finished.
     """
     shards = shards_of(rows, shard_bytes or SHARD_BYTES)
     total = sum(row.nbytes for row in rows)
@@ -98,7 +98,7 @@ def write_weights(
 
 
 def write_index(out: Path, shards: dict[str, list[TensorSpec]]) -> None:
-    """Say which tensor lies in which file, where there are several."""
+    """Write the index, which maps tensors to shards, if there are several shards."""
     if len(shards) > 1:
         weight_map = {row.name: file for file, some in shards.items() for row in some}
         total = sum(row.nbytes for some in shards.values() for row in some)
@@ -107,7 +107,7 @@ def write_index(out: Path, shards: dict[str, list[TensorSpec]]) -> None:
 
 
 def shards_of(rows: list[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
-    """Rows by file name, in order; a file has `limit` bytes at most, or one tensor that is larger."""
+    """Rows by file name, in order; a file has at most `limit` bytes, or a single larger tensor."""
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for row in rows:
@@ -122,7 +122,7 @@ def shards_of(rows: list[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]
 
 
 def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, count: Callable[[int], None]) -> str:
-    """A shard as an earlier attempt left it, or written anew and left for a later one; linked into `out`."""
+    """Reuse a shard of an earlier attempt, or write it and keep it for a later one; linked into `out`."""
     resume.folder.mkdir(parents=True, exist_ok=True)
     done, record = resume.folder / file, resume.folder / f"{file}.json"
     about = fingerprint([resume.made_from, file, [[r.name, str(r.dtype), list(r.shape)] for r in rows]])
@@ -144,7 +144,7 @@ def _kept(out: Path, file: str, rows: list[TensorSpec], resume: Resume, count: C
 
 
 def _finished(done: Path, record: Path, about: str) -> str | None:
-    """The SHA-256 of a shard that was finished from the same things and is whole; None for any other."""
+    """The SHA-256 of an intact shard that was finished from the same inputs; None for any other."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         said = json.loads(record.read_text(encoding="utf-8"))
         if said["about"] == about and file_digest(done) == said["sha256"]:
@@ -153,7 +153,7 @@ def _finished(done: Path, record: Path, about: str) -> str | None:
 
 
 def header_of(rows: list[TensorSpec]) -> bytes:
-    """The first bytes of a file, which say where each tensor lies."""
+    """The safetensors header of a file, padded to 8 bytes, with its length before it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for row in rows:
@@ -166,7 +166,7 @@ def header_of(rows: list[TensorSpec]) -> bytes:
 
 
 def _write_shard(path: Path, rows: list[TensorSpec], count: Callable[[int], None]) -> str:
-    """Write one file and bring it to the disk; returns its SHA-256."""
+    """Write one file and flush it to disk; returns its SHA-256."""
     digest = hashlib.sha256()
     with (
         path.open("wb", buffering=0) as out,
@@ -178,7 +178,7 @@ def _write_shard(path: Path, rows: list[TensorSpec], count: Callable[[int], None
         for data, done in chain([(header, 0)], _blocks(rows)):
             hashing.put(data)
             writing.put(data)
-            if done - flushed > FLUSHED:  # the disk is at work while the rest is made, not only at the end
+            if done - flushed > FLUSHED:  # so that the disk works while the rest is made, not only at the end
                 flushing.put(data[:0])
                 flushed = done
             count(done)
@@ -187,7 +187,7 @@ def _write_shard(path: Path, rows: list[TensorSpec], count: Callable[[int], None
 
 
 def _blocks(rows: list[TensorSpec]) -> Iterator[tuple[memoryview, int]]:
-    """All rows' bytes, with how many they are up to there."""
+    """The bytes of all rows, block by block, each with the running total."""
     done = 0
     for row in rows:
         for data in _checked(row):
@@ -196,7 +196,7 @@ def _blocks(rows: list[TensorSpec]) -> Iterator[tuple[memoryview, int]]:
 
 
 def _checked(row: TensorSpec) -> Iterator[memoryview]:
-    """A row's pieces as bytes: none with a NaN or an infinity, and as many as were planned."""
+    """A row's pieces as bytes; ArtifactError for a NaN or an infinity, AssertionError for another size than planned."""
     seen = 0
     for piece in row.pieces():
         if piece.dtype != row.dtype:
@@ -211,7 +211,10 @@ def _checked(row: TensorSpec) -> Iterator[memoryview]:
 
 
 def overwrite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> set[str]:
-    """Write tensors over a folder's of the same names and shapes, cast to its dtypes; returns the files changed."""
+    """Overwrite tensors of a folder in place, cast to its dtypes; returns the changed files.
+
+    Names and shapes must be the folder's own.
+    """
     with opened(folder) as found:
         entries = {name: found.entries[name] for name in tensors}
     for name, tensor in tensors.items():
@@ -227,7 +230,7 @@ def overwrite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> set[str]:
 
 
 class _Behind:
-    """A thread that takes blocks in order, a few behind whoever makes them."""
+    """A thread that consumes blocks in order, up to `QUEUED` behind the producer."""
 
     def __init__(self, take: Callable[[memoryview], None]) -> None:
         self._take = take
@@ -246,7 +249,7 @@ class _Behind:
             raise self._error
 
     def put(self, block: memoryview) -> None:
-        """Hand over a block; an error of an earlier one is raised here."""
+        """Queue a block; raises the error of an earlier one."""
         if self._error:
             raise self._error
         self._queue.put(block)

@@ -1,1 +1,1 @@
-"""From documents to packed sequences of ids."""
+"""From documents to packed sequences of token ids."""

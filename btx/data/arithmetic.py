@@ -1,4 +1,4 @@
-"""Arithmetic and word problems of our own, by a seeded generator: the mathematics of the embedded corpora.
+"""Generates arithmetic and word problems from a fixed seed: the mathematics of the embedded corpora.
 
 Each problem is (question, steps, answer); every equation is true.
 """

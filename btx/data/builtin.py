@@ -53,14 +53,14 @@ def sources(name: str) -> Iterator[tuple[str, str]]:
 
 
 def write(folder: Path) -> dict[str, tuple[int, int]]:
-    """Write each corpus as FOLDER/NAME/text.jsonl, one record a source document; gives documents and bytes of text.
+    """Write each corpus as FOLDER/NAME/text.jsonl, one record per source document; returns documents and bytes of text.
 
-    A corpus is there whole or not at all. RecipeError for one that is there already, ResourceError where it cannot be
+    Each corpus is written atomically. RecipeError for one that already exists, ResourceError where it cannot be
     written.
     """
     for name in NAMES:
         if (folder / name).exists():
-            raise RecipeError(f"{folder / name} is there already; btx does not overwrite it. Name another folder.")
+            raise RecipeError(f"{folder / name} already exists; btx does not overwrite it. Name another folder.")
     found = {}
     for name in NAMES:
         texts: dict[object, list[str]] = {}

@@ -1,8 +1,8 @@
-"""Conversations by a tokenizer's chat template: the text of use, and where in it the answers stand.
+"""Renders conversations by a tokenizer's chat template, and locates the answers in the text.
 
 The template is rendered here and not by `apply_chat_template`, to the same text (a test compares the two), so that
-nothing ambient takes part: the date is a setting, what draws at random is not there. Marks that only help to find a
-place are characters that no text may hold (Unicode's noncharacters), and are taken out again.
+nothing ambient affects it: the date is a setting, and random functions are removed. Position marks are characters that
+no text may hold (Unicode's noncharacters), and are removed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from btx.data.documents import ABOUT, EMPTY, FLAGS, SAID, Message, Span, learned
 from btx.data.watched import CLOSE, MARKS, OPEN, aliased, attempt, written_whole
 from btx.errors import RecipeError
 
-TEXT, END = "\ufdd2", "\ufdd3"  # of a mark that is only text, as OPEN and CLOSE are of an answer
+TEXT, END = "\ufdd2", "\ufdd3"  # around a special token that is only text, as OPEN and CLOSE are around an answer
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
           "December")  # fmt: skip
@@ -31,7 +31,7 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, the spans in it that are to be learned, and those that look like marks and are none."""
+    """A conversation as text, the spans in it to be learned, and those that look like special tokens but are text."""
 
     text: str
     learned: list[Span] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Rendered:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which a template says itself what the assistant wrote."""
+    """`{% generation %}`, by which a template itself marks what the assistant wrote."""
 
     tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
 
@@ -61,7 +61,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, **more: Any) -> str:
 
 
 def strftime(date: datetime.date, form: str) -> str:
-    """A date in English, whatever the locale; TemplateError for what says a time, or a locale's own order."""
+    """A date in English, whatever the locale; TemplateError for formats of a time, or that depend on the locale."""
     said = {
         "d": f"{date.day:02}", "m": f"{date.month:02}", "Y": str(date.year), "y": f"{date.year % 100:02}",
         "B": MONTHS[date.month - 1], "b": MONTHS[date.month - 1][:3], "A": DAYS[date.weekday()],
@@ -70,7 +70,7 @@ def strftime(date: datetime.date, form: str) -> str:
 
     def one(match: re.Match[str]) -> str:
         if match[2] not in said:
-            raise TemplateError(f"the form %{match[2]} of a date is not the same everywhere")
+            raise TemplateError(f"the date format %{match[2]} is not the same everywhere")
         return said[match[2]].lstrip("0") if match[1] else said[match[2]]
 
     return re.sub(r"%(-?)(.)", one, form)
@@ -101,7 +101,7 @@ class Template:
                 environment.globals["strftime_now"] = lambda form: strftime(day, form)
             self.template = environment.from_string(text)
         except TemplateError as error:
-            raise RecipeError(f"the tokenizer's chat template cannot be used: {error}. Mend it.") from error
+            raise RecipeError(f"the tokenizer's chat template cannot be used: {error}. Fix it.") from error
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -109,7 +109,7 @@ class Template:
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:
-        """What may end a turn: a special token, with space before it; a start mark ends none."""
+        """What may end a turn: a special token, with optional space before it; but not BOS, unless it is EOS too."""
         bos, eos = self.marks.get("bos_token"), self.marks.get("eos_token")
         ends = [s for s in self.special if s != bos or s == eos]
         return re.compile(r"\s*(?:" + ("|".join(map(re.escape, ends)) or "(?!)") + ")")
@@ -117,8 +117,8 @@ class Template:
     # ---- what is read ----
 
     def read(self, extra: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns beside the messages that the template reads; ValueError for one that it would drop in silence,
-        unless it is empty or says something about the record alone."""
+        """The columns beside the messages that the template reads; ValueError for one that it would drop silently,
+        unless it is empty or metadata."""
         for key, value in extra.items():
             if key not in self.variables and key not in ABOUT and value not in EMPTY:
                 raise ValueError(f"the chat template does not read the column {key}")
@@ -134,7 +134,7 @@ class Template:
     # ---- the whole conversation ----
 
     def write(self, messages: Sequence[Message], extra: Mapping[str, Any], *, answers: bool) -> Rendered:
-        """A conversation as text; with `answers`, where they are. ValueError where they cannot be told."""
+        """A conversation as text; with `answers`, their spans too. ValueError where they cannot be located."""
         flags = [learned(m) for m in messages]
         spoken = [{k: v for k, v in m.items() if k not in FLAGS} for m in messages]
         for message in messages:
@@ -176,7 +176,7 @@ class Template:
         raise ValueError("the chat template marks other turns than the assistant's as generated")
 
     def _answer(self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int) -> Span:
-        """Where the answer of message `n` and the mark that ends it stand in the whole conversation."""
+        """The span of message `n`'s answer, with its end-of-turn token, in the whole conversation."""
         marks = self._content(messages, extra, whole, n)
         start = self._start(messages, extra, whole, n, marks)
         end = None if start is None else self._end(messages, extra, whole, n)
@@ -188,14 +188,14 @@ class Template:
         if start is None or end is None or start > end:
             raise ValueError(
                 f"the chat template rewrites what comes before or in message {n + 1}, so that the answer cannot be "
-                "told from the rest"
+                "located"
             )
         return start, end
 
     def _content(
         self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int
     ) -> tuple[int | None, int | None]:
-        """Where the content of message `n` begins and ends, each None where the template leaves no trace of it."""
+        """Where the content of message `n` begins and ends, each None where the output does not show it."""
         content = messages[n].get("content", "")
         core = content.strip()
         if not core:
@@ -213,8 +213,8 @@ class Template:
         self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int,
         content: tuple[int | None, int | None],
     ) -> int | None:  # fmt: skip
-        """Behind the header that opens the turn: what comes before the turn, and what both a bare opening of it (or,
-        where the template knows none, another answer) and this turn begin with."""
+        """The position after the header of the turn: after what precedes the turn and the prefix that this turn shares
+        with a generation prompt (or, where the template has none, with another answer)."""
         before = self._try(messages[:n], extra)
         if before is None or not whole.startswith(before):
             return None
@@ -231,7 +231,7 @@ class Template:
         return start if content[0] is None else min(start, content[0])
 
     def _end(self, messages: Sequence[Message], extra: Mapping[str, Any], whole: str, n: int) -> int | None:
-        """Behind the mark that ends the turn; without one, behind all that the template writes after the turn."""
+        """The position after the end-of-turn token; without one, after all that the template writes for the turn."""
         until = self._try(messages[: n + 1], extra)
         if until is None or not whole.startswith(until):
             return None
@@ -239,12 +239,12 @@ class Template:
         return len(bare) if any(bare.endswith(mark) for mark in self.special) else len(until)
 
     def _try(self, messages: Sequence[Message], extra: Mapping[str, Any], *, opened: bool = False) -> str | None:
-        """A part of the conversation, None where the template refuses it."""
+        """A part of the conversation as text; None where the template refuses it."""
         return attempt(lambda part: self.render(part, extra, opened=opened), messages)
 
 
 def _is_answer(message: Message) -> bool:
-    """Whether an assistant says anything in a message."""
+    """Whether a message is the assistant's and not empty."""
     values = [value for key, value in message.items() if key not in ("role", "name")]
     said = any(value.strip() if isinstance(value, str) else value for value in values)
     return message["role"] == "assistant" and bool(said)
@@ -256,7 +256,7 @@ def _require_unmarked(value: Any) -> None:
 
 
 def _without(text: str, span: Span) -> Span:
-    """A span where all marks are taken out of the text."""
+    """The span once all marks are removed from the text."""
     start, end = (at - len(MARKS.findall(text[:at])) for at in span)
     return start, end
 

@@ -26,7 +26,7 @@ BUILTIN = "builtin:"
 
 @dataclass
 class Counts:
-    """What was met while reading."""
+    """Counts taken while reading."""
 
     documents: int = 0
     empty: int = 0
@@ -36,11 +36,11 @@ class Counts:
 
 
 def resolve(patterns: list[str], base: Path, where: str, notes: list[str] | None = None) -> list[str]:
-    """Files (absolute) and `builtin:` names that the patterns of a recipe mean; relative ones lie below `base`.
+    """Files (absolute) and `builtin:` names that the patterns of a recipe match; relative ones lie below `base`.
 
     A pattern is a file, a folder (all files below it) or a glob. RecipeError for one without a file that btx reads, and
-    for a file that two patterns mean: it would be read twice, which nobody asks for in that way. What else a reader
-    must know, such as files that are passed over, is added to `notes`.
+    for a file that two patterns match: it would be read twice, which is hardly meant. Remarks, such as on skipped
+    files, are added to `notes`.
     """
     sources: list[str] = []
     found: dict[str, str] = {}
@@ -66,7 +66,7 @@ def _meant(pattern: str, base: Path, where: str, notes: list[str]) -> list[str]:
     path = base / expanded(pattern, where)
     try:
         found = files_of(path)
-    except OSError as error:  # a name that is too long, a folder closed to us
+    except OSError as error:  # a name that is too long, a folder without permission
         raise RecipeError(f"{where}: {pattern:.200} cannot be looked up: {error}. Correct the path.") from error
     read = [file for file in found if kind_of(file) in KINDS and Path(file).is_file()]
     others = [file for file in found if file not in {*read}]
@@ -74,16 +74,16 @@ def _meant(pattern: str, base: Path, where: str, notes: list[str]) -> list[str]:
         there = f"; there are {_some(others, path)}" if others else ""
         raise RecipeError(f"{where}: the folder {path} holds no file that btx reads ({READ}){there}.")
     if not read and others:
-        raise RecipeError(f"{where}: {path} is of no kind that btx reads ({READ}): {_some(others, path)}.")
+        raise RecipeError(f"{where}: {path} is in no format that btx reads ({READ}): {_some(others, path)}.")
     if not read:
         raise RecipeError(f"{where}: {path} does not exist{hint(path)}. Relative paths start at {base}.")
     if others:
-        notes.append(f"{where}: {pattern} means {len(others)} files that btx does not read: {_some(others, path)}")
+        notes.append(f"{where}: {pattern} matches {len(others)} files that btx does not read: {_some(others, path)}")
     return read
 
 
 def _some(files: list[str], path: Path) -> str:
-    """A few of some files, those whose ending is new first."""
+    """A few of the files' names, one of each extension first."""
     below = [os.path.relpath(file, path) if path.is_dir() else file for file in files]
     first = {os.path.splitext(name)[1]: name for name in reversed(below)}
     named = [*dict.fromkeys([*sorted(first.values()), *below])][:5]
@@ -104,18 +104,18 @@ def hint(path: Path) -> str:
 
 
 def digest(source: str, file_digest: Callable[[Path], str]) -> str:
-    """What decides the documents of a source: kind and SHA-256 of a file; a builtin one's version and Python's."""
+    """The content key of a source: format and SHA-256 of a file; version of a builtin corpus and of Python."""
     if source.startswith(BUILTIN):
         version = ".".join(map(str, sys.version_info[:3]))
         return f"{source}/{builtin.VERSION}/python-{version}"
     try:
         return f"{kind_of(source)}/{file_digest(Path(source))}"
     except OSError as error:
-        raise RecipeError(f"{source} cannot be read: {error.strerror or error}. Mend its permissions.") from error
+        raise RecipeError(f"{source} cannot be read: {error.strerror or error}. Fix its permissions.") from error
 
 
 def equal_files(sources: list[str], content: list[str], where: str) -> list[str]:
-    """A sentence for each file that holds what another one of a domain holds, by their digests in order."""
+    """A sentence for each file with the same content as another one of its domain; `content` are their digests."""
     first: dict[str, str] = {}
     said = []
     for source, digest_ in zip(sources, content, strict=False):
@@ -139,7 +139,7 @@ def read(
                 counts.bad += 1
                 counts.first_bad = counts.first_bad or f"{where}: {error}"
                 if not skip_bad:
-                    said = f"{where}: {error}. Mend the line, or set data.on_bad_line: skip."
+                    said = f"{where}: {error}. Fix the line, or set data.on_bad_line: skip."
                     raise RecipeError(said) from error
                 continue
             if document.empty:
@@ -156,7 +156,7 @@ def _raise(error: Exception) -> Document:
 
 @cache
 def _builtin(name: str) -> tuple[tuple[str, str], ...]:
-    """An embedded corpus, made once a process: a run reads it several times, and it is a few MB."""
+    """An embedded corpus, made once per process: a run reads it several times, and it is a few MB."""
     return tuple(builtin.sources(name))
 
 

@@ -1,7 +1,7 @@
-"""What a document is: text, a conversation, or a prompt and its completion, told by the columns of a record.
+"""Parses records into documents: text, a conversation, or a prompt and its completion, by the record's columns.
 
-Nothing of a record is dropped in silence: a key is part of the text, or of what a chat template may write, or known to
-say something about the record; any other is refused by its name.
+Nothing in a record is dropped silently: a key is part of the text, or may be read by a chat template, or is known
+metadata; any other is refused by its name.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from btx.data.readers import NUL, SHAPES
 
 Message = dict[str, Any]
-Span = tuple[int, int]  # characters of a text, from the first to behind the last
+Span = tuple[int, int]  # [start, end) in characters of a text
 
-FLAGS = ("weight", "train", "ignore")  # of a message: whether it is learned
+FLAGS = ("weight", "train", "ignore")  # of a message: whether its tokens have a loss
 SAID = ("role", "content")
-EMPTY: tuple[Any, ...] = ("", [], {})  # values by which a key says nothing
-ABOUT = {  # columns that say something of a record and are no part of it
+EMPTY: tuple[Any, ...] = ("", [], {})  # values that count as absent
+ABOUT = {  # columns of metadata, which are no part of the text
     *("id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "prompt_id", "conversation_id", "message_id"),
     *("url", "source", "dataset", "origin", "file", "path", "meta", "metadata", "split", "version", "license"),
     *(
@@ -44,12 +44,12 @@ WANTED = "; ".join(" and ".join(shape) for shape in SHAPES)
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its pieces in order, each with whether it is an answer that is to be learned."""
+    """One document: its pieces in order, each with whether it is an answer to be learned."""
 
     pieces: tuple[tuple[str, bool], ...]
     messages: tuple[Message, ...] = ()  # kept for tokenizers with a chat template
     extra: dict[str, Any] = field(default_factory=dict)  # columns beside the messages, such as tools
-    source: str = ""  # name of the source document that this is a piece of; none: it is one itself
+    source: str = ""  # name of the source document that this is a piece of; empty if it is one itself
     where: str = field(default="", compare=False)  # file and line, for messages
 
     @cached_property
@@ -59,29 +59,29 @@ class Document:
 
     @cached_property
     def rank(self) -> int:
-        """Where what it says stands in the order of hashes: its text and, of a conversation, its calls and the like."""
+        """Its place in hash order, by its text and, in a conversation, by tool calls and the like."""
         more = [_more(message, (*SAID, *FLAGS)) for message in self.messages]
         beside = _more(self.extra, ABOUT)
         said = json.dumps([more, beside], sort_keys=True, default=str) if any(more) or beside else ""
         return rank_of(self.text + said)
 
     def shortened(self, limit: int) -> Document:
-        """Its first `limit` bytes, less a character that the limit would split; a conversation stays whole, since how
-        much text its template makes of it is not known here."""
+        """Its first `limit` bytes, less a character that the limit would split; a conversation stays whole, since the
+        length of its rendered text is not known here."""
         if self.messages or len(self.text) <= limit // 4:
             return self
         return Document(((cut(self.text, limit), True),), source=self.source)
 
     @property
     def empty(self) -> bool:
-        """Whether nobody says anything in it."""
+        """Whether it holds no text, nor anything else such as tool calls."""
         if any(value for m in self.messages for key, value in m.items() if key not in (*SAID, "name", *FLAGS)):
             return False
         said = [m["content"] for m in self.messages] or [text for text, _ in self.pieces]
         return not any(text.strip() for text in said)
 
     def require_plain(self, *, answers: bool) -> None:
-        """ValueError for what cannot be written without a chat template: it would be dropped in silence."""
+        """ValueError for what only a chat template could write: it would be dropped silently."""
         for key, value in self.extra.items():
             if key not in ABOUT and value not in EMPTY:
                 raise ValueError(f"the tokenizer has no chat template, so the column {key} cannot be written")
@@ -97,10 +97,10 @@ def _more(keys: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
 
 
 def parse(record: Any, ignore: Sequence[str] = ()) -> Document:
-    """A document from a record, its shape told by the columns; ValueError naming the columns found.
+    """A document from a record, by its columns; ValueError naming the columns found.
 
-    What stands beside a `text` says something of it and is no part of it. Beside messages, or prompt and completion, a
-    column must be known to be of that kind (ABOUT), be one that a chat template may read, be empty, or among `ignore`.
+    Columns beside `text` are metadata. Beside messages, or prompt and completion, a column must be known metadata
+    (ABOUT), be one that a chat template may read, be empty, or among `ignore`.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object with {WANTED}, found {type(record).__name__}")
@@ -131,7 +131,7 @@ def _string(record: dict[str, Any], key: str) -> str:
 def _usable(text: str) -> str:
     if "\0" in text:
         raise ValueError(NUL)
-    text.encode()  # half of a surrogate pair is no character
+    text.encode()  # raises on a lone surrogate, which is not a character
     return text
 
 
@@ -151,10 +151,10 @@ def _conversation(messages: Any, extra: dict[str, Any], ignore: Sequence[str]) -
 
 
 def _message(message: Message, ignore: Sequence[str]) -> Message:
-    """A message without what is null (Parquet fills columns so), the texts of its content's parts as one."""
+    """A message without nulls (with which Parquet fills columns), the text parts of its content joined."""
     found = {k: v for k, v in message.items() if v is not None and k not in ignore}
     if "content" not in found and len(found.keys() - {"role", "name", *FLAGS}):
-        found["content"] = ""  # as where only a tool is called
+        found["content"] = ""  # as in a message that only calls a tool
     for key in SAID:
         if key not in found:
             raise ValueError(f"a message needs {key}, found {', '.join(sorted(map(str, message))) or 'nothing'}")
@@ -166,7 +166,7 @@ def _message(message: Message, ignore: Sequence[str]) -> Message:
 
 
 def _part(part: Any) -> str:
-    """The text of a part of a message's content; ValueError for what is no text, such as an image."""
+    """The text of a part of a message's content; ValueError for anything but text, such as an image."""
     part = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {"type": type(part).__name__}
     if part.get("type") != "text" or set(part) != {"type", "text"}:
         found = ", ".join(sorted({str(part.get("type")), *map(str, part.keys() - {"type", "text"})}))
@@ -175,7 +175,7 @@ def _part(part: Any) -> str:
 
 
 def learned(message: Message) -> bool | None:
-    """What the flags of a message say of whether it is learned; ValueError for what they cannot say."""
+    """Whether a message is to be learned by its flags, None without any; ValueError for invalid or conflicting ones."""
     found: set[bool] = set()
     for key in FLAGS:
         if (value := message.get(key)) is None:
@@ -184,20 +184,20 @@ def learned(message: Message) -> bool | None:
             raise ValueError(f"{key} of a message must be 0, 1, true or false, found {value!r}")
         found.add(bool(value) != (key == "ignore"))
     if len(found) > 1:
-        raise ValueError("a message says that it is to be learned, and that it is not")
+        raise ValueError("the flags of a message say both that it is to be learned and that it is not")
     if True in found and message["role"] != "assistant":
         raise ValueError(f"a message of {message['role']} is to be learned; only the assistant's are")
     return found.pop() if found else None
 
 
 def require_learned(message: Message, *, answers: bool) -> None:
-    """ValueError where a message is not to be learned and all are."""
+    """ValueError where a message is flagged as not to be learned, but all tokens are."""
     if not answers and message["role"] == "assistant" and learned(message) is False:
-        raise ValueError("a message says that it is not to be learned; set data.loss_mask: completion")
+        raise ValueError("a message is flagged as not to be learned; set data.loss_mask: completion")
 
 
 def rank_of(text: str) -> int:
-    """Where a text stands in the order of hashes: the first 128 bits of its SHA-256."""
+    """A text's place in hash order: the first 128 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16])
 
 

@@ -1,8 +1,8 @@
-"""Documents to token ids: the text of use, encoded once, and which of its tokens are learned.
+"""Encodes documents into token ids, and tells which of them are learned.
 
-A text is encoded as a whole and answers are found by character offsets, so that tokens are those of use at the seams
-too. What looks like a special token in a text or in a message is encoded as the text that it is; only the marks that
-the tokenizer and its chat template write are marks.
+A text is encoded as a whole and answers are found by character offsets, so that the tokens at their borders are those
+of inference too. What looks like a special token in a text or in a message is encoded as plain text; only those that
+the tokenizer and its chat template write are special.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # damaged files end in any of a dozen kinds, bare Exception of Rust among them
+    except Exception as error:  # damaged files raise any of a dozen types, among them Rust's bare Exception
         why = (str(error).splitlines() or [repr(error)])[0]
         raise ArtifactError(
             f"the tokenizer in {folder} cannot be loaded ({why}). Copy the tokenizer files of its base model into it."
@@ -37,22 +37,22 @@ def load_tokenizer(folder: Path) -> Any:
     model = getattr(getattr(found, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
         raise ArtifactError(
-            f"the tokenizer in {folder} leaves out merges at random (dropout {dropout:.3g} in tokenizer.json), so a "
-            "text has other ids at every reading. Set it to null."
+            f"the tokenizer in {folder} drops merges at random (dropout {dropout:.3g} in tokenizer.json), so a text "
+            "gets other ids each time. Set it to null."
         )
     return found
 
 
 @dataclass(frozen=True)
 class Written:
-    """A document as text, and whether a chat template wrote it, whose marks are marks."""
+    """A document as text, and whether a chat template wrote it, whose special tokens are special."""
 
     made: Rendered
     by_template: bool
 
 
 class Encoder:
-    """Turns documents into token ids, with the marks that the seed's tokenizer puts around a text."""
+    """Turns documents into token ids, with the special tokens that the seed's tokenizer puts around a text."""
 
     def __init__(self, tokenizer: Any, loss_mask: str, *, date: str | None = None) -> None:
         self.tokenizer, self.loss_mask, self.date = tokenizer, loss_mask, date
@@ -61,8 +61,8 @@ class Encoder:
         led = self._led()
         if len(led) > 1:
             raise ArtifactError(
-                f"the tokenizer puts {len(led)} marks in front of a text ({tokenizer.decode(led)}), btx one at "
-                "most. Use a seed whose tokenizer does so too, by its post_processor."
+                f"the tokenizer puts {len(led)} special tokens before a text ({tokenizer.decode(led)}); btx supports "
+                "one at most. Use a seed whose tokenizer adds no more, by its post_processor."
             )
         self.start: int | None = led[0] if led else None
         self.templates: dict[str, Template] = {}
@@ -72,24 +72,24 @@ class Encoder:
         self.contents = {n: tokenizer.convert_ids_to_tokens(n) for n in special}
         if loss_mask == "completion" and not tokenizer.is_fast:
             raise RecipeError(
-                "data.loss_mask: completion needs a tokenizer that tells where its tokens stand in a text, which this "
-                "one does not. Give it a tokenizer.json, or set data.loss_mask: all."
+                "data.loss_mask: completion needs a tokenizer that gives the character offsets of its tokens, which "
+                "this one does not. Give it a tokenizer.json, or set data.loss_mask: all."
             )
 
     def _led(self) -> Ids:
-        """What the tokenizer puts in front of a text."""
+        """The ids that the tokenizer puts before a text."""
         marked, bare = (
             self.tokenizer(["a"], add_special_tokens=marks, return_attention_mask=False, verbose=False)["input_ids"][0]
             for marks in (True, False)
         )
-        if not bare:  # it has no such letter
+        if not bare:  # the vocabulary lacks this letter
             return [first for first in marked[:1] if first == self.tokenizer.bos_token_id]
         return marked[: next((k for k in range(len(marked)) if marked[k : k + len(bare)] == bare), 0)]  # type: ignore[no-any-return]
 
     # ---- text ----
 
     def written(self, document: Document) -> Written:
-        """A document as it is trained on; RecipeError, naming it, where its chat template cannot hold it."""
+        """A document as it is trained on; RecipeError, naming it, where the chat template cannot write it."""
         answers = self.loss_mask == "completion"
         try:
             if document.messages and self.tokenizer.chat_template:
@@ -127,7 +127,7 @@ class Encoder:
     # ---- ids ----
 
     def encode(self, documents: list[Document]) -> Iterator[tuple[Ids, list[int]]]:
-        """Token ids of each document and, for each id, whether it is to be predicted."""
+        """Token ids of each document and, for each id, its loss mask (0 or 1)."""
         written = [self.written(document) for document in documents]
         everything = self.loss_mask == "all"
         for one, (ids, offsets) in zip(written, self._encoded(written, offsets=not everything), strict=True):
@@ -136,12 +136,12 @@ class Encoder:
             yield self._marked(one, ids, learn, int(everything), int(everything or self._open(one)))
 
     def _open(self, one: Written) -> bool:
-        """Whether a document ends with an answer, and not with a mark that ends the answer already."""
+        """Whether a document ends with an answer that no special token ends yet."""
         spans, text = one.made.learned, one.made.text
         return bool(spans) and spans[-1][1] == len(text) and not (one.by_template and text.endswith(self.special))
 
     def _marked(self, one: Written, ids: Ids, learn: list[int], first: int, last: int) -> tuple[Ids, list[int]]:
-        """With the start and end mark, each once: a template may bring them."""
+        """With the start and end token, each once: a template may have written them."""
         start = [] if self.start is None or ids[:1] == [self.start] else [self.start]
         closed = one.by_template and self.end is not None and one.made.text.rstrip().endswith(self.tokenizer.eos_token)
         end = [] if closed else self.separator
@@ -149,7 +149,7 @@ class Encoder:
 
     @cached_property
     def separator(self) -> Ids:
-        """What ends a document: the end mark, or what else the tokenizer has to set documents apart."""
+        """The ids that end a document: the end token, or whatever else the tokenizer has to separate documents."""
         for mark in (self.end, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id):
             if mark is not None:
                 return [mark]
@@ -157,15 +157,15 @@ class Encoder:
             ids = self._ids([text], split=True)[0]
             if ids and self.tokenizer.unk_token_id not in ids:
                 return ids
-        raise RecipeError("the tokenizer has no end mark, nor space to set documents apart. Give it an eos_token.")
+        raise RecipeError("the tokenizer has no end token, nor space to separate documents. Give it an eos_token.")
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of scores must know of the tokenizer."""
+        """Caveats of the tokenizer for scores."""
         if self.start is not None or self.end is not None:
             return []
         return [
-            "the tokenizer has no start and no end mark: documents are set apart by "
+            "the tokenizer has no start and no end token: documents are separated by "
             f"{self.tokenizer.decode(self.separator)!r}, and the first token of a held-out document is not scored, "
             "nor are its bytes"
         ]
@@ -174,7 +174,7 @@ class Encoder:
         return self._tokenized(texts, split=split, offsets=False)["input_ids"]  # type: ignore[no-any-return]
 
     def _tokenized(self, texts: list[str], *, split: bool, offsets: bool) -> Any:
-        """`split` takes special tokens in the texts apart, as the text that they are."""
+        """`split` encodes special tokens in the texts as plain text."""
         return self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=split,
             return_offsets_mapping=offsets,
@@ -192,14 +192,14 @@ class Encoder:
             for n, ids, spans in zip(chosen, done["input_ids"], places, strict=True):
                 text, plain = written[n].made.text, written[n].made.plain
                 among = self.contents.keys() & {*ids} if not by_template else ()
-                if any(self.contents[token] in text for token in among):  # its vocabulary has the mark among the words
+                if any(self.contents[token] in text for token in among):  # the token is also a word of the vocabulary
                     spans = self._tokenized([text], split=True, offsets=True)["offset_mapping"][0]
                     plain = [(0, len(text))]
                 found[n] = self._respelt(text, ids, spans, plain) if plain else (ids, spans)
         return found
 
     def _respelt(self, text: str, ids: Ids, offsets: list[Span], plain: list[Span]) -> tuple[Ids, list[Span]]:
-        """With the special tokens that stand in `plain` spans replaced by the tokens of their text."""
+        """With special tokens in `plain` spans replaced by the tokens of their text."""
         new: Ids = []
         places: list[Span] = []
         for token, place in zip(ids, offsets, strict=True):
@@ -211,7 +211,7 @@ class Encoder:
         return new, places
 
     def _as_text(self, mark: str) -> Ids:
-        """The tokens of a mark in the midst of a text, in two parts where the vocabulary has it among the words."""
+        """The tokens of a special token as text, in two parts where it is also a word of the vocabulary."""
         for parts in ((mark,), (mark[:1], mark[1:])):
             found = [self._amid(part) for part in parts]
             ids = [token for part in found for token in part]
@@ -220,7 +220,7 @@ class Encoder:
         raise RecipeError(f"the tokenizer cannot write {mark!r} as text. Leave texts that hold it out.")
 
     def _amid(self, text: str) -> Ids:
-        """The tokens of a text behind another one, which is taken off again; none where they cannot be told apart."""
+        """The tokens of a text after another one, whose tokens are dropped; none where the two cannot be separated."""
         for before in ("\n", "a", "0", " "):
             done = self._tokenized([before + text], split=True, offsets=True)
             for n, (start, _) in enumerate(done["offset_mapping"][0]):
@@ -235,8 +235,8 @@ class Encoder:
     def scored(self, documents: list[Document], limit: int) -> list[tuple[Ids, int]]:
         """Token ids of held-out documents and the bytes of text that they are scored on, `limit` at most.
 
-        The ids are led by one of context (start, else end of text) that is not scored. A tokenizer without either has
-        the first token as context, whose bytes do not count then.
+        The first id is the context (start, else end token) and is not scored. Without either, the first token of the
+        text is the context, and its bytes do not count.
         """
         lead = self.start if self.start is not None else self.end
         written = [_shortened(self.written(document), limit) for document in documents]

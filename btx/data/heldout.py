@@ -1,12 +1,11 @@
-"""The rule by which documents are held out: what is test, what is select.
+"""The rule that holds out documents, as test or as select.
 
 The side of a document is a function of the SHA-256 of its *source document*: a record, or a whole .txt file, whose
-pieces are not independent of each other. So equal texts never come apart, and the order of the files does not matter.
+pieces are not independent of each other. So equal texts are always on one side, and the order of files does not matter.
 
-How many are held out: those below the share that the recipe asks for, and where these are few, those with the next
-smallest hashes, up to LEAST a side, but no more than a fifth of the source documents a side, so that at least three
-fifths are trained on (a share that the recipe asks for may take more). What the share holds out stays held out when
-documents are added.
+Held out are the hashes below the recipe's share and, where these are few, the next smallest ones: up to LEAST per side,
+but at most a fifth of the source documents per side, so that at least three fifths are trained on (the recipe's share
+may take more). What the share holds out stays held out when documents are added.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from btx.recipe.settings import DataSettings
 
 Side = Literal["test", "select"]
 SIDES: tuple[Side, ...] = get_args(Side)
-LEAST = 30  # documents a side, where there are that many to spare
+LEAST = 30  # documents per side, where enough can be spared
 FIFTH = 5
-FEW = 10  # source documents on a side: where there would be fewer, pieces of them are split instead
+FEW = 10  # source documents per side: with fewer, their pieces are split instead
 _WHOLE = 2**128  # ranks lie below
 
 
@@ -33,7 +32,7 @@ def _bound(share: float) -> int:
 
 @dataclass
 class _Smallest:
-    """The `size` smallest of many numbers, each once."""
+    """The `size` smallest distinct numbers of a stream."""
 
     size: int
     numbers: set[int] = field(default_factory=set)
@@ -48,8 +47,8 @@ class _Smallest:
 
 
 class _Ranks:
-    """What the bounds are set by: the smallest ranks on both sides of the share, and how many there are, up to what
-    matters."""
+    """What sets the bounds: the smallest ranks on both sides of the share, and the number of distinct ones, capped at
+    what matters."""
 
     def __init__(self, share: int) -> None:
         self.share = share
@@ -78,7 +77,7 @@ class _Ranks:
 
 
 class _Survey:
-    """One reading of a domain: ranks of its source documents, and of the pieces of those that have several."""
+    """One pass over a domain: ranks of its source documents, and of the pieces of those that have several."""
 
     def __init__(self, share: int) -> None:
         self.sources, self.texts = _Ranks(share), _Ranks(share)
@@ -112,9 +111,9 @@ class Plan:
     select: int
     pieces: dict[int, Side]
     topped: frozenset[int]  # held out beyond the share
-    by_piece: bool  # no independent sources: pieces of one file stand on several sides
-    sources: int  # distinct source documents, as far as that matters
-    names: dict[str, int] = field(default_factory=dict)  # ranks of source documents in pieces, by what they hold
+    by_piece: bool  # too few sources to split: pieces of one file are on several sides
+    sources: int  # distinct source documents, capped at what matters
+    names: dict[str, int] = field(default_factory=dict)  # source document in pieces -> rank of its content
 
     def side(self, document: Document) -> Side | None:
         """The side on which a document of this domain is held out."""
@@ -128,14 +127,14 @@ class Plan:
         return "test" if number < self.test else "select" if number < self.select else None
 
     def keeps(self, document: Document) -> bool:
-        """Whether a document of another domain that has files of this one is held out here."""
+        """Whether this plan holds out a document of another domain that shares files with this one."""
         number = document.rank
         whole = not document.source or self.by_piece
         return number in self.pieces or number in self.topped or (whole and number < self.share)
 
 
 def plan(documents: Iterable[Document], settings: DataSettings, *, pieced: bool) -> Plan:
-    """The rule for a domain, from one reading of its documents; nothing is held out under `holdout: 0`.
+    """The rule for a domain, from one pass over its documents; nothing is held out under `holdout: 0`.
 
     `pieced` says whether some sources come in pieces: the ranks of all whole documents that may be held out are kept
     then, since a piece may be equal to one.
@@ -179,7 +178,7 @@ def halves(documents: Iterable[Document], settings: DataSettings) -> Plan:
 
 
 def _held_pieces(made: Plan, names: dict[str, int], survey: _Survey, whole: set[int]) -> dict[int, Side]:
-    """Ranks of all that is held out of a domain that has source documents in pieces; test comes before select."""
+    """Ranks of all held-out documents of a domain with source documents in pieces; test wins over select."""
     found: dict[int, Side] = {}
     for side in reversed(SIDES):
         for name, number in names.items():

@@ -1,8 +1,8 @@
-"""Documents to packed tokens: writes and reads a tokens folder.
+"""Packs documents into tokens: writes and reads a tokens folder.
 
 `train.bin` is one flat run of token ids (little-endian, `dtype` as `tokens.json` says), documents one after
 another, each with the seed's start token where its tokenizer adds one, and its end-of-text token. `train.mask`
-stands beside it when only answers are learned: one byte a token, 1 where it is to be predicted. `valid.bin` holds
+is the loss mask beside it when only answers are learned: one byte per token, 1 where it has a loss. `valid.bin` holds
 the held-out documents, each led by one token of context; `tokens.json` says under `valid` (those to report on) and
 `select` (those to choose settings on) where each lies, how many bytes of text it has, and the number of its source.
 """
@@ -33,7 +33,7 @@ BATCH = 512  # documents tokenised at once
 
 
 def write_tokens(out: Path, split: Split, *, settings: DataSettings, encoder: Encoder) -> dict[str, Any]:
-    """Fill `out` with the tokens of a domain."""
+    """Write a domain's tokens into `out`; returns the counts in tokens.json."""
     dtype = np.dtype("<u2" if encoder.ids <= 2**16 else "<u4")
     tokens = _write_train(out, split.train(), encoder, settings, dtype)
     with (out / "valid.bin").open("wb") as file:
@@ -55,7 +55,7 @@ def write_tokens(out: Path, split: Split, *, settings: DataSettings, encoder: En
 def survey(split: Split, encoder: Encoder | None, *, enough: int, label: str) -> int:
     """Read a whole domain, and count the tokens to train on up to `enough`; without an encoder, bytes instead.
 
-    RecipeError where answers are to be learned and there is none: the loss would be that of nothing.
+    RecipeError where only answers are to be learned and there is none: no token would have a loss.
     """
     learned = split.settings.loss_mask == "all"
 
@@ -84,7 +84,7 @@ def _answers(document: Document) -> bool:
 
 
 def train_tokens(folder: Path) -> int:
-    """How many tokens of a tokens folder are trained on."""
+    """Number of training tokens in a tokens folder."""
     return int(json.loads((folder / "tokens.json").read_text(encoding="utf-8"))["train_tokens"])
 
 
@@ -109,7 +109,7 @@ def _write_train(
 def _write_valid(
     file: BinaryIO, held: list[Held], encoder: Encoder, settings: DataSettings, dtype: np.dtype[Any]
 ) -> list[list[int]]:
-    """Rows [first id, number of ids, bytes of text, number of the source document], one a document."""
+    """Rows [first id, number of ids, bytes of text, number of the source document], one per document."""
     rows: list[list[int]] = []
     numbers: dict[int, int] = {}
     for batch in (held[start : start + BATCH] for start in range(0, len(held), BATCH)):
@@ -139,7 +139,7 @@ class Tokens:
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
     def valid(self, limit: int, side: Side = "test") -> list[tuple[NDArray[np.int64], int]]:
-        """Held-out documents of a side as (ids, bytes of text), in the order of hashes, until `limit` tokens."""
+        """Held-out documents of a side as (ids, bytes of text), in hash order, until `limit` tokens."""
         count = 0
         for _, length, *_ in self._rows[side]:
             count += 1
@@ -149,10 +149,10 @@ class Tokens:
         return self.valid_documents(count, side)
 
     def valid_documents(self, count: int, side: Side = "test") -> list[tuple[NDArray[np.int64], int]]:
-        """The first held-out documents as (ids, bytes of text), in order."""
+        """The first `count` held-out documents as (ids, bytes of text), in order."""
         rows = self._rows[side][:count]
         return [(self._valid[at : at + length].astype(np.int64), size) for at, length, size, *_ in rows]
 
     def sources(self, count: int, side: Side = "test") -> list[int]:
-        """For each of the first held-out documents, the number of the source document that it is a piece of."""
+        """The number of the source document of each of the first `count` held-out documents."""
         return [row[3] for row in self._rows[side][:count]]

@@ -1,7 +1,7 @@
 """Reads files record by record: JSON lines, plain text and Parquet, also compressed.
 
-A record comes with where it stands; a line that is none comes as the exception that says why, so that the reader
-may count it and go on. Nothing here knows what a document is.
+A record comes with its location; an invalid one comes as the exception that says why, so that the reader may count
+it and go on. Nothing here knows what a document is.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Record = tuple[str, Any]
 
 
 def kind_of(source: str) -> str:
-    """How a file is read: its suffix, in whatever case, without that of the packing; "" for one that is not."""
+    """A file's format: its suffix, in lower case, without the compression's; "" for one that btx does not read."""
     name = source.lower()
     return next(("." + suffix.split(".")[1] for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 def packing_of(source: str) -> str | None:
-    """How a file is packed."""
+    """How a file is compressed; None if it is not."""
     return next((how for suffix, how in PACKINGS.items() if source.lower().endswith(suffix)), None)
 
 
@@ -58,7 +58,7 @@ def _stream(path: str) -> IO[bytes]:
 
 
 def _lines(path: str) -> Iterator[tuple[str, str | ValueError]]:
-    """(where, line) pairs of a UTF-8 file; a line that is none comes as the exception that says why."""
+    """(where, line) pairs of a UTF-8 file; a line that is not UTF-8 comes as the exception that says why."""
     with _stream(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -79,7 +79,7 @@ def _json_lines(path: str) -> Iterator[Record]:
 
 
 def _json(path: str) -> Iterator[Record]:
-    """The records of an array, or those of lines; a file that is one object over several lines is one record."""
+    """The records of a JSON array or of JSON lines; a file that is one object over several lines is one record."""
     with _stream(path) as file:
         while ((first := file.read(1)) and first.isspace()) or first in (b"\xef", b"\xbb", b"\xbf"):
             pass
@@ -154,12 +154,12 @@ def _parquet(path: str) -> Iterator[Record]:
                 number += 1
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
-        said = f"{path} is no readable Parquet file after row {number}: {error}."
+        said = f"{path} is not a readable Parquet file after row {number}: {error}."
         raise RecipeError(f"{said} Fetch it again, or leave it out.") from error
 
 
 def _rows(batch: Any) -> Iterator[Any]:
-    """The rows of a batch; one whose text is no UTF-8 comes as the exception."""
+    """The rows of a batch; one whose text is not UTF-8 comes as the exception."""
     try:
         yield from map(_without_nulls, batch.to_pylist())
     except UnicodeDecodeError:
@@ -171,7 +171,7 @@ def _rows(batch: Any) -> Iterator[Any]:
 
 
 def _without_nulls(row: Any, *, inside: bool = False) -> Any:
-    """A row without the nulls in its objects, by which Parquet fills up keys that other rows have."""
+    """A row without the nulls in its objects, with which Parquet fills keys that other rows have."""
     if isinstance(row, dict):
         return {k: _without_nulls(v, inside=True) for k, v in row.items() if not (inside and v is None)}
     return [_without_nulls(v, inside=True) for v in row] if isinstance(row, list) else row

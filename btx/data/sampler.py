@@ -1,8 +1,8 @@
 """The order of training data: a pure function of (seed, step), so one integer is all there is to resume.
 
 Each domain's tokens are cut into sequences. A keyed permutation of all sequence numbers of the run (a Feistel
-network, walked until it falls into the range) says which domain comes when, in exactly the shares asked for, and
-another one, per domain and epoch, which of its sequences. Nothing is stored or shuffled in memory.
+network with cycle walking) says which domain comes when, in exactly the requested shares, and another one, per domain
+and epoch, which of its sequences. Nothing is stored or shuffled in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from btx.data.packed import Tokens
 from btx.errors import RecipeError
 
-IGNORED = -100  # the target that cross-entropy passes over
+IGNORED = -100  # the target that cross-entropy ignores
 _ROUNDS = 6
 
 
@@ -67,7 +67,7 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets, both (sequences, sequence_length) int64; a target of IGNORED is not learned."""
+    """Inputs and targets, both (sequences, sequence_length) int64; a target of IGNORED has no loss."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -81,7 +81,7 @@ class Stream:
         self, tokens: Mapping[str, Tokens], *, weights: Mapping[str, float], sequences: int, length: int, seed: int,
         part: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
-        """`part` (n, N): only every N-th sequence of each domain is there, from the n-th on."""
+        """`part` (n, N): only every N-th sequence of each domain is used, from the n-th on."""
         self.tokens, self.sequences, self.length, self.seed, self.part = tokens, sequences, length, seed, part
         self.counts = apportion(sequences, weights)
         self.available = {n: len(range(part[0], (len(t.train) - 1) // length, part[1])) for n, t in tokens.items()}
@@ -94,12 +94,12 @@ class Stream:
 
     @property
     def masked(self) -> bool:
-        """Whether some targets are not learned."""
+        """Whether some targets have no loss."""
         return any(t.mask is not None for t in self.tokens.values())
 
     @property
     def epochs(self) -> dict[str, float]:
-        """How often each domain's sequences are seen."""
+        """Epochs over each domain's sequences."""
         return {n: round(c / max(self.available[n], 1), 3) for n, c in self.counts.items()}
 
     def batch(self, numbers: range) -> Batch:

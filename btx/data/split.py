@@ -1,6 +1,6 @@
-"""A domain's documents in three: those to train on, those to choose settings by (select), those to report (test).
+"""Splits a domain's documents: those to train on, those to choose settings on (select), those to report on (test).
 
-`btx.data.heldout` sets the rule by one reading of all files; here they are read again and dealt by it.
+`btx.data.heldout` makes the rule in one pass over all files; a second pass here applies it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from btx.data.documents import Document, rank_of
 from btx.data.heldout import SIDES, Plan, halves, plan
 from btx.recipe.settings import DataSettings
 
-KEPT = 10_000  # held-out documents a side that are stored, those with the smallest hashes; none beyond is trained on
+KEPT = (
+    10_000  # held-out documents stored per side, those with the smallest hashes; the others are not trained on either
+)
 
 
 @dataclass(frozen=True)
 class Held:
-    """A held-out document, cut to what is scored of it, and the rank of the source document that it is a piece of."""
+    """A held-out document, cut to the part that is scored, and the rank of its source document."""
 
     document: Document
     source: int
@@ -38,7 +40,7 @@ class _Kept:
             self.found = {n: self.found[n] for n in sorted(self.found)[:KEPT]}
 
     def sorted(self) -> list[Held]:
-        """One piece of every source document in the order of hashes, then a second one of those that have it, ..."""
+        """One piece of every source document in hash order, then a second piece of those that have one, and so on."""
         order: list[tuple[int, int, Held]] = []
         seen: dict[int, int] = {}
         for number in sorted(self.found)[:KEPT]:
@@ -49,12 +51,12 @@ class _Kept:
 
 
 class Split:
-    """A domain's documents: those that `train` passes on, and `test` and `select`, complete once `train` has ended.
+    """A domain's documents: those that `train` yields, and `test` and `select`, complete once `train` is exhausted.
 
-    `valid` are its own held-out files, half of which (by hash) are for select; without them the documents of `sources`
-    are split by a `Plan`. What is held out is not trained on, also where the same text stands in `sources` again, nor
-    are the documents of `apart`, other domains' held-out files, and those that a domain of `beside`, which shares files
-    with this one, holds out of them.
+    `valid` are its own held-out files, half of which (by hash) go to select; without them the documents of `sources`
+    are split by a `Plan`. Held-out text is not trained on, also where it appears in `sources` again, nor are the
+    documents of `apart`, other domains' held-out files, and those that a domain of `beside`, which shares files with
+    this one, holds out of them.
     """
 
     def __init__(
@@ -101,38 +103,38 @@ class Split:
         return side is not None
 
     def _source(self, document: Document) -> int:
-        """Where its source document stands in the order: a file by what it holds, since where it lies may change; a
-        piece of the builtin texts by the name of its topic."""
+        """Its source document's place in hash order: a file by its content, since its path may change; a piece of the
+        builtin texts by the name of its topic."""
         if not document.source or self.plan.by_piece:
             return document.rank
         return rank_of(document.source) if document.source.startswith(BUILTIN) else self.plan.names[document.source]
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of scores on these documents must know."""
+        """Caveats for scores on these documents."""
         if not (self.plan.by_piece and self.test):
             return []
         return [
-            f"{self.plan.sources} source documents are too few to hold whole ones out, so pieces of them are: what is "
-            "scored comes from the same files as what is trained on, or chosen by. Give the domain more files, or a "
+            f"{self.plan.sources} source documents are too few to hold whole ones out, so pieces of them are: the "
+            "scored text comes from the same files as the text to train or select on. Give the domain more files, or a "
             "record for each text"
         ]
 
     @property
     def test(self) -> list[Held]:
-        """The documents that reports are made on, in the order of hashes."""
+        """The documents for reports, in hash order."""
         return self.kept["test"].sorted()
 
     @property
     def select(self) -> list[Held]:
-        """The documents that settings are chosen on, in the order of hashes."""
+        """The documents for choosing settings, in hash order."""
         return self.kept["select"].sorted()
 
     def survey(
         self, size: Callable[[Document], int], *, enough: int, look: Callable[[Document], object] | None = None
     ) -> int:
-        """Read everything, and sum the sizes of the documents to train on up to `enough`; `look` is called with all
-        others, held-out ones among them, to raise what is wrong with them."""
+        """Read everything, and sum the sizes of the documents to train on up to `enough`; `look` is called on all
+        others, held-out ones among them, to raise their errors."""
         total = 0
         for document in self.train():
             if total < enough:
@@ -145,7 +147,7 @@ class Split:
         return total
 
     def summary(self, files: int, valid_files: int) -> str:
-        """What was read, in words."""
+        """A sentence on what was read."""
         seen, kept = self.counts, self.valid_counts
         said = f"{seen.documents} documents, {seen.empty} empty, {seen.bad} bad lines in {files} files"
         if seen.first_bad:

@@ -20,12 +20,12 @@ class Texts:
         self.recipe, self.digests = recipe, digests
         self.base = base / expanded(recipe.data.directory or ".", "data.directory")
         self.files: dict[str, tuple[list[str], list[str]]] = {}
-        self.notes: dict[str, list[str]] = {}  # what was met on looking for them
+        self.notes: dict[str, list[str]] = {}  # remarks made while looking the files up
 
     def reads(self, where: str, data: list[str], valid: list[str]) -> dict[str, Any]:
-        """What a step says of the text that it reads, and of other domains' that it must leave out.
+        """What a step records of the text that it reads, and of other domains' text that it must leave out.
 
-        What the seed's data holds out by chance is scored nowhere, so the domains need not leave it out.
+        What the seed's data happens to hold out is scored nowhere, so the domains need not leave it out.
         """
         sources, kept = self._resolved(where, data, valid)
         for source in sorted({*sources} & {*kept}):
@@ -53,7 +53,7 @@ class Texts:
         return self.files[where]
 
     def _data(self) -> list[tuple[str, list[str], list[str]]]:
-        """Where the recipe names data, with it and its held-out files."""
+        """The recipe's sections that name data, with their data and held-out files."""
         domains = [(f"domains.{n}", d.data, d.valid) for n, d in self.recipe.domains.items() if d.data]
         return [*domains, ("seed", self.recipe.seed.sources, self.recipe.seed.valid)]
 

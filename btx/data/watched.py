@@ -1,8 +1,8 @@
-"""What a chat template makes of a conversation, found by watching it write: what leaves no trace would be dropped.
+"""Detects what a chat template would drop from a conversation, by watching it render.
 
-A key of a message counts as read where the template looks at it; a content as written where marks around it come out
-again. Templates are programs, so neither can be told from their text: a key may be read of another object, or in a
-branch that this message does not reach.
+A key of a message counts as read where the template accesses it; a content as written where marks around it appear in
+the output. Templates are programs, so neither can be told from their source: a key may be read from another object, or
+in a branch that this message does not reach.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from jinja2 import TemplateError
 
 from btx.data.documents import EMPTY, SAID, Message
 
-MARKS = re.compile("[\ufdd0-\ufdef]")  # characters that no text may hold, so that they can mark places
+MARKS = re.compile("[\ufdd0-\ufdef]")  # noncharacters, which no text may hold, so that they can mark positions
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 DIGIT = 0xFDE0  # the first of the sixteen marks that write a number
 NUMBER = re.compile(f"{OPEN}([\ufde0-\ufdef]+){CLOSE}")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, which transformers passes as the first
-Render = Callable[[Sequence[Message]], str]  # raises TemplateError, TypeError or ValueError where it is refused
+REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms, which transformers passes as the first
+Render = Callable[[Sequence[Message]], str]  # raises TemplateError, TypeError or ValueError where the template refuses
 
 
 class Watched(dict[str, Any]):
-    """A message that notes which of its keys a template looks at."""
+    """A message that records which of its keys a template reads."""
 
     def __init__(self, message: Message) -> None:
         super().__init__(aliased(message))
         self._seen = set[str]()
 
     def unread(self, message: Message) -> list[str]:
-        """The keys of the message, as it was before it got aliases, that say something and were not looked at."""
+        """The non-empty keys of the message, as it was before it got aliases, that were not read."""
         reasoning = dict.get(self, REASONING[0])
         found = []
         for key, value in message.items():
@@ -52,7 +52,7 @@ class Watched(dict[str, Any]):
         return super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value, noted."""
+        """A value, recorded as read."""
         self._look(key)
         return super().get(key, default)
 
@@ -61,17 +61,17 @@ class Watched(dict[str, Any]):
         return super().__iter__()
 
     def items(self) -> Any:
-        """All, noted."""
+        """All items, recorded as read."""
         self._look()
         return super().items()
 
     def keys(self) -> Any:
-        """All, noted."""
+        """All keys, recorded as read."""
         self._look()
         return super().keys()
 
     def values(self) -> Any:
-        """All, noted."""
+        """All values, recorded as read."""
         self._look()
         return super().values()
 
@@ -91,8 +91,8 @@ def aliased(message: Message) -> Message:
 def written_whole(render: Render, messages: Sequence[Message]) -> str:
     """The conversation as the template writes it, without marks.
 
-    ValueError for what the template never looks at, or leaves out, of a message. A key counts as read also where the
-    template looks at it only when the message is the last one, as some do with what was thought.
+    ValueError for a key of a message that the template never reads, or a content that it leaves out. A key also counts
+    as read where the template reads it only in the last message, as some do with reasoning.
     """
     watched = [Watched(m) for m in messages]
     text = MARKS.sub("", render(watched))
@@ -109,8 +109,8 @@ def written_whole(render: Render, messages: Sequence[Message]) -> str:
 
 
 def _require_contents(render: Render, messages: Sequence[Message], text: str) -> None:
-    """ValueError for a message of whose content the text has nothing; a template that changes its text where marks
-    stand in it, such as one that counts characters, is believed."""
+    """ValueError for a message whose content is missing from the text; a template whose text changes with marks in it,
+    such as one that counts characters, is trusted."""
     found = attempt(render, [_numbered(message, n) for n, message in enumerate(messages)])
     if found is None or MARKS.sub("", found) != text:
         return
@@ -121,7 +121,7 @@ def _require_contents(render: Render, messages: Sequence[Message], text: str) ->
 
 
 def _numbered(message: Message, n: int) -> Message:
-    """A message with its number, in marks, at both ends of its content."""
+    """A message with its number, in marks, before and after its content."""
     content = message.get("content", "")
     core = content.strip()
     mark = OPEN + "".join(chr(DIGIT + int(digit, 16)) for digit in f"{n:x}") + CLOSE
@@ -130,7 +130,7 @@ def _numbered(message: Message, n: int) -> Message:
 
 
 def attempt(render: Render, messages: Sequence[Message]) -> str | None:
-    """A conversation as text, None where the template refuses it."""
+    """A conversation as text; None where the template refuses it."""
     try:
         return render(messages)
     except (TemplateError, TypeError, ValueError):

@@ -16,10 +16,10 @@ from btx.models.flops import parameters
 
 @dataclass(frozen=True)
 class About:
-    """What a card says of a model besides what its folder holds.
+    """Facts for a model card that the model's folder does not hold.
 
     `parents` are (name, kind of the step that made it, digest), `data` (name, training tokens at hand, held-out
-    documents), `recipe` the sections that decided, `results` what the evaluation wrote, None where there was none.
+    documents), `recipe` the sections that decide the model, `results` what the evaluation wrote, None without one.
     """
 
     title: str
@@ -85,7 +85,7 @@ Share of the token-choices per expert, mean over layers, on held-out text.
 
 
 def card(about: About, folder: Path) -> str:
-    """The whole card, Markdown with front matter, of what is in `folder`."""
+    """The model card of `folder`: Markdown with front matter."""
     config = read_config(folder)
     count = parameters(config)
     per_token = config["num_experts_per_tok"]
@@ -95,7 +95,7 @@ def card(about: About, folder: Path) -> str:
     return f"""{_front(about)}
 # {about.title}
 
-A Mixture of Experts ({config["model_type"]}, {len(about.experts)} experts, {per_token} a token; {count.total:,}
+A Mixture of Experts ({config["model_type"]}, {len(about.experts)} experts, {per_token} per token; {count.total:,}
 parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: copies of one
 seed were trained on one domain each, {parts} became the experts, every other tensor was averaged, and
 the whole was finetuned with a learned token-level router.
@@ -130,7 +130,7 @@ has them too; `proof.json` has the logits of probe prompts; `btx check FOLDER` c
 
 
 def changed_card(did: str, parent: str, rows: dict[str, dict[str, float]], loads: list[str]) -> str:
-    """The card of what a verb of `btx moe` made of a mixture; `loads` are the notes on where it does."""
+    """The model card of a mixture that a `btx moe` command changed; `loads` are the notes on where it loads."""
     front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": parent,
                             "tags": ["btx", "mixture-of-experts"]}, sort_keys=False)  # fmt: skip
     measured = f"Bits per byte on held-out documents:\n\n{table(rows, 'domain')}" if rows else "Nothing was measured."
@@ -139,7 +139,7 @@ def changed_card(did: str, parent: str, rows: dict[str, dict[str, float]], loads
 
 # {parent}, changed
 
-Made of {parent} by `{did}` (btx {__version__}). Tensors that the verb does not change have the bits they had.
+Made from {parent} by `{did}` (btx {__version__}). Tensors that the command does not change are bit for bit the same.
 
 {measured}
 

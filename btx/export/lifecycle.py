@@ -1,6 +1,6 @@
-"""What happens to a Mixture of Experts after the merge: experts taken out, put in, exchanged, or taken out to be dense.
+"""Changes a Mixture of Experts after the merge: removes, adds, replaces or masks experts, or extracts one as dense.
 
-Folders are read and written block by block, like the merge. Whatever is not asked to change keeps its bits: the shared
+Folders are read and written block by block, as in the merge. Everything else stays bit for bit the same: the shared
 tensors, the other experts, and their rows of every router.
 """
 
@@ -29,7 +29,7 @@ from btx.models.target import class_name, moe_config
 def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
     """A dense model's feed-forward blocks as an expert; ArtifactError when they do not fit.
 
-    Beside a shared expert that is not zero, its output is halved as the merge does.
+    Beside a shared expert that is not zero, its output is halved, as in the merge.
     """
     for layer in moe.layers:
         for kind in moe.family.expert:
@@ -60,7 +60,7 @@ def write_changed(
     out: Path, moe: Moe, experts: Mapping[str, int | Source], routers: Callable[[int], torch.Tensor],
     top_k: int | None = None,
 ) -> None:  # fmt: skip
-    """Write the folder with other experts: by name, an old one's number or where a new one comes from.
+    """Write the folder with these experts: by name, the number of an old one or the source of a new one.
 
     `routers(layer)` gives the router (number of experts, D). Old experts keep the order of their tensors in the file.
     """
@@ -103,7 +103,7 @@ def _rows(
 
 
 def _places(origin: Sequence[int | None], old: int, count: int) -> list[int]:
-    """Where the expert that was number `old` goes; after the last old one, the new ones too."""
+    """Places of the expert that was number `old`, if it stays; the new experts' follow the last old one."""
     places = [place for place, e in enumerate(origin) if e == old]
     if old == count - 1:
         places += [place for place, e in enumerate(origin) if e is None]
@@ -128,7 +128,7 @@ def remove(out: Path, moe: Moe, names: Sequence[str]) -> None:
 
 
 def replace(out: Path, moe: Moe, name: str, source: Source) -> None:
-    """Write the folder with another model's feed-forward blocks in the place of an expert, whose router rows stay."""
+    """Write the folder with another model's feed-forward blocks in place of an expert, whose router rows stay."""
     number = moe.index(name)
     experts: dict[str, int | Source] = {n: e for e, n in enumerate(moe.names)}
     experts[moe.names[number]] = source
@@ -136,13 +136,13 @@ def replace(out: Path, moe: Moe, name: str, source: Source) -> None:
 
 
 def require_new(moe: Moe, name: str) -> None:
-    """RecipeError for a name that an expert has already, or that could be taken for a number or a path."""
+    """RecipeError for a name that an expert already has, or that could be taken for a number or a path."""
     if name in moe.names:
         raise RecipeError(
-            f"{moe.checkpoint.folder} has an expert {name!r} already. Use `btx moe replace`, or another name."
+            f"{moe.checkpoint.folder} already has an expert {name!r}. Use `btx moe replace`, or another name."
         )
     if name.isdecimal() or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
-        raise RecipeError(f"--name {name!r} is no name of an expert: use letters, digits, '-', '_' and '.', no number.")
+        raise RecipeError(f"--name {name!r} is not an expert's name: use letters, digits, '-', '_', '.'; no number.")
 
 
 def add(out: Path, moe: Moe, name: str, source: Source, rows: Callable[[int], torch.Tensor]) -> None:
@@ -158,7 +158,7 @@ def with_row(router: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 
 
 def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
-    """Write experts whole, with their rows of the routers and their places, so that `unmask` can put them back."""
+    """Write experts whole, with their router rows and their places, so that `unmask` can put them back."""
     out.mkdir()
     places = sorted({moe.index(name) for name in names})
     rows: list[TensorSpec] = []
@@ -199,7 +199,7 @@ def unmask(out: Path, moe: Moe, away: Masked) -> None:
 
 
 def extract(out: Path, moe: Moe, name: str) -> None:
-    """Write one expert and the shared tensors as a dense model: what the mixture computes when only it is chosen."""
+    """Write one expert and the shared tensors as a dense model: what the mixture computes if it routes to it alone."""
     number, family = moe.index(name), moe.family
     source = moe.expert(number)
     if moe.dense and moe.width != moe.config["intermediate_size"]:
@@ -228,7 +228,7 @@ def extract(out: Path, moe: Moe, name: str) -> None:
 
 
 def dense_config(family: Family, moe: dict[str, Any]) -> Any:
-    """The native dense config of a model of one expert of a Mixture of Experts; `moe` is its parsed config.json."""
+    """The native dense config of one expert as a model; `moe` is the mixture's parsed config.json."""
     from transformers import AutoConfig
 
     source = AutoConfig.for_model(**moe).to_dict()
@@ -243,12 +243,12 @@ def dense_config(family: Family, moe: dict[str, Any]) -> Any:
 def _require_zero(moe: Moe, tensor: str) -> None:
     if tensor.endswith("down_proj.weight") and any(bool(block.any()) for block in moe.checkpoint.blocks(tensor)):
         raise ArtifactError(
-            f"{moe.checkpoint.folder}: {tensor} is not zero, so every token also visits a shared expert, which no "
-            f"{moe.family.dense} model has a place for. Only folders whose shared expert is zero can be made dense."
+            f"{moe.checkpoint.folder}: {tensor} is not zero, so every token also visits a shared expert, which a "
+            f"{moe.family.dense} model does not have. Only folders whose shared expert is zero can be made dense."
         )
 
 
 def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
-    """Config fields that decide and in which a dense model, made a mixture, would differ from this one."""
+    """The deciding config fields in which a mixture made of this dense model would differ from this mixture."""
     made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where, dense_layers=moe.dense)
     return config_difference(moe.config, made.to_dict(), where, carried=moe.family.carried, names=("the mixture", "it"))

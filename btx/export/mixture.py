@@ -1,7 +1,7 @@
-"""A Mixture-of-Experts folder as `btx moe` reads it: its experts by name, its routers, and what was masked beside it.
+"""A Mixture-of-Experts folder as `btx moe` reads it: its experts by name, its routers, and its masked experts.
 
-All that is read later is looked at when a folder is opened: numbers in its config, names of its experts, and that every
-router and expert is there with its shape. So a damaged folder ends in a sentence before anything is written.
+Everything is validated when a folder is opened: numbers in its config, names of its experts, and that every router and
+expert exists with its shape. So a damaged folder is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from btx.checkpoints.validate import DTYPES
 from btx.errors import ArtifactError, RecipeError, nearest
 from btx.models.families import DOWN, LAYER, MOE, UP, Family
 
-EXPERTS = "experts.json"  # of a folder: the experts' names, in order
+EXPERTS = "experts.json"  # the experts' names, in order
 Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -37,14 +37,14 @@ class Moe:
         config = checkpoint.config
         if config["model_type"] not in MOE:
             raise ArtifactError(
-                f"{checkpoint.folder} is a {config['model_type']}, no Mixture of Experts that btx writes "
+                f"{checkpoint.folder} is a {config['model_type']}, not a Mixture of Experts that btx writes "
                 f"({', '.join(MOE)})."
             )
         self.checkpoint, self.config = checkpoint, config
         family = MOE[config["model_type"]]
         if family.attention:
             raise ArtifactError(
-                f"{checkpoint.folder} is a {family.moe}, whose attention is made of experts too, and `btx moe` "
+                f"{checkpoint.folder} is a {family.moe}, whose attention has experts too, and `btx moe` "
                 "changes feed-forward experts only. Merge it again, with merge.experts: per_model."
             )
         rests = {match[2] for name in checkpoint.entries if (match := LAYER.fullmatch(name))}
@@ -67,7 +67,7 @@ class Moe:
         self.names = expert_names(checkpoint.folder, self.count)
 
     def _sparse(self) -> Iterator[int]:
-        """The layers with experts, as the config has it, which may claim any number."""
+        """The layers with experts by the config; lazily, since it may claim any number."""
         return (n for n in range(self._depth) if n not in self._dense)
 
     def _shapes(self) -> Shapes:
@@ -83,7 +83,7 @@ class Moe:
                     yield from ((published.format(e=e), (rows, columns)) for e in range(self.count))
 
     def index(self, name: str) -> int:
-        """The number of an expert, by its name or by that number; RecipeError for one that is not there."""
+        """The number of an expert, by its name or by that number; RecipeError for an unknown one."""
         if name in self.names:
             return self.names.index(name)
         if name.isdecimal() and int(name) < self.count:
@@ -91,7 +91,7 @@ class Moe:
         raise RecipeError(f"{self.checkpoint.folder} has no expert {name!r}; {nearest(name, self.names)}")
 
     def expert(self, number: int) -> Source:
-        """Where an expert's tensors come from."""
+        """The source of an expert's tensors."""
         return partial(self._pieces, number)
 
     def _pieces(self, number: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
@@ -119,7 +119,7 @@ class Moe:
 
 
 class Masked:
-    """Experts that were switched off in a mixture, as they lie beside it: their places, names and tensors."""
+    """The masked experts of a mixture: their places, names and tensors."""
 
     def __init__(self, checkpoint: Checkpoint, moe: Moe) -> None:
         config: dict[str, Any] = checkpoint.config
@@ -128,11 +128,11 @@ class Masked:
             raise self._damaged(checkpoint, "it does not name a place for every expert")
         total = moe.count + len(places)
         if not all(type(p) is int and 0 <= p < total for p in places) or len(set(places)) < len(places):
-            raise self._damaged(checkpoint, f"places {places!r:.80} are no places among {total} experts")
+            raise self._damaged(checkpoint, f"places {places!r:.80} are not distinct places among {total} experts")
         if not all(isinstance(n, str) for n in names) or len({*names, *moe.names}) < total:
-            raise self._damaged(checkpoint, f"names {names!r:.80} are not names of experts, each its own")
+            raise self._damaged(checkpoint, f"names {names!r:.80} are not distinct names of experts")
         if config["model_type"] != moe.config["model_type"]:
-            raise self._damaged(checkpoint, f"it is of a {config['model_type']}")
+            raise self._damaged(checkpoint, f"it belongs to a {config['model_type']}")
         self.checkpoint, self.places, self.names = checkpoint, [int(p) for p in places], [str(n) for n in names]
         self.top_k = _number(checkpoint, "top_k", total)
         _require_shapes(checkpoint, self._shapes(moe), lambda _rest: True)
@@ -147,7 +147,7 @@ class Masked:
             yield from ((f"model.layers.{layer}.{e}.{k}", moe.shape(k)) for e in self.places for k in moe.family.expert)
 
     def pieces(self, place: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
-        """A tensor of the expert that belongs to a place."""
+        """A tensor of the masked expert with this place, in blocks."""
         return self.checkpoint.blocks(f"{prefix}{place}.{kind}")
 
 
@@ -157,7 +157,7 @@ def patterns(family: Family) -> dict[str, re.Pattern[str]]:
 
 
 def _number(checkpoint: Checkpoint, field: str, most: int | None = None) -> int:
-    """A whole number above zero out of the config; ArtifactError for anything else."""
+    """A positive integer of the config, at most `most`; ArtifactError for anything else."""
     value = checkpoint.config.get(field)
     if type(value) is int and 1 <= value <= (most or value):
         return value
@@ -174,21 +174,21 @@ def _dense_layers(checkpoint: Checkpoint, family: Family) -> set[int]:
     step = checkpoint.config.get("decoder_sparse_step", 1)
     if not isinstance(found, list) or not all(type(n) is int for n in found) or (found and not family.dense_layers):
         raise ArtifactError(
-            f"{checkpoint.folder}/config.json has mlp_only_layers = {found!r:.80}, where a list of layers of a class "
-            "that has such layers belongs. Fetch the folder again."
+            f"{checkpoint.folder}/config.json has mlp_only_layers = {found!r:.80}, which is not a list of layers, or "
+            "its class has no such layers. Fetch the folder again."
         )
     if family.dense_layers and step != 1:
         raise ArtifactError(
             f"{checkpoint.folder}/config.json has decoder_sparse_step = {step!r:.80}; btx writes 1, and names layers "
-            "without experts under mlp_only_layers. Do so in it too."
+            "without experts under mlp_only_layers. Change the config to that."
         )
     return {*found}
 
 
 def _require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[str], bool]) -> None:
-    """ArtifactError unless these tensors are there with these shapes, and no other that belongs to them.
+    """ArtifactError unless these tensors exist with these shapes, and no other one belongs to an expert.
 
-    `belongs` tells it by a name below `model.layers.L.`. A config that claims too much ends at the first missing one.
+    `belongs` decides by the name below `model.layers.L.`. A config that claims too much ends at the first missing one.
     """
     names = set()
     for name, shape in wanted:
@@ -208,18 +208,18 @@ def _require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[s
 
 
 def expert_names(folder: Path, count: int) -> list[str]:
-    """The experts' names as the folder says them, or their numbers."""
+    """The experts' names from the folder's experts.json, or their numbers without it."""
     path = folder / EXPERTS
     if not path.is_file():
         return [str(n) for n in range(count)]
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["experts"]
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise ValueError("its experts are no list of names")
+            raise ValueError("its experts are not a list of names")
         if len(names) != count:
             raise ValueError(f"it names {len(names)} experts, config.json {count}")
         if len(set(names)) < count:
-            raise ValueError("a name stands twice")
+            raise ValueError("a name appears twice")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Fetch the folder again, or remove that file.") from error
     return list(names)

@@ -1,7 +1,7 @@
-"""What lets an export load elsewhere: a config that transformers 4 reads too, either layout of the experts, and notes.
+"""Makes an export load elsewhere: a config that transformers 4 reads too, either layout of the experts, and notes.
 
-transformers 5 writes some fields of a config under new names only. transformers 4 takes its defaults for those that it
-does not find, without a word, so the older names are written beside; transformers 5 finds the same values in both.
+transformers 5 writes some fields of a config under new names only. transformers 4 silently takes its defaults for those
+that it does not find, so the older names are written as well; transformers 5 finds the same values in both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from btx.models.families import DENSE, DOWN, GATE, MOE, UP, Family
 from btx.models.target import BALANCE
 
 TOKENIZER = "tokenizer_config.json"
-OWN_CLASS = "TokenizersBackend"  # what transformers 5 calls a tokenizer that is its tokenizer.json and nothing else
+OWN_CLASS = "TokenizersBackend"  # transformers 5's class for a tokenizer that tokenizer.json alone defines
 UNBALANCED = (
     "Its config states a coefficient of 0 for the balance loss of transformers, and no router logits, so that no "
     "trainer adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
@@ -29,12 +29,12 @@ OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 u
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as transformers 5 wrote it, which transformers 4 reads as the same model; other families' as it is.
+    """A config.json of transformers 5 with what transformers 4 needs to read the same model; other families' unchanged.
 
     `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
     `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
     come to differ; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
-    stands for. No balance loss of transformers' own is asked for.
+    stands for. transformers' own balance loss is off.
     """
     family = MOE.get(config["model_type"])
     if not family and config["model_type"] not in DENSE:
@@ -57,9 +57,9 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def portable_tokenizer(folder: Path) -> None:
-    """Give a tokenizer that btx made the class name that transformers 4 knows; never for files of somebody else.
+    """Give a tokenizer that btx made the class name that transformers 4 knows; not for tokenizers of other origin.
 
-    The inputs are named because transformers 4 would add token types to them, which no model here takes.
+    `model_input_names` is set because transformers 4 would add token type ids, which no model here takes.
     """
     path = folder / TOKENIZER
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def _fused(source: Checkpoint, family: Family) -> list[TensorSpec]:
 
 
 def _joined(source: Checkpoint, target: str, names: list[str], count: int) -> TensorSpec:
-    """One tensor of `count` experts from the tensors that follow each other in it; one that is stacked stays so."""
+    """One tensor of `count` experts, joined from the named tensors in order; a stacked one stays as it is."""
     entry = source.entries[names[0]]
     shape = entry.shape if len(names) == 1 < len(entry.shape) - 1 else (
         count, len(names) // count * entry.shape[0], entry.shape[1]
@@ -112,13 +112,13 @@ def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
     family = MOE.get(config["model_type"])
     if layout == "fused" and not (family and family.attention):  # whose names on disk and in memory are the same
         return [
-            f"Its experts lie fused, as {made} holds them: it is known to load there only. transformers 4 would draw "
-            "its experts at random, and other tools ask for the published names; export with `layout: published` for "
-            "them.",
+            f"Its experts are stored fused, as {made} holds them: it is known to load there only. transformers 4 would "
+            "initialise its experts at random, and other tools expect the published names; export with "
+            "`layout: published` for them.",
             UNBALANCED,
         ]
     found = [*_limits_of_transformers_4(config, folder), *_vllm(config), *_limits_of_llama_cpp(config, folder)]
-    said = [f"It loads in {made} and, as far as nothing else is said below, in transformers 4.57.", *found]
+    said = [f"It loads in {made} and, unless stated otherwise below, in transformers 4.57.", *found]
     return [*said, UNBALANCED] if family else said
 
 
@@ -166,11 +166,11 @@ def _vllm(config: dict[str, Any]) -> list[str]:
 
 
 def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
-    """What tests/portability/in_llama_cpp.py met in llama-cpp-python 0.3.36."""
+    """What tests/portability/in_llama_cpp.py found in llama-cpp-python 0.3.36."""
     kind, found = config["model_type"], []
     llama3 = _rope(config) == "llama3"
     if kind in ("flex_olmo", "jetmoe"):
-        return ["llama.cpp has no place for its family."]
+        return ["llama.cpp does not support its family."]
     if config.get("mlp_only_layers"):
         return ["llama.cpp's converter refuses layers without experts in this family."]
     if kind in ("granite", "granitemoe") and llama3:
@@ -179,11 +179,11 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
         found.append("llama.cpp leaves out its rope scaling (llama3) in this family and computes something else.")
     if kind == "qwen2_moe":  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
         return [
-            "llama.cpp does not compute it: in this family it does not renormalise the chosen gates and gives NaN for "
-            "a shared expert whose gate is zero; with tied embeddings it does not load the file."
+            "llama.cpp does not compute it: in this family it does not renormalise the routing weights and gives NaN "
+            "for a shared expert whose gate is zero; with tied embeddings it does not load the file."
         ]
     if config.get("sliding_window") and (kind in ("mistral", "mixtral") or config.get("use_sliding_window")):
         found.append(f"llama.cpp has no sliding window here: it differs beyond {config['sliding_window']} tokens.")
     if not (folder / "tokenizer.model").is_file():
-        found.append("llama.cpp's converter refuses byte-level tokenizers that it does not know, as those of btx.")
+        found.append("llama.cpp's converter refuses byte-level tokenizers that it does not know, such as btx's.")
     return found

@@ -1,4 +1,4 @@
-"""The proof that an export carries: probe prompts with the logits they gave, and the check that they still do.
+"""The golden logits that an export carries: probe prompts with the logits they gave, and the check that they still do.
 
 `proof.json` holds, per prompt, the token ids, the highest logits at the last position and the logarithm of the
 summed exponentials of all of them, computed in fp32 by the stock class on a CPU. (JSON, because some loaders take
@@ -25,8 +25,8 @@ from btx.recipe.settings import RunSettings
 
 PROOF, SUMS = "proof.json", "SHA256SUMS"
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "Question: 12 + 30 = ? Answer:")
-CARD = "README.md"  # which people edit; it decides nothing of what the folder computes
-READ = re.compile(  # files that transformers or another loader takes up, so that one more of them changes the model
+CARD = "README.md"  # which people edit; it does not affect the model
+READ = re.compile(  # files that transformers or another loader picks up, so that an extra one changes the model
     r"(^|/)[^/.][^/]*(\.safetensors|\.bin|\.pth?|\.py|\.jinja|\.gguf|\.model|\.index\.json)$"
     r"|(^|/)(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
     r"|chat_template|vocab|tekken|preprocessor_config|processor_config|experts)\.json$|(^|/)(merges|vocab)\.txt$"
@@ -49,7 +49,7 @@ def logits_of(net: Any, ids: list[int]) -> torch.Tensor:
 
 
 def make_proof(folder: Path) -> dict[str, Any]:
-    """What `proof.json` holds."""
+    """The contents of `proof.json`: for each prompt, the stock model's ids and logits."""
     tokenizer, net = load_tokenizer(folder), load_stock(folder)
     rows = []
     for prompt in PROMPTS:
@@ -76,9 +76,9 @@ def write_sums(folder: Path) -> None:
 
 
 def check_sums(folder: Path) -> int:
-    """Compare every file but the card with SHA256SUMS; returns how many; ArtifactError names those that differ.
+    """Compare every file but the card with SHA256SUMS; returns their number; ArtifactError names those that differ.
 
-    Files that nobody loads, such as those of git, of a hub or of a desktop, may have been added.
+    Extra files that no loader reads, such as those of git, of a hub or of a desktop, are allowed.
     """
     path = folder / SUMS
     if not path.is_file():
@@ -100,8 +100,8 @@ def check_sums(folder: Path) -> int:
     extra = [n for n in artifact.list_files(folder) if n not in (*listed, SUMS) and READ.search(n) and n[0] != "."]
     if extra:
         raise ArtifactError(
-            f"{folder}: {', '.join(extra[:5])} {'is' if len(extra) == 1 else 'are'} not listed in {SUMS}, so nobody "
-            "vouches for it. Remove what was added, or fetch the folder again."
+            f"{folder}: {', '.join(extra[:5])} {'is' if len(extra) == 1 else 'are'} not listed in {SUMS}, so nothing "
+            "verifies them. Remove what was added, or fetch the folder again."
         )
     return len(rows)
 
@@ -114,7 +114,7 @@ def _same(folder: Path, name: str, digest: str) -> bool:
 
 
 def check_keys(folder: Path, net: Any) -> str:
-    """The tensors on disk must be exactly those of the stock class, published or fused; returns what there is."""
+    """ArtifactError unless the tensors on disk are exactly the stock class's, published or fused; returns a summary."""
     from btx.checkpoints.reader import Checkpoint
 
     state = {
@@ -134,7 +134,7 @@ def check_keys(folder: Path, net: Any) -> str:
 
 
 def check_proof(folder: Path, net: Any) -> float:
-    """Largest difference of a logit from the proof's; ArtifactError when it is above the tolerance."""
+    """Largest difference of a logit from the golden one; ArtifactError when it is above the tolerance."""
     path = folder / PROOF
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["prompts"]
@@ -148,8 +148,8 @@ def check_proof(folder: Path, net: Any) -> float:
     worst = float(torch.tensor(differences).max())  # of torch, since Python's max(0.0, nan) is 0.0
     if not worst <= TOLERANCE:
         raise ArtifactError(
-            f"{folder} gives other logits than when it was exported: off by {worst:.3g}, allowed are "
-            f"{TOLERANCE:g}. The weights, or the library that runs them, are not the same."
+            f"{folder} gives other logits than when it was exported: off by {worst:.3g}, allowed is "
+            f"{TOLERANCE:g}. The weights or the libraries that run them have changed."
         )
     return worst
 

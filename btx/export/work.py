@@ -1,7 +1,7 @@
-"""`btx moe`: experts added to an exported mixture, removed, replaced, masked, or extracted as dense models.
+"""`btx moe`: adds experts to an exported mixture, removes, replaces or masks them, or extracts them as dense models.
 
-Each verb writes a new folder that loads like the export it comes from, with digests and a proof of its own, and prints
-what it did to every domain that `--data NAME=PATH` names.
+Each command writes a new folder that loads like the export it comes from, with digests and golden logits of its own,
+and prints its effect on every domain that `--data NAME=PATH` names.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from btx.probes.contract import Document
 from btx.recipe.settings import DataSettings, RunSettings
 
 Say = Callable[[str], None]
-MASKED = "masked"  # folder beside a mixture that holds what was switched off
+MASKED = "masked"  # folder inside a mixture's that holds its masked experts
 WHERE = RunSettings()
-LENGTH, ROWS, ROUNDS = 512, 8, 2  # tokens of a sequence, sequences of a batch, fits of a new row
+LENGTH, ROWS, ROUNDS = 512, 8, 2  # tokens per sequence, sequences per batch, fits of a new row
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Texts:
 
 
 def read_texts(sources: Mapping[str, str], folder: Path, *, tokens: int) -> dict[str, Texts]:
-    """Domains by name from files, folders or globs, up to so many tokens of each; RecipeError for too few."""
+    """Domains by name from files, folders or globs, up to `tokens` tokens of each; RecipeError for too little text."""
     encoder = Encoder(load_tokenizer(folder), "all")
     found = {}
     for name, pattern in sources.items():
@@ -103,26 +103,26 @@ def measure(folder: Path, texts: Mapping[str, Texts]) -> dict[str, float]:
 
 
 def check_out(out: Path, folder: Path) -> None:
-    """RecipeError unless `out` is a new folder, and not one inside the mixture, which stays as it is."""
+    """RecipeError unless `out` is a new folder outside the mixture, which must stay unchanged."""
     try:
         if out.exists():
-            raise RecipeError(f"--out: {out} is there already. Name a new folder, or remove it.")
+            raise RecipeError(f"--out: {out} already exists. Name a new folder, or remove it.")
         inside = out.resolve().is_relative_to(folder.resolve())
     except OSError as error:
         raise unwritable(out, error) from error
     if inside:
-        raise RecipeError(f"--out: {out} lies inside {folder}, which stays as it is. Name a folder beside it.")
+        raise RecipeError(f"--out: {out} lies inside {folder}, which must stay unchanged. Name a folder beside it.")
 
 
 class Work:
-    """One verb at work on a folder: reads it, writes another, measures both."""
+    """One `btx moe` command: reads a folder, writes another, measures both."""
 
     def __init__(
         self, stack: ExitStack, folder: Path, out: Path, data: Mapping[str, str], tokens: int, say: Say
     ) -> None:
         folder, out = folder.absolute(), out.absolute()  # "." gets a name too
         check_out(out, folder)
-        if (folder / SUMS).is_file():  # nothing is built on a folder that is not what it was
+        if (folder / SUMS).is_file():  # nothing is built on a folder that has changed
             check_sums(folder)
         stack.enter_context(one_thread())
         self.stack, self.folder, self.out, self.say = stack, folder, out, say
@@ -130,7 +130,7 @@ class Work:
         self.texts = read_texts(data, folder, tokens=tokens)
 
     def require_unmasked(self) -> None:
-        """RecipeError when experts are masked: they would stay behind, and their places would no longer hold."""
+        """RecipeError when experts are masked: the new folder would lack them, and their places would change."""
         if (self.folder / MASKED).exists():
             raise RecipeError(
                 f"{self.folder} has experts switched off in {MASKED}/, which the new folder would not have. Use "
@@ -138,11 +138,11 @@ class Work:
             )
 
     def dense(self, folder: Path, name: str) -> Checkpoint:
-        """A dense model as it may become an expert; ArtifactError unless it is of the mixture's seed."""
+        """A dense model that is to become an expert; ArtifactError unless it descends from the mixture's seed."""
         dense = self.stack.enter_context(opened(folder))
         who = f"the expert {name} ({folder})"
         if different := lifecycle.config_of_pair(dense, self.moe, who):
-            raise ArtifactError(f"{who} does not go with {self.folder}: config.json differs in {'; '.join(different)}.")
+            raise ArtifactError(f"{who} does not fit {self.folder}: config.json differs in {'; '.join(different)}.")
         for warning in warnings_of(dense.config, who):
             self.say(f"warning: {warning}")
         if tokenizer_digest(folder) != tokenizer_digest(self.folder):
@@ -150,7 +150,7 @@ class Work:
         for tensor in sorted(self.moe.checkpoint.entries.keys() & dense.entries.keys()):
             if self.moe.checkpoint.entries[tensor].shape != dense.entries[tensor].shape:
                 raise ArtifactError(
-                    f"{who} does not go with {self.folder}: the shape of {tensor} is {dense.entries[tensor].shape}, "
+                    f"{who} does not fit {self.folder}: the shape of {tensor} is {dense.entries[tensor].shape}, "
                     f"there it is {self.moe.checkpoint.entries[tensor].shape}. Use a model trained from the same seed."
                 )
         far = distance(self.moe.checkpoint, dense, names=self.moe.checkpoint.entries.keys() & dense.entries.keys())
@@ -164,7 +164,7 @@ class Work:
         return dense
 
     def finish(self, did: str, write: Callable[[Path], None], parents: Mapping[str, Path]) -> None:
-        """Publish what `write` puts into a folder, with proof, card and digests, and print the table."""
+        """Publish what `write` puts into a folder, with golden logits, card and digests, and print the table."""
         before = measure(self.folder, self.texts)
         rows: dict[str, dict[str, float]] = {}
 
@@ -173,7 +173,7 @@ class Work:
             carry_tokenizer(self.folder, out, self.folder)
             config = portable_config(read_config(out))
             write_json(out / "config.json", config)
-            self.say("proves and measures")
+            self.say("computing golden logits and measuring")
             write_json(out / PROOF, make_proof(out))
             if before:
                 after = measure(out, self.texts)
@@ -198,7 +198,7 @@ def remove(work: Work, names: list[str]) -> None:
 
 
 def mask(work: Work, names: list[str]) -> None:
-    """Write the mixture without some experts, which lie beside it, whole, in a folder of their own."""
+    """Write the mixture without some experts, which are kept whole in a folder of their own inside it."""
     work.require_unmasked()
 
     def write(out: Path) -> None:
@@ -209,7 +209,7 @@ def mask(work: Work, names: list[str]) -> None:
 
 
 def unmask(work: Work) -> None:
-    """Write the mixture with the experts that were masked back in their places."""
+    """Write the mixture with its masked experts back in their places."""
     kept = work.folder / MASKED
     if not (kept / SINGLE).is_file() and not list(kept.glob("*.safetensors")):
         raise ArtifactError(f"{work.folder} has no folder {MASKED}/: nothing is masked in it.")
@@ -218,7 +218,7 @@ def unmask(work: Work) -> None:
 
 
 def replace(work: Work, name: str, expert: Path) -> None:
-    """Write the mixture with another model in the place of an expert."""
+    """Write the mixture with another model in place of an expert."""
     work.require_unmasked()
     work.moe.index(name)
     source = lifecycle.from_dense(work.dense(expert, name), work.moe, name)
@@ -227,24 +227,24 @@ def replace(work: Work, name: str, expert: Path) -> None:
 
 
 def extract(work: Work, name: str) -> None:
-    """Write an expert on the shared tensors as a dense model."""
+    """Write an expert and the shared tensors as a dense model."""
     work.moe.index(name)
     work.finish(f"btx moe extract {name}", lambda out: lifecycle.extract(out, work.moe, name), {"mixture": work.folder})
 
 
 def add(work: Work, name: str, expert: Path) -> None:
-    """Write the mixture with one more expert, its router rows found by ridge regression."""
+    """Write the mixture with one more expert, its router rows fitted by ridge regression."""
     work.require_unmasked()
     lifecycle.require_new(work.moe, name)
     if name not in work.texts or len(work.texts) < 2:
         raise RecipeError(
-            f"add needs text to find the router's rows by: --data {name}=PATH of the new expert's own domain, and "
+            f"add needs text to fit the router's rows on: --data {name}=PATH of the new expert's own domain, and "
             "--data NAME=PATH of each old one."
         )
     source = lifecycle.from_dense(work.dense(expert, name), work.moe, name)
 
     def write(out: Path) -> None:
-        work.say("finds the router's rows")
+        work.say("fitting the router's rows")
         rows = _fit(work, work.folder, name)
         lifecycle.add(out, work.moe, name, source, rows.__getitem__)
         carry_files(work.folder, out)
@@ -257,7 +257,7 @@ def add(work: Work, name: str, expert: Path) -> None:
 
 
 def _fit(work: Work, folder: Path, name: str) -> dict[int, torch.Tensor]:
-    """The new expert's row of each layer that has a router, from what the routers of a folder see."""
+    """The new expert's router row (D,) by layer, fitted on the router inputs of a folder's model."""
     net: Any = model.load(folder, where=WHERE).to(model.device_of(WHERE)).eval()
     old = (ids for domain, one in work.texts.items() if domain != name for ids in one.batches())
     rows = fit_rows(net, work.texts[name].batches(), old, experts=work.moe.count)
@@ -270,6 +270,6 @@ def parse_data(given: tuple[str, ...]) -> dict[str, str]:
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or not name or not path or name in found:
-            raise RecipeError(f"--data {text!r} is not of the form NAME=PATH, or its name stands twice.")
+            raise RecipeError(f"--data {text!r} is not of the form NAME=PATH, or its name appears twice.")
         found[name] = path
     return found

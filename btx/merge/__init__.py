@@ -1,1 +1,1 @@
-"""The merge: one Mixture of Experts out of a seed and its experts, and every kind of expert that may come in."""
+"""The merge of a seed and its experts into one Mixture of Experts, and every kind of expert that it accepts."""

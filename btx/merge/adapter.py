@@ -1,9 +1,8 @@
-"""LoRA adapters of a seed, as peft writes them: W + s B A, block by block, so that an adapter becomes a dense expert.
+"""Merges a LoRA adapter, as peft writes it, into the seed: W + s B A, block by block, which gives a dense expert.
 
 s = alpha / r, or alpha / √r with `use_rslora` (Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732). With
-`use_dora` each row of that sum is brought to the length that the adapter says (Liu et al., arXiv 2402.09353). What an
-adapter may be besides (biases, other kinds, weights that the seed does not have) is refused by name; `lora_config`
-knows the options.
+`use_dora` each row of that sum is rescaled to the adapter's magnitude (Liu et al., arXiv 2402.09353). Anything else
+(biases, other adapter types, weights that the seed lacks) is refused by name; `lora_config` checks the options.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from btx.merge.lora_config import CONFIG, LoraOptions
 WEIGHTS, PICKLE, TOKENIZER = "adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"
 PREFIX = "base_model.model."
 PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight|(?<=vector))")
-BASE = ".base_layer.weight"  # peft stores a head with factors so
+BASE = ".base_layer.weight"  # how peft stores a head that has factors
 MAGNITUDE = "magnitude_vector"
 
 
@@ -37,7 +36,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 class Adapter:
-    """An open adapter: for each weight of the seed that it changes, its factors and their scale."""
+    """An open adapter: for each weight of the seed that it changes, its factors or its replacement."""
 
     def __init__(self, folder: Path) -> None:
         refuse_links(folder)
@@ -46,12 +45,12 @@ class Adapter:
         if not (folder / WEIGHTS).is_file():
             if (folder / PICKLE).is_file():
                 raise ArtifactError(
-                    f"{folder} holds its weights as pickle ({PICKLE}), which can run code. Save the adapter anew where "
-                    "you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
+                    f"{folder} holds its weights as pickle ({PICKLE}), which can run code. If you trust it, save the "
+                    "adapter again: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
                 )
             raise ArtifactError(f"{folder} has no {WEIGHTS}. Save the adapter by save_pretrained(folder).")
         self.tensors = Tensors(folder, read_header(folder / WEIGHTS))
-        # By the name of the seed's weight: A, B (and the lengths of DoRA), or the whole tensor, as the file names it.
+        # By the seed's weight: the file's names of A and B (and DoRA's magnitudes), or of the whole tensor.
         self.factors: dict[str, dict[str, str]] = {}
         self.replaced: dict[str, str] = {}
         self.bases: dict[str, str] = {}  # whole tensors to which factors are added
@@ -84,7 +83,7 @@ class Adapter:
         for weight, name in self.bases.items():
             self._require_replaced(seed, weight, name)
             if weight not in self.factors:
-                raise ArtifactError(f"{self.folder} holds {name} without factors. Save the adapter anew.")
+                raise ArtifactError(f"{self.folder} holds {name} without factors. Save the adapter again.")
         self._require_all(seed)
         for name in self.tensors.entries:
             if bad := sum(map(count_non_finite, self.tensors.blocks(name))):
@@ -100,8 +99,8 @@ class Adapter:
         a, b, module = shapes.get("A", ()), shapes.get("B", ()), weight.removesuffix(".weight")
         if weight == HEAD and base is None and EMBEDDING in seed.entries:
             raise ArtifactError(
-                f"{self.folder} changes {HEAD}, which is tied to the embedding in the seed ({seed.folder}): the two "
-                "would come apart. Train it on other modules (target_modules without lm_head)."
+                f"{self.folder} changes {HEAD}, which is tied to the embedding in the seed ({seed.folder}): merging "
+                "would untie them. Train it on other modules (target_modules without lm_head)."
             )
         if base is None or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != base or a[0] != b[1]:
             raise ArtifactError(
@@ -116,37 +115,37 @@ class Adapter:
             )
         wanted = (base[0],) if self.options.dora else None
         if shapes.get(MAGNITUDE) != wanted:
-            raise self.options.refused("use_dora", f"and the lengths of {module} are {shapes.get(MAGNITUDE) or 'none'}")
+            raise self.options.refused("use_dora", f"but {module}'s magnitudes are {shapes.get(MAGNITUDE) or 'none'}")
         if weight in self.replaced:
-            raise ArtifactError(f"{self.folder} holds {weight} whole and as factors. Save the adapter anew.")
+            raise ArtifactError(f"{self.folder} holds {weight} whole and as factors. Save the adapter again.")
 
     def _require_replaced(self, seed: Checkpoint, weight: str, name: str) -> None:
         """ArtifactError unless a whole tensor is one of the seed's, and no other is tied to it."""
         shape, module = self.tensors.entries[name].shape, weight.rpartition(".")[0]
         if not name.startswith(PREFIX) or weight not in seed.entries or seed.entries[weight].shape != shape:
             raise ArtifactError(
-                f"{self.folder}: {name} is no LoRA factor, and no weight of the seed ({seed.folder}) by name and "
-                "shape. Train it on linear layers, without resizing embeddings."
+                f"{self.folder}: {name} is neither a LoRA factor nor, by name and shape, a weight of the seed "
+                f"({seed.folder}). Train it on linear layers, without resizing embeddings."
             )
         if weight not in self.factors and self.options.selects(module, linear(seed)):
-            raise self.options.refused("target_modules", f"which selects {module}, of which the file has no factors")
+            raise self.options.refused("target_modules", f"which selects {module}, for which the file has no factors")
         if weight == EMBEDDING and HEAD not in seed.entries and self._saves(weight):
-            raise self.options.refused("modules_to_save", "which takes the embedding off the head that is tied to it")
+            raise self.options.refused("modules_to_save", "which unties the embedding from the head")
 
     def _saves(self, weight: str) -> bool:
-        """Whether a weight is of a module that is trained whole."""
+        """Whether a weight belongs to a module that is trained in full."""
         return any(weight.rpartition(".")[0].endswith(name) for name in self.options.saved)
 
     def _require_all(self, seed: Checkpoint) -> None:
-        """ArtifactError for a module that the adapter should hold and does not, where that decides anything."""
+        """ArtifactError for a module that the adapter should hold and does not, where that changes the expert."""
         missing = [n for n in seed.entries if self._saves(n) and n not in self.replaced]
         if missing:
-            raise self.options.refused("modules_to_save", f"and {missing[0]} is not in {WEIGHTS}")
+            raise self.options.refused("modules_to_save", f"but {missing[0]} is not in {WEIGHTS}")
         if self.options.config.get("init_lora_weights", True) is False:
             known = linear(seed)
             for module in known:
                 if self.options.selects(module, known) and f"{module}.weight" not in self.factors:
-                    raise self.options.refused("init_lora_weights", f"and there are no factors of {module}")
+                    raise self.options.refused("init_lora_weights", f"but there are no factors for {module}")
 
     def rows(self, seed: Checkpoint) -> list[TensorSpec]:
         """The tensors of the dense model: those of the seed, changed where the adapter says so."""
@@ -171,7 +170,7 @@ class Adapter:
         return seed.flat(name, start, stop)
 
     def _adapted(self, seed: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-        """W + s B A in fp32, some rows at a time, cast once; with DoRA each row m / |W + s B A| times that."""
+        """W + s B A in fp32, some rows at a time, cast once; with DoRA each row is multiplied by m / |W + s B A|."""
         parts = {part: self.tensors.read(tensor).float() for part, tensor in self.factors[name].items()}
         rows, columns = seed.entries[name].shape
         step, scale = max(1, BLOCK // columns), self.options.scale(name.removesuffix(".weight"))

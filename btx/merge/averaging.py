@@ -1,7 +1,7 @@
-"""The tensors that are no experts: one out of those of all models, by the mean or by one of mergekit's methods.
+"""Averages the tensors that are not experts over all models, by the mean or by one of mergekit's methods.
 
-Pure functions of tensors, and `SharedTensors`, which feeds them from open checkpoints: block by block where a method
-goes element by element, a whole tensor of each model where it must see it whole.
+Pure functions of tensors, and `SharedTensors`, which feeds them from open checkpoints: block by block for elementwise
+methods, a whole tensor of each model for the others.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from btx.recipe.merge_settings import (
 
 SEED = "seed"
 ELEMENTWISE = ("mean", "linear", "task_arithmetic")  # methods that can go block by block
-COPIES = 5  # of a tensor of each model, in fp32, that mergekit's other methods take: 2.2 to 3.6, and what was read
+COPIES = 5  # fp32 copies of each model's tensor that mergekit's other methods need: 2.2 to 3.6, plus what was read
 
 
 def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Unweighted mean in fp32, summed in order."""
     total = tensors[0].to(torch.float32, copy=True)
     for tensor in tensors[1:]:
-        total += tensor.to(torch.float32)  # adding unlike dtypes at once is far slower
+        total += tensor.to(torch.float32)  # adding mixed dtypes directly is far slower
     return total.div_(len(tensors))
 
 
@@ -44,11 +44,11 @@ def average(
     tensors: dict[str, torch.Tensor], base: torch.Tensor, how: AveragingSettings, *, name: str, seed: int,
     depth: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """One tensor out of the models' ones, in fp32, by the method that the recipe names.
+    """One tensor in fp32 from those of all models, by the recipe's method.
 
-    `tensors` by model name; `base` is the seed's own tensor, from which some methods take the differences; `depth` is
-    the tensor's layer as a share of all. All but `mean` are mergekit's. The random mask of DARE depends on `seed` and
-    `name` only.
+    `tensors` by model name; `base` is the seed's own tensor, which some methods subtract; `depth` is the relative depth
+    of the tensor's layer, 0 to 1. All but `mean` are mergekit's. The random mask of DARE depends on `seed` and `name`
+    only.
     """
     if how.method == "mean":
         return mean(list(tensors.values()))
@@ -78,18 +78,16 @@ def average(
 
 @dataclass(frozen=True)
 class SharedTensors:
-    """The tensors that are no experts, made out of all models' ones."""
+    """The tensors that are not experts, averaged over all models."""
 
     models: Mapping[str, Checkpoint]
     base: Checkpoint
     settings: MergeSettings
-    joint: JointVocabulary | None = (
-        None  # where some models have tokens of their own; `models` and `base` are trimmed then
-    )
+    joint: JointVocabulary | None = None  # if some models added tokens; `models` and `base` are then trimmed
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that is written."""
+        """The dtype of the written tensors."""
         return self.settings.torch_dtype(self.base.dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -98,7 +96,7 @@ class SharedTensors:
         return (self.joint.size, *shape[1:]) if self.joint and name in (EMBEDDING, HEAD) else shape
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """One tensor: block by block where the method goes element by element, else whole."""
+        """One tensor: block by block if the method is elementwise, else whole."""
         for made in self._full(name):
             yield made.to(self.dtype)
         if self.joint and name in (EMBEDDING, HEAD):
@@ -125,7 +123,7 @@ class SharedTensors:
 
 
 def require_memory(base: Checkpoint, settings: SharedSettings, *, models: int, limit: int) -> None:
-    """ResourceError when averaging so many models would take more than `limit` bytes at its largest tensor."""
+    """ResourceError when averaging so many models would take more than `limit` bytes for the largest tensor."""
     counts = {
         name: min(entry.count, BLOCK) if settings.of(name).method in ELEMENTWISE else entry.count
         for name, entry in base.entries.items()
@@ -137,6 +135,6 @@ def require_memory(base: Checkpoint, settings: SharedSettings, *, models: int, l
         other = f", or give the group {group} under merge.shared.groups" if group in GROUPS else ", or merge.shared"
         other += f" a method that goes block by block ({', '.join(ELEMENTWISE)})"
         raise ResourceError(
-            f"{name} of {models} models takes about {wanted / 2**30:.2g} GiB to merge by {method}, run.max_memory is "
-            f"{limit / 2**30:.2g} GiB. Set it to more{'' if method in ELEMENTWISE else other}."
+            f"{name} of {models} models takes about {wanted / 2**30:.2g} GiB to merge by {method}; run.max_memory is "
+            f"{limit / 2**30:.2g} GiB. Raise it{'' if method in ELEMENTWISE else other}."
         )

@@ -17,25 +17,25 @@ from btx.models.families import DENSE, DOWN, IDLE_WIDTH, LAYER, Family, family_o
 from btx.models.target import moe_config
 from btx.recipe.merge_settings import MergeSettings
 
-BESIDE_SHARED = 0.5  # what routed experts are multiplied by where a shared one gives the other half: its fresh gate is
-# sigmoid(0), so N copies and a shared expert of the same block give that block; halving is exact but for subnormals
+BESIDE_SHARED = 0.5  # scale of routed experts beside a shared one, whose fresh gate sigmoid(0) gives the other half: so
+# N copies and a shared expert of the same block give that block; halving is exact but for subnormals
 
 
 @dataclass(frozen=True)
 class Experts:
-    """How the models' feed-forward blocks are laid out as MoE experts: one or more each, split in chunks, or blended.
+    """How the models' feed-forward blocks are laid out as MoE experts: one or more each, split into chunks, or blended.
 
     split (paper, section on expert splitting): each block is cut into `chunks` of width F/C; the output projection is
-    multiplied by C so that equal gates over all N·C chunks give the mean of the models' outputs.
-    blend: the n-th expert is made of the n-th chunk (of N) of every model; the output projection is multiplied so
-    that equal gates over all N experts give the mean of the models' outputs (the factor is 1).
+    multiplied by C so that equal routing weights over all N·C chunks give the mean of the models' outputs.
+    blend: the n-th expert joins the n-th chunk (of N) of every model; equal routing weights over all N experts already
+    give the mean of the models' outputs (the factor is 1).
     """
 
     settings: MergeSettings
     models: tuple[str, ...]
     width: int  # feed-forward width of the models
-    layers: tuple[int, ...]  # that get experts
-    dense: tuple[int, ...]  # that do not
+    layers: tuple[int, ...]  # layers with experts
+    dense: tuple[int, ...]  # layers without
 
     @property
     def owners(self) -> dict[str, str]:
@@ -48,7 +48,7 @@ class Experts:
         return len(self.owners)
 
     def routers(self, family: Family) -> list[str]:
-        """The names on disk of all routers, in the order in which a model has its modules."""
+        """The names on disk of all routers, in the order of the model's modules."""
         found = []
         for layer in self.layers:
             found.append(family.router_name(layer))
@@ -58,7 +58,7 @@ class Experts:
 
     @property
     def parts(self) -> int:
-        """Chunks that each model's feed-forward block is cut into."""
+        """Number of chunks per model's feed-forward block."""
         return {"split": self.settings.chunks, "blend": len(self.models)}.get(self.settings.experts, 1)
 
     @property
@@ -68,17 +68,17 @@ class Experts:
 
     @property
     def shared_width(self) -> int | None:
-        """Feed-forward width of the shared expert; None where there is none to be made."""
+        """Feed-forward width of the shared expert; None where the recipe asks for none."""
         return None if self.settings.shared_expert == "none" else self.width
 
     @property
     def scale(self) -> float:
-        """What the output projections of the experts are multiplied by."""
+        """Factor on the experts' output projections."""
         chunks = self.parts if self.settings.experts == "split" else 1
         return chunks * (BESIDE_SHARED if self.shared_width else 1.0)
 
     def config(self, dense: Mapping[str, Any], top_k: int, where: str) -> Any:
-        """The native config of the Mixture of Experts of a dense config."""
+        """The native MoE config made from a dense config."""
         return moe_config(
             dict(dense), experts=self.count, top_k=top_k, width=self.expert_width, where=where,
             dense_layers=self.dense, shared_width=self.shared_width or IDLE_WIDTH, attention=self.settings.attention,
@@ -126,27 +126,27 @@ class Experts:
 
 
 def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, Any], where: str) -> Experts:
-    """The expert layout of a recipe over models by name, for a dense config; RecipeError for one that cannot be had."""
+    """The recipe's expert layout over models by name, for a dense config; RecipeError for an impossible one."""
     family, width = family_of(dict(config), where, attention=settings.attention), config["intermediate_size"]
     layers = sparse_layers(settings, config["num_hidden_layers"], family)
     if settings.shared_expert != "none" and not family.shared:
         can = _names(f.dense for f in DENSE.values() if f.shared)
         raise RecipeError(
-            f"merge.shared_expert: {settings.shared_expert} needs a class with a shared expert, and {family.moe}, that "
-            f"{where} ({family.dense}) becomes, has none. Leave it out, or take a seed of the family {can}."
+            f"merge.shared_expert: {settings.shared_expert} needs an MoE class with a shared expert, but {where} "
+            f"({family.dense}) becomes {family.moe}, which has none. Leave it out, or use a seed of the family {can}."
         )
     dense = tuple(sorted({*range(config["num_hidden_layers"])} - {*layers}))
     made = Experts(settings, tuple(models), width, layers, dense)
     if width % made.parts:
         raise RecipeError(
             f"merge.experts: {settings.experts} cuts the feed-forward width {width} into {made.parts} chunks, "
-            "which does not come out even. Choose another number of chunks."
+            "which does not divide evenly. Choose another number of chunks (under blend: of models)."
         )
     return made
 
 
 def sparse_layers(settings: MergeSettings, count: int, family: Family) -> tuple[int, ...]:
-    """Which of a model's layers get experts, in order; RecipeError for layers that are not there, or must have some."""
+    """The layers that get experts, in order; RecipeError for layers that do not exist, or must not be left out."""
     if count > MOST_LAYERS:
         raise RecipeError(f"the seed's num_hidden_layers is {count}, more than a model has. Correct its config.json.")
     if settings.layers == "all":
@@ -158,8 +158,8 @@ def sparse_layers(settings: MergeSettings, count: int, family: Family) -> tuple[
     if len(found) < count and not family.dense_layers:
         can = _names(f.dense for f in DENSE.values() if f.dense_layers)
         raise RecipeError(
-            f"merge.layers leaves some layers without experts, and {family.moe}, that a {family.dense} becomes, has "
-            f"them in all. Leave it out, or take a seed of the family {can}."
+            f"merge.layers leaves some layers without experts, but a {family.dense} becomes {family.moe}, which has "
+            f"them in every layer. Leave it out, or use a seed of the family {can}."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint descends from the seed, and how far it has gone from it."""
+"""Whether a checkpoint descends from the seed, and how far it has moved from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST_COSINE = 0.3  # between all matrices of an expert and the seed; strangers 
 
 
 def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
-    """ArtifactError with the list of what differs unless two checkpoints have the same tensors and shapes."""
+    """ArtifactError that lists the differences unless two checkpoints have the same tensor names and shapes."""
     mine = {n: e.shape for n, e in seed.entries.items()}
     theirs = {n: e.shape for n, e in other.entries.items()}
     wrong = [
@@ -31,17 +31,17 @@ def require_same(seed: Checkpoint, other: Checkpoint, who: str) -> None:
 
 
 def distances(seed: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, dict[str, float]]:
-    """`distance` of several models, by name, side by side: reading and arithmetic let other threads run.
+    """`distance` of several models, by name, in parallel threads: reading and arithmetic release the GIL.
 
-    Each on one thread: how a sum is cut among several decides its last digits, and these are published.
+    Each runs on one thread: how a sum is split among several decides its last digits, and these are published.
     """
-    # torch and its BLAS keep a number of threads for each thread that calls them: a worker has to be told its own.
+    # torch and its BLAS keep the number of threads per calling thread, so each worker has to set its own.
     with one_thread(), ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return dict(zip(others, pool.map(partial(distance, seed), others.values()), strict=True))
 
 
 def distance(seed: Checkpoint, other: Checkpoint, *, names: Collection[str] | None = None) -> dict[str, float]:
-    """How far a model has gone from the seed over all matrices, or those named: cosine, and the change over the seed's.
+    """How far a model has moved from the seed, over all matrices or those named: cosine, and |change| / |seed|.
 
     Independent models have a cosine near 0, descendants near 1. Norm weights are left out: they are all near one.
     """

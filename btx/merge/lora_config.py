@@ -1,7 +1,7 @@
-"""What a peft adapter_config.json asks for: which weights of the seed it changes and by what factor, or a refusal.
+"""Reads a peft adapter_config.json: which weights of the seed it changes, and at what scale; or refuses it.
 
-An option that is understood here is followed as peft 0.21 does; one that acts on nothing but training, or keeps a
-record, is passed over; every other one, also of a later peft, must be empty, or the adapter is refused by its name.
+Options understood here are followed as in peft 0.21; those that affect training alone, or only keep a record, are
+ignored; any other, also of a later peft, must be unset, or the adapter is refused with the option's name.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from btx.checkpoints.layouts import ADAPTER, refuse_pointer
 from btx.errors import ArtifactError
 
 CONFIG = ADAPTER
-RECORDS = {  # what has been, or what acts on training alone
+RECORDS = {  # records, and options that affect training alone
     "peft_version",
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
     "inference_mode",
     "lora_dropout",
-    "eva_config",  # how a start was found, which is in the factors
-    "loftq_config",  # the two are ignored by peft unless init_lora_weights says so
+    "eva_config",  # how the initial factors were found
+    "loftq_config",  # peft ignores this and the next unless init_lora_weights selects them
     "corda_config",
 }
 UNDERSTOOD = {
@@ -56,14 +56,14 @@ STARTS = (
     "gaussian",
     "orthogonal",
     "eva",
-)  # starts that leave the seed's weights as they are, and add nothing
+)  # initialisations that leave the seed's weights unchanged, and add nothing at first
 TASKS = (None, "CAUSAL_LM")
 ALL_LINEAR = "all-linear"
 REMEDY = "Merge the adapter yourself (peft's merge_and_unload, then save_pretrained), and name the dense folder."
 
 
 class LoraOptions:
-    """The options of an adapter, checked."""
+    """The validated options of an adapter."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / CONFIG
@@ -73,7 +73,7 @@ class LoraOptions:
         self.saved: list[str] = list(self.config.get("modules_to_save") or [])
 
     def refused(self, option: str, why: str) -> ArtifactError:
-        """The error that names an option."""
+        """An ArtifactError that names an option, its value and the remedy."""
         return ArtifactError(f"{self.path} has {option}: {self.config.get(option)!r:.200}, {why}. {REMEDY}")
 
     def _require_understood(self) -> None:
@@ -82,18 +82,18 @@ class LoraOptions:
             if option in UNDERSTOOD or option in RECORDS or value in IDLE.get(option, ()):
                 continue
             if not (value is None or value is False or (value in ([], {}, "") and option != "alora_invocation_tokens")):
-                raise self.refused(option, "which is more than W + s B A as btx knows it")
+                raise self.refused(option, "which is more than W + s B A as btx computes it")
         if config.get("task_type") not in TASKS:
-            raise self.refused("task_type", "and experts are causal language models (CAUSAL_LM)")
+            raise self.refused("task_type", "but experts are causal language models (CAUSAL_LM)")
         start = config.get("init_lora_weights", True)
         if start is not False and (start not in STARTS or (start == 1 and start is not True)):
-            raise self.refused("init_lora_weights", "a start that may change the seed's own weights")
+            raise self.refused("init_lora_weights", "an initialisation that may change the seed's own weights")
         if not config.get("target_modules"):
-            raise self.refused("target_modules", "so it is not said which modules it changes")
+            raise self.refused("target_modules", "so it names no modules to change")
         self._require_kinds()
 
     def _require_kinds(self) -> None:
-        """ArtifactError for an option of a kind that peft does not take."""
+        """ArtifactError for an option whose value has a type that peft does not accept."""
         names, config = (str, list), self.config
         kinds: dict[str, tuple[type, ...]] = {
             "target_modules": names, "exclude_modules": names, "layers_pattern": names, "modules_to_save": (list,),
@@ -105,21 +105,21 @@ class LoraOptions:
             inner = value if isinstance(value, list) else []
             kind: type | tuple[type, ...] = int if option == "layers_to_transform" else str
             if value is not None and (not isinstance(value, wanted) or not all(isinstance(i, kind) for i in inner)):
-                raise self.refused(option, "which is of another kind than peft writes")
+                raise self.refused(option, "which is of another type than peft writes")
         ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
         scales = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
         if not all(type(r) is int and r > 0 for r in ranks):
             raise self.refused(
-                "r", f"or rank_pattern {config.get('rank_pattern')!r:.100}, where whole numbers above 0 belong"
+                "r", f"or rank_pattern {config.get('rank_pattern')!r:.100}, where positive integers belong"
             )
         if not all(type(a) in (int, float) and math.isfinite(a) for a in scales):
             raise self.refused(
                 "lora_alpha", f"or alpha_pattern {config.get('alpha_pattern')!r:.100}, where numbers belong"
             )
         if config.get("layers_pattern") and self._layers() is None:
-            raise self.refused("layers_pattern", "which peft does not take without layers_to_transform")
+            raise self.refused("layers_pattern", "which peft does not accept without layers_to_transform")
         if isinstance(config["target_modules"], str) and (self._layers() is not None or config.get("layers_pattern")):
-            raise self.refused("layers_to_transform", "which peft does not take beside target_modules as one pattern")
+            raise self.refused("layers_to_transform", "which peft does not accept beside target_modules as one pattern")
 
     def rank(self, module: str) -> int:
         """The rank of a module's factors."""
@@ -132,7 +132,7 @@ class LoraOptions:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def _of(self, option: str, module: str, usual: Any) -> Any:
-        """The value of the first pattern that fits a module, as peft takes it where patterns overlap."""
+        """The value of the first pattern that matches a module, as in peft where patterns overlap."""
         patterns = self.config.get(option) or {}
         return next((v for p, v in patterns.items() if self._match(option, rf"(.*\.)?({p})$", module)), usual)
 
@@ -140,7 +140,7 @@ class LoraOptions:
         try:
             return re.match(pattern, text)
         except re.error as error:
-            raise self.refused(option, f"with a pattern that is none ({error})") from error
+            raise self.refused(option, f"which is not a regular expression ({error})") from error
 
     def selects(self, module: str, linear: Iterable[str]) -> bool:
         """Whether peft puts factors on a module; `linear` are those that "all-linear" stands for."""
@@ -157,7 +157,7 @@ class LoraOptions:
         return isinstance(target, str) or self._in_layer(module)
 
     def _named(self, option: str, names: str | list[str], module: str) -> bool:
-        """Whether a module fits one pattern, or ends with one of several names."""
+        """Whether a module matches one pattern, or ends with one of several names."""
         if isinstance(names, str):
             return self._match(option, rf"(?:{names})\Z", module) is not None
         return module in names or any(module.endswith(f".{name}") for name in names)
@@ -167,7 +167,7 @@ class LoraOptions:
         return [layers] if isinstance(layers, int) else layers or None
 
     def _in_layer(self, module: str) -> bool:
-        """Whether a module lies in one of the layers that are changed, its number being the first in its name."""
+        """Whether a module lies in one of `layers_to_transform`, finding its layer number as peft does."""
         layers, patterns = self._layers(), self.config.get("layers_pattern") or []
         if layers is None:
             return True
@@ -180,7 +180,7 @@ class LoraOptions:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The parsed file; ArtifactError for one that is damaged, or of another kind of adapter."""
+    """The parsed file; ArtifactError if it is damaged, or of another adapter type."""
     refuse_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -189,6 +189,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged ({error!r:.200}). Fetch the adapter again.") from error
     if kind != "LORA":
         raise ArtifactError(
-            f"{path} says peft_type: {kind!r:.80}; of peft's kinds of adapters only LoRA becomes an expert. {REMEDY}"
+            f"{path} says peft_type: {kind!r:.80}; of peft's adapter types only LoRA can become an expert. {REMEDY}"
         )
     return dict(config)

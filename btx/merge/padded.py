@@ -1,4 +1,4 @@
-"""Models of unequal feed-forward width seen as one width: the narrower ones padded by zeros, which changes nothing.
+"""Models of unequal feed-forward width at one width: narrower ones are zero-padded, which changes no output.
 
 A unit of a SwiGLU block whose gate, up and down weights are zero gives silu(0) · 0 · 0 = 0.
 """
@@ -27,7 +27,7 @@ class Padded(Checkpoint):
             self.entries[name] = replace(entry, shape=shape)
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a tensor in row-major order, zeros where the narrow one has none."""
+        """Elements [start, stop) of a tensor in row-major order, zeros in the padding."""
         axis, own = _axis(name), self._narrow.entries[name]
         if axis is None:
             return self._narrow.flat(name, start, stop)
@@ -41,18 +41,18 @@ class Padded(Checkpoint):
         return wide[start - first * self._width : stop - first * self._width]
 
     def close(self) -> None:
-        """Let go of the open files."""
+        """Close the open files."""
         self._narrow.close()
 
 
 def _axis(name: str) -> int | None:
-    """The axis along which a tensor has the feed-forward width; None for one that has it nowhere."""
+    """The axis of a tensor that is the feed-forward width; None if it has none."""
     match = LAYER.fullmatch(name)
     return {GATE: 0, UP: 0, DOWN: 1}.get(match[2]) if match else None
 
 
 def same_width(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """All models at the width of the widest."""
+    """All models, padded to the width of the widest."""
     widths = {name: int(model.config["intermediate_size"]) for name, model in models.items()}
     widest = max(widths.values())
     return {name: model if widths[name] == widest else Padded(model, widest) for name, model in models.items()}

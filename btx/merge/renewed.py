@@ -1,4 +1,4 @@
-"""Some hidden units of an expert drawn anew, as in Drop-Upcycling (Nakamura et al., arXiv 2502.19261, section 3).
+"""Reinitialises a share of an expert's hidden units, as in Drop-Upcycling (Nakamura et al., arXiv 2502.19261, sec. 3).
 
 For each expert and layer a share r of the F hidden units is chosen at random: the same rows of the gate and up
 projections and columns of the down projection. Their weights are drawn from a normal distribution with the mean and the
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def chosen(width: int, share: float, key: str) -> Tensor:
-    """Which of F hidden units are drawn anew: a mask (F,) with ⌊r F⌋ true."""
+    """Mask (F,) of the hidden units to reinitialise, with ⌊r F⌋ true."""
     order = _generator(key).permutation(width)[: int(share * width)]
     mask = torch.zeros(width, dtype=torch.bool)
     mask[torch.from_numpy(order)] = True
@@ -26,9 +26,9 @@ def chosen(width: int, share: float, key: str) -> Tensor:
 def renewed(
     read: Callable[[], Iterable[Tensor]], columns: int, units_F: Tensor, *, down: bool, key: str
 ) -> Iterator[Tensor]:
-    """A matrix with `columns` columns, in flat blocks in row-major order, its chosen units drawn anew, in fp32.
+    """A matrix with `columns` columns, in flat row-major blocks in fp32, its chosen units reinitialised.
 
-    `read` gives the blocks, and is called twice; `down` says that columns are units, not rows. What is drawn depends on
+    `read` gives the blocks, and is called twice; `down` means that columns are units, not rows. The draws depend on
     `key` and the matrix, not on how it is cut into blocks.
     """
     count, total, squares = 0, 0.0, 0.0

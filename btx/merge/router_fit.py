@@ -1,15 +1,15 @@
-"""The router row of an expert that joins later, in closed form: ridge regression at what each router truly sees.
+"""Fits the router row of an expert added later, in closed form: ridge regression on each router's real inputs.
 
-The row w of a layer minimises, over tokens x of the new domain and of the old ones, the two sides counting alike,
+The row w of a layer minimises, over router inputs x of the new domain and of the old ones, both weighted equally,
 
     mean (w·x − y)² + λ |w|²,   y = (highest old logit) + margin   for a token of the new domain,
-                                y = (lowest old logit that is chosen) − margin   for one of an old domain,
+                                y = (k-th highest old logit) − margin   for one of an old domain,
 
-so that the new expert comes first on its own domain and is not chosen elsewhere, as far as a linear map of x can tell
-the two apart. No training; the old rows stay. Inputs behind a changed layer change, so the fit is done again on the
-model that has the first rows.
+so that the new expert ranks first on its own domain and is not selected elsewhere, as far as a linear map of x can
+separate the two. Nothing is trained; the old rows stay. A changed layer changes the inputs of later ones, so the fit
+is repeated on the model that has the first rows.
 
-Axes: T tokens, E experts, D width of the model.
+Axes: T tokens, E experts, D hidden width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from btx.merge.router_init import RIDGE
 from btx.moe.hooks import find_routers
 
-MARGIN = 1.0  # in logits, at least; or the deviation of the old ones where that is more
+MARGIN = 1.0  # least margin, in logits; the standard deviation of the old logits where that is larger
 
 
 @dataclass
@@ -37,11 +37,11 @@ class Normal:
 
     @classmethod
     def empty(cls, width: int) -> Normal:
-        """Of no token yet."""
+        """Sums over no tokens."""
         return cls(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
 
     def add(self, x_TD: Tensor, y_T: Tensor) -> None:
-        """Take in some tokens."""
+        """Add router inputs and their target logits."""
         x_TD = x_TD.double()
         self.gram_DD += x_TD.T @ x_TD
         self.moment_D += x_TD.T @ y_T.double()
@@ -49,10 +49,10 @@ class Normal:
 
 
 def solve(sides: Iterable[Normal]) -> Tensor:
-    """The row (D,) in float32 that fits both sides; ValueError for a side without a token."""
+    """The router row (D,) in float32 that fits both sides; ValueError for a side without tokens."""
     used = list(sides)
     if not all(side.tokens for side in used):
-        raise ValueError("there is no token of one of the two sides, new domain and old domains")
+        raise ValueError("there are no tokens of the new domain, or none of the old ones")
     gram = torch.stack([side.gram_DD / side.tokens for side in used]).sum(0)
     moment = torch.stack([side.moment_D / side.tokens for side in used]).sum(0)
     ridge = RIDGE * gram.diagonal().mean()
@@ -61,7 +61,7 @@ def solve(sides: Iterable[Normal]) -> Tensor:
 
 
 def targets(old_TE: Tensor, *, k: int, new: bool) -> Tensor:
-    """The wanted logit (T,) of the new expert, from the old ones' logits."""
+    """Target logits (T,) of the new expert, from the old experts' logits."""
     margin = max(MARGIN, float(old_TE.std()))
     if new:
         return old_TE.amax(-1) + margin
@@ -72,8 +72,8 @@ def targets(old_TE: Tensor, *, k: int, new: bool) -> Tensor:
 def fit_rows(model: Any, new: Iterable[Tensor], old: Iterable[Tensor], *, experts: int) -> list[Tensor]:
     """The new expert's row (D,) of every layer's router, first layer first.
 
-    `new` and `old` are batches of token ids (B, S); `experts` how many the model has without the new one, which may be
-    among its experts already, the last.
+    `new` and `old` are batches of token ids (B, S); `experts` is the number of old experts. The model may already have
+    the new one, as its last.
     """
     routers = list(find_routers(model).values())
     width = int(model.config.hidden_size)

@@ -1,16 +1,16 @@
-"""Fresh routers from data, in closed form: rows that know which expert belongs to which domain, without any training.
+"""Initialises routers from data, in closed form: rows that send each domain to its expert, without any training.
 
-Both ways look at a merged model, at what each of its routers truly sees (behind the norm, on the averaged rest):
+Both ways run the merged model, for each router's real inputs (after the norm, with the averaged shared tensors):
 
-- `activations`: ridge regression from a token's router input x to its domain, all domains counting alike: with targets
-  1 for the own domain and 0 for the others, less their mean, W = (Σ_d E_d[x xᵀ] + λ I)⁻¹ (E_d[x] − mean over d).
+- `activations`: ridge regression from a token's router input x to its domain, all domains weighted equally: targets are
+  1 for its own domain and 0 for the others, less their mean, W = (Σ_d E_d[x xᵀ] + λ I)⁻¹ (E_d[x] − mean over d).
 - `embeddings`: each domain's mean input embedding, less the mean over the domains.
 
-A layer's rows are then scaled together so that the mean entropy of their softmax over the tokens is what was asked. An
-expert without data of its own, such as the seed's, has the row of a domain with average inputs: zeros. Experts of one
-domain have its row, each a little off it: of equal rows only the first would ever be chosen.
+One factor then scales a layer's rows so that their softmax has the requested mean entropy over the tokens. An expert
+without data of its own, such as the seed's, gets the row of a domain with average inputs: zeros. Experts of one domain
+get its row with a little noise each: of equal rows top-k would only ever select the first.
 
-Axes: T tokens, E experts, D width of the model, N domains.
+Axes: T tokens, E experts, D hidden width, N domains.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from btx.moe.hooks import find_routers
 from btx.moe.routing import mean_entropy
 
-RIDGE = 1e-3  # λ as a share of the mean square of a component of x
-APART = 0.1  # root mean square of what tells experts of one domain apart, as a share of the rows'
-KEPT = 512  # tokens of each domain and layer that the scale is measured on
+RIDGE = 1e-3  # λ as a share of the Gram matrix's mean diagonal entry
+APART = 0.1  # RMS of the noise between experts of one domain, as a share of the rows' RMS
+KEPT = 512  # tokens per domain and layer on which the entropy is measured
 
 
 @dataclass
 class Seen:
-    """What one router saw of one domain: sums over tokens in float64, and some of the tokens."""
+    """Inputs of one router on one domain: sums over tokens in float64, and a sample of the inputs themselves."""
 
     gram_DD: Tensor | float = 0.0
     sum_D: Tensor | float = 0.0
@@ -41,7 +41,7 @@ class Seen:
     some_TD: list[Tensor] = field(default_factory=list)
 
     def add(self, x_TD: Tensor) -> None:
-        """Take in some tokens."""
+        """Add router inputs."""
         room = KEPT - sum(map(len, self.some_TD))
         if room > 0:
             self.some_TD.append(x_TD[:room].float())
@@ -53,7 +53,7 @@ class Seen:
 
 @torch.inference_mode()
 def observe(model: Any, batches: Mapping[str, Iterable[Tensor]]) -> dict[str, list[Seen]]:
-    """What every router, first layer first, sees of each domain's batches of token ids (B, S)."""
+    """Inputs of every router, first layer first, on each domain's batches of token ids (B, S)."""
     routers = list(find_routers(model).values())
     found = {name: [Seen() for _ in routers] for name in batches}
     current: list[Seen] = []
@@ -99,10 +99,10 @@ def from_embeddings(model: Any, batches: Mapping[str, Iterable[Tensor]]) -> Tens
 
 
 def scaled(rows_ED: Tensor, seen: Iterable[Seen], entropy: float) -> Tensor:
-    """Rows times the one factor that makes the mean entropy of their softmax `entropy` · log E on the tokens seen.
+    """Rows scaled by one factor so that their softmax has the mean entropy `entropy` · log E on the tokens seen.
 
-    Bisection: the entropy of softmax(s z) never rises with s. Entropy 1 gives zeros. Rows that tell no token from
-    another cannot be scaled and stay.
+    Bisection: the entropy of softmax(s z) never rises with s. Entropy 1 gives zeros. Rows that give every expert the
+    same logits cannot be scaled and stay.
     """
     logits_TE = torch.cat([x for one in seen for x in one.some_TD]) @ rows_ED.T
     spread = float((logits_TE - logits_TE.mean(-1, keepdim=True)).square().mean().sqrt())
@@ -118,7 +118,7 @@ def scaled(rows_ED: Tensor, seen: Iterable[Seen], entropy: float) -> Tensor:
 
 
 def apart(owners: Sequence[str], rows_ND: Tensor, layer: int) -> Tensor:
-    """Small random rows (E, D) for experts that share their owner with others, zeros for the rest."""
+    """Small random rows (E, D) for experts that share their owner, zeros for the rest."""
     made = torch.randn(len(owners), rows_ND.shape[1], generator=torch.Generator().manual_seed(layer))
     shared = torch.tensor([owners.count(owner) > 1 for owner in owners])
     return made * shared[:, None] * (APART * rows_ND.square().mean().sqrt())
@@ -128,13 +128,13 @@ def fresh_routers(
     model: Any, batches: Mapping[str, Sequence[Tensor]], owners: Sequence[str], *, how: str, entropy: float,
     together: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """A router (E, D) in float32 for every layer; `owners` names each expert's domain, `batches` those with data.
+    """Router weights (E, D) in float32 for every layer; `owners` names each expert's domain, `batches` those with data.
 
-    `together`: experts of one owner have the very same row, as chunks of one model must.
+    `together`: experts of one owner get identical rows, as chunks of one model must.
     ValueError when fewer than two domains have data.
     """
     if len(batches) < 2:
-        raise ValueError(f"routers from {how} need data of two domains or more, here are {len(batches)}")
+        raise ValueError(f"routers from {how} need data of two domains or more, not {len(batches)}")
     seen, names = observe(model, batches), list(batches)
     embedded = from_embeddings(model, batches) if how == "embeddings" else None
     routers = []

@@ -1,9 +1,9 @@
-"""One vocabulary for models of which some have tokens added behind the seed's: rows aligned by token.
+"""One vocabulary for models some of which added tokens after the seed's: embedding rows aligned by token.
 
-What an expert may have added is read from tokenizer.json: entries of `added_tokens` that the seed's lacks, with ids
-behind all of the seed's. A row of the embedding and of the head is averaged over the models that have its token; rows
-that belong to no token (an embedding padded to a round number) over those that have the row and no token for it.
-Everything else (another vocabulary, other merges, a token of the seed renamed) is refused.
+Added tokens are read from tokenizer.json: entries of `added_tokens` that the seed's lacks, with ids above all of the
+seed's. A row of the embedding or the head is averaged over the models that have its token; rows without a token (an
+embedding padded to a round number) over the models that have the row and no token for it. Any other difference (another
+vocabulary, other merges, a token of the seed renamed) is refused.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ class Vocabulary:
 
     @classmethod
     def read(cls, folder: Path) -> Vocabulary:
-        """As `write_joint` left it."""
+        """The vocabulary that `write_joint` wrote."""
         return cls(**json.loads((folder / FILE).read_text(encoding="utf-8")))
 
 
 def is_extended(seed: Path, other: Path) -> bool:
-    """Whether a checkpoint has tokens besides the seed's, all of them added behind those, or another number of rows."""
+    """Whether a checkpoint adds tokens after the seed's, or has another vocab_size; False if anything else differs."""
     try:
         return bool(added_tokens(seed, other, "") or _rows(seed) != _rows(other))
     except (ArtifactError, OSError, ValueError, KeyError, TypeError):
-        return False  # which is told where the checkpoint is verified
+        return False  # the error is raised where the checkpoint is verified
 
 
 def added_tokens(seed: Path, other: Path, who: str) -> list[dict[str, Any]]:
-    """What a tokenizer has besides the seed's, as tokenizer.json states it; ArtifactError for any other change."""
+    """The tokens that a tokenizer adds to the seed's, as in tokenizer.json; ArtifactError for any other difference."""
     if same_files(seed, other):
         return []
     ours, its = token_map(seed), token_map(other)
     if ours == its:
         return []
     refusal = f"{who} has another tokenizer than the seed ({seed}): "
-    remedy = "Only tokens added behind the seed's can be aligned. Train it with the seed's tokenizer."
+    remedy = "Only tokens added after the seed's can be aligned. Train it with the seed's tokenizer."
     if not all((folder / JSON).is_file() for folder in (seed, other)):
         raise ArtifactError(f"{refusal}the same ids mean other tokens, as far as can be seen without {JSON}. {remedy}")
     if parts := difference(ours, its):
@@ -71,19 +71,21 @@ def added_tokens(seed: Path, other: Path, who: str) -> list[dict[str, Any]]:
     for token in mine:
         if known.get(token["id"]) != token["content"]:
             found = repr(known[token["id"]]) if token["id"] in known else "missing"
-            raise ArtifactError(f"{refusal}its id {token['id']}, there {token['content']!r}, is {found} here. {remedy}")
+            raise ArtifactError(f"{refusal}id {token['id']} is {token['content']!r} there and {found} here. {remedy}")
     old = {t["id"] for t in mine}
     added = sorted((t for t in theirs if t["id"] not in old), key=lambda t: t["id"])
     for token in added:
         if token["id"] < common:
-            raise ArtifactError(f"{refusal}{token['content']!r} is its id {token['id']}, one of the seed's. {remedy}")
+            raise ArtifactError(
+                f"{refusal}it adds {token['content']!r} as id {token['id']}, one of the seed's. {remedy}"
+            )
     if len({t["content"] for t in theirs}) < len(theirs):
         raise ArtifactError(f"{refusal}a token is added twice. {remedy}")
     loaded, own = ({t["content"]: {**t, "id": 0} for t in one["added_tokens"]} for one in (ours, its))
     wrong = [text for text in (t["content"] for t in mine) if loaded.get(text) != own.get(text)]
     if wrong or not added:
         what = ", ".join(map(repr, wrong or sorted(loaded.keys() ^ own.keys())))
-        raise ArtifactError(f"{refusal}what it does with {what} differs (flags, or the class that loads it). {remedy}")
+        raise ArtifactError(f"{refusal}it treats {what} differently (flags, or the class that loads it). {remedy}")
     return added
 
 
@@ -95,10 +97,10 @@ def common_ids(seed: Path) -> int:
 
 
 def _parts(folder: Path) -> tuple[tuple[Any, list[str]], list[dict[str, Any]]]:
-    """The tokenizer's model (vocabulary, merges), and its added tokens. `token_map` has looked at the file."""
+    """The tokenizer's model (vocabulary, merges), and its added tokens; ArtifactError for a damaged file."""
     if not (folder / JSON).is_file():
         raise ArtifactError(
-            f"{folder} has no {JSON}, by which rows of the embedding are aligned. Write one: "
+            f"{folder} has no {JSON}, which aligning embedding rows needs. Write one: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     data = json.loads((folder / JSON).read_text(encoding="utf-8"))
@@ -107,20 +109,22 @@ def _parts(folder: Path) -> tuple[tuple[Any, list[str]], list[dict[str, Any]]]:
     added: list[dict[str, Any]] = data.get("added_tokens", [])
     for token in added:
         if type(token["id"]) is not int or not isinstance(token["content"], str) or not token["content"]:
-            raise ArtifactError(f"{folder / JSON} is damaged: {token!r:.80} is no token. Fetch the checkpoint again.")
+            raise ArtifactError(
+                f"{folder / JSON} is damaged: {token!r:.80} is not a token. Fetch the checkpoint again."
+            )
     if not isinstance(model.get("vocab"), (dict, list)):
         raise ArtifactError(f"{folder / JSON} is damaged: it has no vocabulary. Fetch the checkpoint again.")
     return (model["vocab"], merges), added
 
 
 def require_ids_as_stated(folder: Path, added: list[dict[str, Any]], who: str) -> None:
-    """ArtifactError unless the tokenizer, once loaded, takes its added tokens as the ids that tokenizer.json states."""
+    """ArtifactError unless the loaded tokenizer gives its added tokens the ids that tokenizer.json states."""
     known = load_tokenizer(folder).get_vocab()
     for token in added:
         if known.get(token["content"]) != token["id"]:
             raise ArtifactError(
-                f"{who}: {JSON} states the id {token['id']} for {token['content']!r}, and the tokenizer takes it as "
-                f"{known.get(token['content'])}. Save it anew: AutoTokenizer.from_pretrained(folder)"
+                f"{who}: {JSON} states the id {token['id']} for {token['content']!r}, but the loaded tokenizer gives "
+                f"{known.get(token['content'])}. Save it again: AutoTokenizer.from_pretrained(folder)"
                 ".save_pretrained(folder)."
             )
 
@@ -130,9 +134,9 @@ def _rows(folder: Path) -> Any:
 
 
 def join(seed: Path, experts: Mapping[str, Path]) -> tuple[Vocabulary, list[dict[str, Any]]]:
-    """The seed's tokens and all that experts added, in the experts' order, and the entries of those that are added.
+    """The joint vocabulary, with added tokens in the experts' order, and the tokenizer.json entries of those.
 
-    A token that several have added is one token, as the first of them has it.
+    A token that several experts added becomes one, with the flags of the first.
     """
     added = {name: added_tokens(seed, folder, f"the expert {name} ({folder})") for name, folder in experts.items()}
     common = common_ids(seed)
@@ -146,15 +150,15 @@ def join(seed: Path, experts: Mapping[str, Path]) -> tuple[Vocabulary, list[dict
 
 
 def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabulary:
-    """Write the seed's tokenizer with all tokens that experts added, and which row is whose.
+    """Write the seed's tokenizer with all tokens that experts added, and the map from tokens to rows.
 
-    What marks a text's start and end and the chat template stay the seed's.
+    BOS, EOS and the chat template stay the seed's.
     """
     found, entries = join(seed, experts)
     carry_files(seed, out)
     write_json(
         out / "config.json", {"model_type": read_config(seed)["model_type"]}
-    )  # which tells the class it loads by
+    )  # AutoTokenizer chooses the class by it
     data = json.loads((out / JSON).read_text(encoding="utf-8"))
     data["added_tokens"] = [*data.get("added_tokens", []), *entries]
     (out / JSON).write_text(json.dumps(data, ensure_ascii=False, indent=2), encoding="utf-8")
@@ -169,7 +173,7 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
 
 
 class TruncatedView(Checkpoint):
-    """A view of an open checkpoint whose embedding and head end with the seed's tokens; nothing is copied."""
+    """A view of an open checkpoint with embedding and head cut to the seed's tokens; nothing is copied."""
 
     def __init__(self, whole: Checkpoint, rows: int, vocab_size: int) -> None:
         self.folder, self.whole = whole.folder, whole
@@ -184,12 +188,12 @@ class TruncatedView(Checkpoint):
         return self.whole.flat(name, start, stop)
 
     def close(self) -> None:
-        """Let go of the open files."""
+        """Close the open files."""
         self.whole.close()
 
 
 class JointVocabulary:
-    """The rows behind the seed's tokens, of open models that were brought to one vocabulary."""
+    """Embedding and head rows after the seed's tokens, of open models brought to one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, models: Mapping[str, Checkpoint], base: Checkpoint) -> None:
         self.vocabulary, self._models, self._base = vocabulary, models, base
@@ -198,13 +202,13 @@ class JointVocabulary:
             require_rows(model, vocabulary.common, name)
 
     def trimmed(self, model: Checkpoint) -> TruncatedView:
-        """A model with the rows that all have; its config states the size of the merged vocabulary."""
+        """A model cut to the rows that all models have; its config states the merged vocabulary's size."""
         return TruncatedView(model, self.vocabulary.common, self.size)
 
     def rows(self, name: str, how: AveragingSettings) -> Iterator[torch.Tensor]:
-        """The rows (D,) of the embedding or the head behind the seed's tokens, in fp32, in order.
+        """The rows (D,) of the embedding or the head after the seed's tokens, in fp32, in order.
 
-        Whatever the method, each is the mean over the models that have it, weighed where the method is linear.
+        Whatever the method, each is the mean over the models that have it, weighted where the method is linear.
         """
         tokens = {number: token for token, number in self.vocabulary.tokens.items()}
         for row in range(self.vocabulary.common, self.size):
@@ -216,7 +220,7 @@ class JointVocabulary:
             yield torch.as_tensor(total) / sum(weights)
 
     def _having(self, token: str | None, row: int, name: str) -> dict[str, torch.Tensor]:
-        """The row of a token, or of none, in every model that has one, by the model's name."""
+        """A token's row, or row `row` for no token, in every model that has it, by the model's name."""
         found = {}
         for model, checkpoint in self._models.items():
             own = self.vocabulary.ids.get(model, {})
@@ -224,17 +228,17 @@ class JointVocabulary:
             count, width = checkpoint.entries[name].shape
             if place is not None and place < count:
                 found[model] = checkpoint.flat(name, place * width, (place + 1) * width).float()
-        if not found:  # a row without a token that the seed alone has, and it is no expert
+        if not found:  # a row without a token that only the seed has, where the seed is not an expert
             width = self._base.entries[name].shape[1]
             found["seed"] = self._base.flat(name, row * width, (row + 1) * width).float()
         return found
 
 
 def require_rows(model: Checkpoint, common: int, who: str) -> None:
-    """ArtifactError unless a model's embedding has a row for every token of the seed's."""
+    """ArtifactError unless a model's embedding has a row for every token of the seed."""
     rows = model.entries[EMBEDDING].shape[0]
     if rows < common:
         raise ArtifactError(
-            f"{who} ({model.folder}) has an embedding of {rows} rows, less than the seed's {common} tokens. "
+            f"{who} ({model.folder}) has an embedding of {rows} rows, fewer than the seed's {common} tokens. "
             "Use a checkpoint that has them all."
         )

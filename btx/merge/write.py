@@ -1,7 +1,7 @@
 """The merge: feed-forward blocks become experts, every other tensor is averaged; block by block.
 
-Over open checkpoints, of which a block of each is in memory at a time, whatever their size (a whole tensor of each
-where the averaging method must see it whole). Sums are taken in fp32 in the order of the models and cast once:
+Open checkpoints are read so that one block of each is in memory at a time, whatever their size (one whole tensor of
+each where the averaging method is not elementwise). Sums are taken in fp32 in the order of the models and cast once:
 averaging in bf16 rounds a quarter of the weights wrongly.
 """
 
@@ -56,8 +56,8 @@ def write_moe(
 ) -> dict[str, str]:  # fmt: skip
     """Write the merged Mixture of Experts (config and weights, published names) into `out`; returns files' SHA-256.
 
-    `models` by name, in the order that the experts have; `base` the seed, whether or not it is among them; both trimmed
-    by `joint` where some models have tokens of their own.
+    `models` by name, in expert order; `base` is the seed, whether or not it is among them; both are trimmed by `joint`
+    if some models added tokens.
     """
     family = family_of(base.config, str(base.folder), attention=settings.attention)
     experts = layout(settings, list(models), base.config, str(base.folder))
@@ -102,7 +102,7 @@ def _expert_rows(
     family: Family, experts: Experts, models: list[Checkpoint], prefix: str, kind: str, shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> list[TensorSpec]:  # fmt: skip
-    """A dense feed-forward tensor's rows of the MoE: one an expert, or one for all experts of a layer."""
+    """MoE tensors made of one dense feed-forward tensor: one per expert, or one for all experts of a layer."""
     axis = 1 if kind == DOWN else 0
     one = tuple(experts.expert_width if a == axis else s for a, s in enumerate(shape))
     published = family.expert[kind]
@@ -125,7 +125,7 @@ def _expert_rows(
 
 
 def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: SharedTensors) -> list[TensorSpec]:
-    """The shared expert of a layer, where the family has one: its gate zero, and the rest too if none was asked for."""
+    """A layer's shared expert, where the family has one: its gate is zero, the rest too if the recipe asks for none."""
     if family.shared is None:
         return []
     dtype, hidden = shared_.dtype, shared_.base.config["hidden_size"]
@@ -149,7 +149,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
 def attention_rows(
     to: AttentionExperts, experts: Experts, shared_: SharedTensors, layer: int, kind: str
 ) -> list[TensorSpec]:
-    """A dense attention tensor's rows of the MoE: queries and outputs are stacked, keys and values lie together."""
+    """MoE tensors made of one dense attention tensor: queries and outputs are stacked, keys and values share one."""
     dtype, prefix = shared_.dtype, f"model.layers.{layer}."
     rows, columns = shared_.base.entries[prefix + kind].shape
     name = {QUERY: to.query, OUTPUT: to.output, KEY: to.keys_values}.get(kind)
@@ -175,7 +175,7 @@ def _one_after_another(parts: Iterable[Callable[[], Iterable[torch.Tensor]]]) ->
 
 
 def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: SharedTensors) -> list[torch.Tensor]:
-    """A router row for every expert, scaled by what the router sees, from a seed that is the layer's own."""
+    """Router weights, a row per expert, scaled to the router's inputs and drawn from a seed of the layer's own."""
     from btx.moe.routing import init_router
 
     key = int.from_bytes(hashlib.sha256(f"{shared_.settings.seed}/{name}".encode()).digest()[:7])
@@ -191,18 +191,18 @@ def _scale(shared_: SharedTensors, norm: str) -> torch.Tensor:
     scale = shared_.whole(norm)
     if not scale.any():
         raise ArtifactError(
-            f"{norm} is zero throughout in the merged model, so the router of its layer would see nothing but zeros. "
+            f"{norm} is all zeros in the merged model, so the router of its layer would see nothing but zeros. "
             f"Use other weights for it than those of {shared_.base.folder}."
         )
     return scale
 
 
 class RouterScales:
-    """The root mean square of each component (D,) of what a layer's router sees, from the merged weights alone.
+    """The RMS (D,) of each component of a layer's router input, estimated from the merged weights alone.
 
-    After an RMS norm it is the norm's weight. Where the router sees the bare residual stream (FlexOlmo), that is a sum
-    of the embedding and of normed outputs, two a layer up to the router's own: their mean squares add up, as far as
-    they are uncorrelated.
+    After an RMS norm it is the norm's weight. Where the router sees the bare residual stream (FlexOlmo), the input is
+    the sum of the embedding and of normed outputs, two per layer up to the router's own: their mean squares add up, as
+    far as they are uncorrelated.
     """
 
     def __init__(self, family: Family, shared_: SharedTensors) -> None:
@@ -210,7 +210,7 @@ class RouterScales:
         self._embedding: torch.Tensor | None = None
 
     def __call__(self, layer: int) -> torch.Tensor:
-        """Of one layer; ArtifactError when it is zero throughout."""
+        """The RMS for one layer; ArtifactError when its norm's weight is all zeros."""
         names = [f"model.layers.{n}.{norm}" for n in range(layer + 1) for norm in self.family.norms]
         if self.family.residual:
             added = [self.shared.whole(name).square() for name in names[:-1]]  # the last is added after the router

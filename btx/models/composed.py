@@ -1,4 +1,4 @@
-"""A model that is made of others as they are: a small file beside checkpoints, which it names by digest and path."""
+"""A model composed of others, which stay unchanged: a small file that names their checkpoints by digest and path."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from btx.models.opened import Opened
 
 FILE = "model.json"
 Combine = Callable[[dict[str, Tensor]], Tensor]
-"""From log-probabilities (..., V) by part to the scores (..., V) of the whole, which are normalised afterwards."""
+"""Maps the parts' log-probabilities (..., V) to scores (..., V) of the whole, which are normalised afterwards."""
 
 
 class Composed(Opened):
-    """Next-token distributions that are made of those of several models, over the ids that all of them have."""
+    """Combines the next-token distributions of several models, over the ids that all of them have."""
 
     def __init__(self, parts: Mapping[str, Opened], combine: Combine) -> None:
         self.parts, self.combine = dict(parts), combine
 
     @property
     def device(self) -> torch.device:
-        """That of the first part, where all are."""
+        """The device of the first part, and of all."""
         return next(iter(self.parts.values())).device
 
     def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
-        """Those of the combination."""
+        """Log-probabilities of the combination."""
         return self._combined({name: part.log_probs(ids_BS, prompt) for name, part in self.parts.items()})
 
     def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
-        """One of each part."""
+        """Prefill of every part, combined; the cache has the parts' caches by name."""
         return self._next({name: part.prefill(ids_BS) for name, part in self.parts.items()})
 
     def decode(self, ids_B: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """One of each part."""
+        """One token through every part, combined."""
         return self._next({name: part.decode(ids_B, cache[name]) for name, part in self.parts.items()})
 
     def _next(self, found: dict[str, tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
@@ -55,7 +55,7 @@ class Composed(Opened):
 
 
 def describe(out: Path, home: Path, *, kind: str, parts: Mapping[str, tuple[Path, str]], settings: Any) -> None:
-    """Write a composed model's file into `out`, which is going to lie at `home`: `parts` are folders and digests."""
+    """Write a composed model's file into `out`, which will be moved to `home`; `parts` are folders and digests."""
     named = {
         name: {"path": os.path.relpath(folder, home), "digest": digest} for name, (folder, digest) in parts.items()
     }
@@ -63,16 +63,16 @@ def describe(out: Path, home: Path, *, kind: str, parts: Mapping[str, tuple[Path
 
 
 def described(folder: Path) -> tuple[str, dict[str, Path], dict[str, Any]]:
-    """Kind, folders of the parts and settings of a composed model; ArtifactError where its file or a part is not there.
+    """Kind, folders of the parts and settings of a composed model; ArtifactError where its file or a part is missing.
 
-    The parts' digests are for whoever wants to be sure: to hash them takes as long as to read them.
+    The parts' digests are not checked: hashing the parts takes as long as reading them.
     """
     try:
         said = json.loads((folder / FILE).read_text(encoding="utf-8"))
         parts = {name: (folder / part["path"]).resolve() for name, part in said["parts"].items()}
         kind, settings = str(said["kind"]), dict(said["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / FILE} describes no composed model ({error!r:.200}). Make it again.") from error
+        raise ArtifactError(f"{folder / FILE} is not a composed model ({error!r:.200}). Make it again.") from error
     if gone := [name for name, path in parts.items() if not path.is_dir()]:
         raise ArtifactError(
             f"{folder / FILE}: the part {gone[0]} is not at {parts[gone[0]]}. Put it there, or make the model again."

@@ -1,7 +1,7 @@
 """Which dense family becomes which Mixture-of-Experts family, as data.
 
 A family is here only when N copies of a dense model make an MoE with the same logits ("exact").
-`btx.models.target` makes the config of such an MoE by what is said here.
+`btx.models.target` makes the config of such an MoE from these entries.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.we
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{kind}_proj.weight" for kind in "qkvo")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 ANY = None
-IDLE_WIDTH = 128  # of a shared expert of zeros: small, and a multiple of what kernels and tensor parallelism ask for
+IDLE_WIDTH = 128  # of a shared expert of zeros: small, and divisible as kernels and tensor parallelism require
 
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """The expert that every token visits, behind a gate of its own: sigmoid(gate · x) times what it gives."""
+    """The expert that every token visits, behind a gate of its own: sigmoid(gate · x) times its output."""
 
     names: dict[str, str]  # dense feed-forward tensor -> its name on disk
     gate: str  # name of the gate's weight (1, D)
     width_field: str  # config field with its feed-forward width
 
     def shapes(self, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Its tensors in a layer, by name, for the model's width and its own."""
+        """Shapes of its tensors in a layer, by name, for the hidden width and its own feed-forward width."""
         found = {n: (hidden, width) if kind == DOWN else (width, hidden) for kind, n in self.names.items()}
         return {**found, self.gate: (1, hidden)}
 
@@ -69,8 +69,8 @@ class Family:
     carried: tuple[str, ...] = ()  # fields that both models read although a config class does not declare them
     harmless: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # dense-only field: values that do
     # nothing in the dense model (for a list: of each of its items), or ANY
-    shared: SharedExpert | None = None  # which it has in every layer, if it has one; zeros make it idle
-    attention: AttentionExperts | None = None  # where attention is made of experts too
+    shared: SharedExpert | None = None  # in every layer, if the family has one; zeros make it idle
+    attention: AttentionExperts | None = None  # if attention has experts too
     renamed: dict[str, str] = field(default_factory=dict)  # dense field -> MoE field of the same meaning
     derived: tuple[str, ...] = ()  # dense fields that the MoE config computes from others
     dense_layers: bool = False  # whether layers without experts can be named under mlp_only_layers
@@ -192,7 +192,7 @@ ALL = (
         harmless={"mlp_bias": (False,)},
     ),
 )
-WITH_ATTENTION = Family(  # its query heads are as many as its key heads, so grouped-query attention has no place
+WITH_ATTENTION = Family(  # it has as many query heads as key heads, so no grouped-query attention
     dense="llama",
     moe="jetmoe",
     expert={GATE: "mlp.input_linear.weight", UP: "mlp.input_linear.weight", DOWN: "mlp.output_linear.weight"},
@@ -220,16 +220,16 @@ REFUSED = {
     "gemma3_text": "no MoE class of transformers has its four norms a layer",
     "olmo": "no MoE class of transformers has its norms without weights",
     "ministral": "no MoE class of transformers has its mix of sliding and full layers (a mistral that states "
-    "layer_types is read as one; where all of its layers slide, take that key out, and where none does, set "
+    "layer_types is read as one; if all of its layers slide, remove that key, and if none does, set "
     "sliding_window: null too)",
     "olmo3": "no MoE class of transformers has its mix of sliding and full layers",
 }
 
 
 def family_of(config: dict[str, Any], where: str, *, attention: bool = False) -> Family:
-    """The family of a dense config; ArtifactError, saying why, for one that no MoE class holds exactly.
+    """The family of a dense config; ArtifactError, with the reason, for one that no MoE class holds exactly.
 
-    `attention` asks for the one whose attention is made of experts too.
+    `attention` selects the family that has attention experts too.
     """
     kind = config["model_type"]
     if attention and kind in DENSE:
@@ -237,7 +237,7 @@ def family_of(config: dict[str, Any], where: str, *, attention: bool = False) ->
     if kind in DENSE:
         return DENSE[kind]
     if kind in MOE:
-        raise ArtifactError(f"{where} is a Mixture of Experts already ({kind}); a seed or an expert must be dense.")
+        raise ArtifactError(f"{where} is already a Mixture of Experts ({kind}); a seed or an expert must be dense.")
     reason = REFUSED.get(kind, "btx has no exact Mixture-of-Experts target for it")
     raise ArtifactError(
         f"{where} is of the family {kind}, which cannot be used: {reason}. Use one of {', '.join(DENSE)}."

@@ -1,13 +1,13 @@
-"""The ledger of compute: parameters, FLOPs and bytes of a model, from its config alone.
+"""Counts a model's parameters, FLOPs and bytes, from its config alone.
 
-The native model is built on torch's meta device, without memory, and counts itself. Conventions, used for every figure
-of the project:
+The native model is built on torch's meta device, without memory, and its own parameters are counted. Conventions, used
+for every figure of the project:
 
 - A model's *active* parameters are those that one token's forward pass visits, the embedding table included,
   as in the BTX paper's 6.7B and 11.1B for top-1 and top-2 (arXiv 2403.07816). Training costs 6 · active ·
   tokens FLOPs.
-- Attention's products of activations with activations are not in that figure; `attention_flops` states them
-  apart.
+- Attention's products of activations with activations are not in that figure; `attention_flops` counts them
+  separately.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from btx.recipe.settings import TrainSettings
 Config = Mapping[str, Any]
 Precision = Literal["bf16", "fp32"]
 
-PASS = 16_384  # tokens of a pass, where run.micro_batch is auto
+PASS = 16_384  # tokens per pass when run.micro_batch is auto
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # that no config does without
+FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # required in every config
 
 
 class Parameters(NamedTuple):
@@ -56,7 +56,7 @@ class Memory(NamedTuple):
 
 
 class Shape:
-    """A native model without memory, and what is read off it."""
+    """A native model on the meta device, and the sizes read off it."""
 
     def __init__(self, config: Config) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,17 +70,17 @@ class Shape:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer."""
+        """Experts per layer."""
         return int(getattr(self.native, self.family.experts_field)) if self.family else 1
 
     @property
     def chosen(self) -> int:
-        """Experts that a token visits."""
+        """Experts per token."""
         return int(self.native.num_experts_per_tok) if self.family else 1
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
+        """Width of an attention head."""
         found = getattr(self.native, "head_dim", None) or getattr(self.native, "kv_channels", None)
         return int(found or self.native.hidden_size // self.native.num_attention_heads)
 
@@ -94,7 +94,7 @@ class Shape:
 
     @cached_property
     def parameters(self) -> Parameters:
-        """Counted by the model; experts are modules of a `...Experts` class, as in every native one."""
+        """Counted on the model; experts are modules of a `...Experts` class, as in every native one."""
         total = sum(p.numel() for p in self.model.parameters())
         experts = sum(p.numel() for module in experts_in(self.model) for p in module.parameters())
         embedding = self.model.get_input_embeddings().weight.numel()
@@ -103,7 +103,7 @@ class Shape:
         return Parameters(total, total - idle, embedding, 0 if tied else embedding)
 
     def norm_width(self, layer: nn.Module) -> int:
-        """Width of the norm over queries: one head's, or all heads'; 0 where there is none."""
+        """Width of the query norm: one head's, or all heads'; 0 where there is none."""
         return next((m.weight.numel() for name, m in layer.named_modules() if name.endswith("q_norm")), 0)
 
 
@@ -180,7 +180,7 @@ def memory(config: Config, *, batch: int, sequence: int, precision: Precision, c
 
 
 def training_memory(config: Config, settings: TrainSettings) -> Memory:
-    """`memory` of a training by its settings, in passes of 16k tokens, as the loop starts with."""
+    """`memory` of a training by its settings, in passes of 16k tokens, with which the loop starts."""
     return memory(
         config, batch=max(1, PASS // settings.sequence_length), sequence=settings.sequence_length,
         precision="bf16" if settings.precision == "bf16" else "fp32", checkpointing=settings.gradient_checkpointing,
@@ -193,8 +193,8 @@ def activation_bytes(config: Config, *, tokens: int, precision: Precision, check
     Counted per token, as autograd keeps it under autocast with fp32 master weights, a fused attention that
     keeps no S x S matrix, and experts computed in the training precision: see `_layer_bytes`, and for the
     head the final norm and fp32 log-probabilities over the vocabulary. With `checkpointing`, every layer
-    keeps its fp32 input alone and one layer at a time is whole. Buffers that live for a moment only
-    (gradients, workspaces) are not in it.
+    keeps its fp32 input alone, and one layer at a time everything. Transient buffers (gradients, workspaces)
+    are not included.
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"unknown precision {precision!r}; known: bf16, fp32")
@@ -207,12 +207,12 @@ def activation_bytes(config: Config, *, tokens: int, precision: Precision, check
 
 
 def _layer_bytes(shape: Shape, layer: nn.Module, size: int) -> int:
-    """Bytes a token that one layer saves, `size` bytes to each element of a matrix product's operands.
+    """Bytes per token that one layer saves, `size` bytes per element of a matrix product's operands.
 
     A norm keeps its input and its quotient in fp32, autocast one copy of a norm's output per product that
-    reads it. Attention keeps Q, K, V, its output and a log-sum-exp a head; SwiGLU its gate, up, activation
-    and product; each chosen expert moreover its input, its output and 40 bytes of indices and weights, and
-    the router its probabilities.
+    reads it. Attention keeps Q, K, V, its output and a log-sum-exp per head; SwiGLU its gate, up, activation
+    and product; each selected expert also its input, its output and 40 bytes of indices and weights, and the
+    router its probabilities.
     """
     native, (queries, keys), k = shape.native, shape.projections, shape.chosen
     width = int(native.hidden_size)

@@ -1,4 +1,4 @@
-"""Text out of any opened model, token by token, through its own cache."""
+"""Generates text with any opened model, token by token, through its own cache."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def generate(
     model: Opened, ids_BS: Tensor, *, most: int, end: Collection[int] = (), temperature: float = 0.0,
     random: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """At most `most` new ids (B, N) after prompts of one length: the likeliest, or drawn at a `temperature`.
+    """At most `most` new ids (B, N) after prompts of equal length: greedy, or sampled at a `temperature`.
 
-    A row that has ended, by an id among `end`, goes on with that id, and all stop when all have.
+    A sequence that has ended, by an id in `end`, repeats that id; generation stops once all have ended.
     """
     found: list[Tensor] = []
     log_p_BV, cache = model.prefill(ids_BS)

@@ -1,7 +1,7 @@
-"""The one place where transformers meets btx_kernels: which expert kernel a native MoE model runs on.
+"""Chooses the expert kernel of a native MoE model; the one place where transformers meets btx_kernels.
 
-The kernels of transformers (`eager`, `grouped_mm`, `batched_mm`, ...) and those of btx_kernels go by name. Nothing
-falls back silently: a kernel that is not there is an error, and `auto` says what it chose.
+The kernels of transformers (`eager`, `grouped_mm`, `batched_mm`, ...) and of btx_kernels are selected by name. Nothing
+falls back silently: an unavailable kernel is an error, and `auto` says what it chose.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def absent(name: str, device: torch.device) -> str:
             return f"{name} runs on a GPU only. Use kernel: auto."
         from transformers.utils import is_kernels_available
 
-        need = "`pip install kernels` first, in a version that transformers takes"
+        need = "`pip install kernels` first, in a version that transformers accepts"
         return "" if is_kernels_available() else f"{name} is a hub kernel: {need}."
     if name not in ours():
         return ""
@@ -49,7 +49,7 @@ def absent(name: str, device: torch.device) -> str:
     except ImportError as error:
         return str(error)
     if getattr(module, "TRITON", False) and device.type != "cuda" and os.environ.get(INTERPRETED) != "1":
-        return f"{name} runs on a GPU; on a CPU only to be tested, interpreted ({INTERPRETED}=1). Use kernel: auto."
+        return f"{name} runs on a GPU; on a CPU only in Triton's interpreter ({INTERPRETED}=1). Use kernel: auto."
     return ""
 
 
@@ -72,27 +72,27 @@ def choose(name: str, device: torch.device) -> str:
 def kernel_of(model_type: str, name: str, device: torch.device) -> str | None:
     """The kernel that a model of this type runs on under `run.kernel: name`; None for a dense model.
 
-    RecipeError where the class computes its experts by loops of its own and another kernel is named.
+    RecipeError where the class runs its experts in a loop of its own and another kernel is named.
     """
     family = MOE.get(model_type)
     if family is None or not family.attention:
         return choose(name, device) if family else None
     if name in ("auto", "eager"):
         return "eager"
-    raise RecipeError(f"run.kernel: {family.moe} computes its experts by loops of its own, not by {name}. Use auto.")
+    raise RecipeError(f"run.kernel: {family.moe} runs its experts in a loop of its own, not on {name}. Use auto.")
 
 
 def use_kernel(model: nn.Module, name: str) -> None:
     """Run a native MoE model's experts on a kernel by name; does nothing to a dense model.
 
-    RecipeError when the model's experts are of a kind that the kernel does not compute, or not to be put on any.
+    RecipeError when the kernel does not support the model's experts, or no kernel can be set for them.
     """
     found = [m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "num_experts")]
     if not found:
         if name != "eager" and any(hasattr(m, "num_experts") for m in model.modules()):
             raise RecipeError(
-                f"run.kernel: the experts of {type(model).__name__} cannot be put on {name}, since this transformers "
-                "computes them by a loop of their own (GraniteMoE before transformers 5.13). Use kernel: eager."
+                f"run.kernel: the experts of {type(model).__name__} cannot run on {name}, since this transformers "
+                "runs them in a loop of their own (GraniteMoE before transformers 5.13). Use kernel: eager."
             )
         return
     if name in ours():
@@ -103,7 +103,7 @@ def use_kernel(model: nn.Module, name: str) -> None:
 
 
 def check_kind(module: nn.Module, name: str) -> None:
-    """RecipeError unless a module holds SwiGLU experts as our kernels take them: (E, 2F, D) and (E, D, F), no bias."""
+    """RecipeError unless a module holds SwiGLU experts in our kernels' layout: (E, 2F, D) and (E, D, F), no bias."""
     from transformers.integrations.moe import _default_apply_gate
 
     act = type(getattr(module, "act_fn", None)).__name__

@@ -1,7 +1,7 @@
 """Native transformers models: loaded with every check on, written under the published names.
 
-Only classes of transformers are used, from local files, without remote code; after loading, missing, unexpected and
-mismatched keys must all be none.
+Only classes of transformers are used, from local files, without remote code; loading must report no missing, unexpected
+or mismatched keys.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from btx.recipe.settings import RunSettings
 
 
 def device_of(where: RunSettings) -> torch.device:
-    """The device that a recipe's run.device means here; ResourceError when it is not there."""
+    """The torch device that run.device stands for on this machine; ResourceError when there is none."""
     if where.device == "cuda" and not torch.cuda.is_available():
         raise ResourceError("run.device is cuda, but this machine has no usable GPU. Set run.device: auto or cpu.")
     return torch.device("cuda" if where.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def set_threads(where: RunSettings) -> None:
-    """CPU threads of this process: what the recipe says, or all that it may run on."""
+    """Set this process's CPU threads: the recipe's number, or all cores that it may run on."""
     torch.set_num_threads(where.threads if where.threads != "auto" else len(os.sched_getaffinity(0)))
 
 
@@ -39,7 +39,7 @@ def load(
 ) -> Any:
     """A causal language model from a Hugging Face folder, in `dtype`, on the CPU, on the kernel asked for.
 
-    `experts_per_token` is how many experts a token visits instead of what the folder says.
+    `experts_per_token` overrides the folder's num_experts_per_tok.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -60,7 +60,7 @@ def load(
     if any(wrong.values()):
         named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(v[:3])}" for kind, v in wrong.items() if v)
         raise ArtifactError(f"{folder} does not fit the class {type(model).__name__}: {named}.")
-    for output in ("output_attentions", "output_hidden_states"):  # of logits alone, whatever a config.json asks for
+    for output in ("output_attentions", "output_hidden_states"):  # only logits, whatever config.json requests
         setattr(model.config, output, False)
     model.config.return_dict = True
     if kernel := kernel_of(model.config.model_type, where.kernel, device_of(where)):
@@ -85,7 +85,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def fresh(config: Any) -> Any:
-    """A model with random weights of a native config, fp32, drawn from torch's random state."""
+    """A model of a native config with random fp32 weights, drawn from torch's random state."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -95,7 +95,7 @@ def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch
     """A native MoE model's state dict under the published names.
 
     transformers 5 keeps the experts of a layer fused in memory as gate_up_proj (E, 2F, D) and down_proj (E, D, F). The
-    names on disk, one tensor an expert (GraniteMoE: stacked), load in transformers 4 and 5, vLLM and llama.cpp. Views,
+    names on disk, one tensor per expert (GraniteMoE: stacked), load in transformers 4 and 5, vLLM and llama.cpp. Views,
     no copies.
     """
     out: dict[str, torch.Tensor] = {}
@@ -115,7 +115,7 @@ def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 def _unstacked(family: Family, prefix: str, kind: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The experts of one layer, (E, rows, columns), one by one where the family publishes them so."""
+    """The experts of one layer, (E, rows, columns), one tensor each unless the family stores them stacked."""
     if family.stacked:
         return {prefix + family.expert[kind]: tensor}
     if kind == DOWN:

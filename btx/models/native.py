@@ -1,8 +1,8 @@
-"""What a config.json means to the stock class of transformers that reads it, and in what two of them differ.
+"""Reads a config.json as its stock transformers class does, and compares two of them.
 
 A config class declares its fields; its model reads those, and nothing else but a few names that transformers' shared
 code looks up on every config (`ACTING`, and what a family lists as `carried`; a test traces the reads of every family).
-So a key outside of them cannot change a logit: it is bookkeeping, carried no further, and named in a warning.
+So any other key cannot change a logit: it is bookkeeping, which is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from btx.errors import ArtifactError
 Config = dict[str, Any]
 RECORDED = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype", "torch_dtype"}
 
-SPELLINGS = {  # older names of declared fields, and what becomes part of one; transformers translates them itself
+SPELLINGS = {  # older names of declared fields or of parts of one; transformers translates them itself
     "rope_theta",
     "rope_scaling",
     "partial_rotary_factor",
@@ -24,16 +24,16 @@ SPELLINGS = {  # older names of declared fields, and what becomes part of one; t
     "name_or_path",
     "output_attentions",
 }
-# Undeclared names that shared code reads although no dense class declares them, with the values that change nothing.
+# Names that shared code reads although no dense class declares them, with the values that change nothing.
 ACTING: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),  # masks: false, and null too, lets every token see those behind it
     "per_layer_config": (None,),  # other shapes in some layers
-    "text_config": (None,),  # the four make another config the one that is meant
+    "text_config": (None,),  # this and the next three point to a nested config
     "decoder": (None,),
     "generator": (None,),
     "text_encoder": (None,),
     "kv_sharing_modes": (None,),  # layers that use the keys and values of others
-    "attribute_map": (None,),  # other meanings of names
+    "attribute_map": (None,),  # renames fields
 }
 IDLE = {  # declared fields that do not change what trained weights compute; a merged model keeps the seed's
     "attention_dropout",  # acts while training only
@@ -41,13 +41,13 @@ IDLE = {  # declared fields that do not change what trained weights compute; a m
     "eos_token_id",
     "pad_token_id",
     "initializer_range",
-    "max_position_embeddings",  # unless the kind of rope reads it
-    "max_window_layers",  # `layer_types` says what came of it
+    "max_position_embeddings",  # unless the RoPE type reads it
+    "max_window_layers",  # its effect is in `layer_types`
     "pretraining_tp",
     "use_cache",
 }
-EVENED = {"intermediate_size", "vocab_size"}  # which the merge evens out as far as it can, and looks at by itself
-ROUTING = {  # fields of a mixture alone: how many experts, how wide, how they are chosen and balanced
+EVENED = {"intermediate_size", "vocab_size"}  # which the merge reconciles as far as it can, and checks by itself
+ROUTING = {  # fields of MoE configs alone: number and width of experts, top-k, balance
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
@@ -62,26 +62,26 @@ TOLD = (
     "bos_token_id",
     "eos_token_id",
     "max_position_embeddings",
-)  # of the idle ones, in a warning
-FIXED_ROPES = ("default", "linear", "llama3")  # which do not read max_position_embeddings
+)  # idle fields whose differences are reported in a warning
+FIXED_ROPES = ("default", "linear", "llama3")  # RoPE types that do not read max_position_embeddings
 SAME_ACTIVATION = {"swish": "silu"}
 
 
 def native_config(config: Config, where: str) -> Any:
-    """The transformers config of a parsed config.json; ArtifactError when the class does not take it."""
+    """The transformers config of a parsed config.json; ArtifactError when its class rejects it."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.for_model(**deepcopy(config))
-    except Exception as error:  # validators of the config classes raise kinds of their own
+    except Exception as error:  # validators of the config classes raise types of their own
         why = " ".join(str(error).split())
         raise ArtifactError(
-            f"{where}: config.json makes no {config['model_type']} model ({why}). Correct it."
+            f"{where}: config.json is not a valid {config['model_type']} config ({why}). Correct it."
         ) from error
 
 
 def declared(native: Any) -> set[str]:
-    """The fields that a native config's own class declares, without those of all configs alike."""
+    """The fields that a native config's own class declares, without those that all configs share."""
     from transformers import PreTrainedConfig
 
     return {f.name for f in fields(type(native))} - {f.name for f in fields(PreTrainedConfig)}
@@ -90,15 +90,15 @@ def declared(native: Any) -> set[str]:
 def bookkeeping(config: Config, where: str, carried: tuple[str, ...] = ()) -> list[str]:
     """The keys of a dense config.json that its model does not read, sorted; `carried` are undeclared ones that it does.
 
-    Keys that say nothing (null, empty) are left out. ArtifactError for an undeclared key that acts all the same.
+    Null and empty keys are left out. ArtifactError for an undeclared key that changes the model all the same.
     """
     from transformers import PreTrainedConfig
 
     for key, value in config.items():
         if (key in ACTING and value not in ACTING[key]) or callable(getattr(PreTrainedConfig, key, None)):
             raise ArtifactError(
-                f"{where}: config.json has {key} = {value!r:.80}, by which transformers makes another model than the "
-                f"plain {config['model_type']} that btx can hold. Use a checkpoint without it."
+                f"{where}: config.json has {key} = {value!r:.80}, with which transformers builds another model than "
+                f"the plain {config['model_type']} that btx supports. Use a checkpoint without it."
             )
     known = {f.name for f in fields(type(native_config(config, where)))} | SPELLINGS | RECORDED | {*carried}
     return sorted(key for key, value in config.items() if key not in known and value not in (None, {}, [], ""))
@@ -118,10 +118,10 @@ def told(keys: list[str], where: str, kind: str) -> list[str]:
 def config_difference(
     seed: Config, other: Config, where: str, *, carried: tuple[str, ...], names: tuple[str, str] = ("seed", "expert")
 ) -> list[str]:
-    """The fields that decide what a model computes and differ, each as `field: seed's, other's`.
+    """The differing fields that decide what a model computes, each as `field: seed's, other's`.
 
-    Both are read by their native class first, so that a default and the same value stated, or an old and a new
-    spelling, are the same. All fields decide but those in `IDLE`; those in `EVENED` and `ROUTING` are the caller's.
+    Both are read by their native class first, so that a default equals the same value stated, and an old spelling the
+    new one. All fields decide but those in `IDLE`; those in `EVENED` and `ROUTING` are the caller's.
     """
     ours, theirs = names
     if seed["model_type"] != other["model_type"]:
@@ -134,14 +134,14 @@ def config_difference(
 
 
 def idle_difference(seed: Config, other: Config, where: str) -> list[str]:
-    """A warning for idle fields that an expert has otherwise than the seed, whose value the merged model has."""
+    """A warning for idle fields in which an expert differs from the seed, whose value the merged model keeps."""
     mine, its = native_config(seed, "the seed").to_dict(), native_config(other, where).to_dict()
     found = [f"{f} {its.get(f)!r} (seed {mine.get(f)!r})" for f in TOLD if f in mine and mine.get(f) != its.get(f)]
     return [f"{where} has {', '.join(found)}; the merged model keeps the seed's."] if found else []
 
 
 def _deciding(config: Config, where: str, carried: tuple[str, ...]) -> Config:
-    """The fields of a config that decide, under one spelling."""
+    """The fields of a config that decide what its model computes, in canonical spelling."""
     native = native_config(config, where)
     values = native.to_dict()
     rope = {k: v for k, v in (values.get("rope_parameters") or {}).items() if v is not None and k != "type"}

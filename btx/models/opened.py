@@ -1,6 +1,6 @@
-"""A model to be looked at: what a probe, a chat or a comparison asks of it, whatever it is made of.
+"""The interface through which probes, chats and comparisons use any model: log-probabilities, losses, decoding.
 
-A stock checkpoint answers by its own class. A composed model (`btx/models/composed.py`) answers by those of its parts.
+`Stock` is a checkpoint in its transformers class; a composed model (`btx/models/composed.py`) combines several.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from btx.models.families import MOE
 from btx.moe.hooks import Routed
 from btx.recipe.settings import RoutingRule, RunSettings
 
-LOGITS = 2**24  # at once: 64 MiB in float32
+LOGITS = 2**24  # computed at once: 64 MiB in float32
 WEIGHTS, HIDDEN_STATES, ROUTING = "weights", "hidden states", "routing"  # capabilities
 
 
 class Opened(ABC):
-    """A language model over ids, in evaluation. Axes: B sequences, S tokens, V ids.
+    """A language model in eval mode. Axes: B sequences, S tokens, V vocabulary.
 
-    `capabilities` says what can be looked at besides; a probe that needs one that is missing has no answer.
+    `capabilities` says what else can be inspected; a probe that needs a missing one gives no result.
     """
 
     capabilities: frozenset[str] = frozenset()
@@ -36,22 +36,22 @@ class Opened(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where ids are wanted."""
+        """The device that ids must be on."""
 
     @abstractmethod
     def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
-        """Log-probabilities (B, S, V) of what comes after each position: normalised, float32, from what is before it.
+        """Next-token log-probabilities (B, S, V) at each position: normalised, float32, causal.
 
-        The first `prompt` tokens are what a method that acts on prompts acts on; the others do not care.
+        The first `prompt` tokens are the prompt, for methods that act on prompts; the others ignore it.
         """
 
     @abstractmethod
     def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
-        """Log-probabilities (B, V) of the first new token, and a cache for `decode`, which alone knows what it is."""
+        """Log-probabilities (B, V) of the first new token, and an opaque cache for `decode`."""
 
     @abstractmethod
     def decode(self, ids_B: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Log-probabilities (B, V) of the token after one more, and the cache with it."""
+        """Log-probabilities (B, V) of the token after `ids_B`, and the cache with `ids_B` added."""
 
     def losses(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Minus log p of each target, in nats, float32 (B, S); zero where the target is negative."""
@@ -63,7 +63,7 @@ class Opened(ABC):
 
 
 class Stock(Opened):
-    """A native model of transformers; `routed` is the rule at work on it, where it is a Mixture of Experts."""
+    """A native model of transformers; `routed` is the routing rule installed on it, if it is a Mixture of Experts."""
 
     def __init__(self, net: Any, routed: Routed | None = None) -> None:
         self.net, self.routed = net, routed
@@ -71,23 +71,23 @@ class Stock(Opened):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.net.device  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
-        """Those of its logits."""
+        """Log-softmax of the model's logits, in float32."""
         logits: Tensor = self.net(input_ids=ids_BS, use_cache=False).logits
         return logits.float().log_softmax(-1)
 
     @torch.inference_mode()
     def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
-        """A pass that keeps keys and values."""
+        """A forward pass that fills the KV cache."""
         return self._next(self.net(input_ids=ids_BS, use_cache=True, logits_to_keep=1))
 
     @torch.inference_mode()
     def decode(self, ids_B: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """A pass over one token."""
+        """A forward pass over one token per sequence, with the KV cache."""
         return self._next(self.net(input_ids=ids_B[:, None], past_key_values=cache, use_cache=True))
 
     @staticmethod
@@ -98,9 +98,9 @@ class Stock(Opened):
     def losses(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Minus log p of each target, float32 (B, S), zero where it is negative; logits of a few rows at a time.
 
-        The body runs once, in a pass of the whole model whose head sees the last position alone. Then the model's own
-        `forward` is given rows of what the body gave, so that whatever its class does behind the body (scaling,
-        capping) is done, and the logits of the whole batch, which may be larger than the model, never exist at once.
+        The base model runs once, in a pass whose head sees the last position alone. Then the model's own `forward` is
+        given some hidden states at a time, so that whatever its class does after the base model (scaling, capping) is
+        done, and the logits of the whole batch, which may be larger than the model, never exist at once.
         """
         seen: list[Tensor] = []
         handle = self.net.base_model.register_forward_hook(lambda _m, _args, out: seen.append(out.last_hidden_state))
@@ -115,7 +115,7 @@ class Stock(Opened):
 
 
 class _Body(nn.Module):
-    """Stands in for a body, with what it gave."""
+    """Stands in for the base model and returns hidden states that it gave before."""
 
     def __init__(self, hidden: Tensor) -> None:
         from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -128,7 +128,7 @@ class _Body(nn.Module):
 
 
 def _head_losses(net: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Losses (N,) of rows (N, D) that the body gave."""
+    """Losses (N,) of hidden states (N, D)."""
     name, body = net.base_model_prefix, net.base_model
     rows = max(1, LOGITS // net.config.vocab_size)
     losses = [torch.zeros(0, device=hidden.device)]
@@ -158,6 +158,6 @@ def opened_checkpoint(
 
 
 def _experts(folder: Path) -> int:
-    """How many experts a Mixture of Experts has in a layer."""
+    """Number of experts per layer of a Mixture of Experts."""
     config = read_config(folder)
     return int(config[MOE[config["model_type"]].experts_field])

@@ -1,8 +1,8 @@
 """The config of the Mixture of Experts that holds a dense model exactly, made field by field.
 
 A field that both classes declare is copied, one that the dense class alone declares must have a value under which it
-does nothing, and anything else is refused by name. Keys that the dense class does not declare are no fields of the
-model: its stock logits do not depend on them, so they are left out, also where the MoE class declares one of that name.
+does nothing, and anything else is refused by name. Keys that the dense class does not declare are not fields of the
+model: its stock logits do not depend on them, so they are dropped, also where the MoE class declares one of that name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from btx.models.families import DENSE, IDLE_WIDTH, Family, family_of
 from btx.models.native import bookkeeping, declared, native_config, told
 
 BALANCE = ("router_aux_loss_coef", "aux_loss_coef")  # of transformers' own balance loss: 0, so that no trainer adds it
-# unasked to a model that was balanced already
+# by default to a model that is balanced already
 
 
 def moe_config(
@@ -48,17 +48,17 @@ def moe_config(
 
 
 def class_name(config: Any) -> str:
-    """The stock class of a native config, by the table that transformers finds it in: to import it takes a second."""
+    """Name of a native config's stock class, from transformers' own table: importing the class takes a second."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
 
 
 def warnings_of(dense: dict[str, Any], where: str) -> list[str]:
-    """What is to be said of a dense config.json before it is merged: which of its keys are no fields of the model."""
+    """Warnings about a dense config.json before it is merged: those of its keys that are not fields of the model."""
     kind = dense["model_type"]
     if kind not in DENSE:
-        return []  # which is refused where it is looked at
+        return []  # `family_of` refuses it
     return told(bookkeeping(dense, where, DENSE[kind].carried), where, kind)
 
 
@@ -70,6 +70,6 @@ def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], whe
         items = value if isinstance(value, list) else [value]
         if allowed is not None and any(item not in allowed for item in items):
             raise ArtifactError(
-                f"{where}: config.json has {key} = {value!r}, which {family.moe} has no place for, so "
+                f"{where}: config.json has {key} = {value!r}, which {family.moe} does not support, so "
                 "the merged model would compute something else."
             )

@@ -1,1 +1,1 @@
-"""Pure functions of tensors: routing, balance, and what watches the routers of a live model."""
+"""Routing and load balancing as pure functions of tensors, and hooks on the routers of a live model."""

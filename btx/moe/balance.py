@@ -1,14 +1,14 @@
 """Load-balancing losses, each in its published convention, and the factors between their coefficients.
 
 "alpha = 0.01" is not one number: the conventions differ in what they average and in what carries a gradient,
-by a factor of the number of layers and more. So every loss here is unweighted and is asked for by the name
-of its convention.
+by a factor of the number of layers and more. So every loss here is unweighted and selected by the name of its
+convention.
 
-Axes: L layers, T tokens, E experts, K chosen experts of a token. A layer is a `Routing` recorded by
+Axes: L layers, T tokens, E experts, K experts per token. A layer is a `Routing` recorded by
 `btx.moe.hooks.Routed`. Means are over the tokens of one forward pass, all of which count, so batches are packed,
 not padded; with `everywhere=over_processes` they are over that pass on all processes, and with a `StepMeans` over all
-passes of an optimiser step. A step's loss is one number, however memory makes it be cut: means over less than the
-step would be another loss, which keeps experts from specialising (Qiu et al., 2501.11873).
+passes of an optimiser step. A step's loss is one number, however memory limits cut the step: means over a part of it
+would be another loss, which keeps experts from specialising (Qiu et al., 2501.11873).
 
 | form           | value per layer          | over layers | balanced | collapsed | gradient through      |
 |----------------|--------------------------|-------------|----------|-----------|-----------------------|
@@ -45,7 +45,7 @@ def here(mean_LE: Tensor) -> Tensor:
 
 
 def over_processes(mean_LE: Tensor) -> Tensor:
-    """The mean over all processes of torch.distributed, each with as many tokens; forward only, like a constant shift.
+    """The mean over all processes of torch.distributed, each with equally many tokens; forward only, as a constant.
 
     The gradient is that of this process's own mean, unscaled, so that the mean of the processes' gradients, which is
     what data parallelism takes, is the gradient of the loss over all their tokens.
@@ -60,9 +60,9 @@ def over_processes(mean_LE: Tensor) -> Tensor:
 class StepMeans:
     """Means over all tokens of an optimiser step that is cut into several passes, on all processes.
 
-    The loss is a product of means, so the gradient of one pass's tokens needs the means of all of them. They are
-    taken in passes without gradients before (`observe`); then each pass computes with them, its own tokens alone
-    carrying gradient, and the passes' gradients, weighted with their shares, add up to that of the loss of the step.
+    The loss is a product of means, so the gradient of one pass's tokens needs the means over all tokens. Passes without
+    gradients collect these first (`observe`); then each pass uses them, with gradients through its own tokens alone,
+    and the passes' gradients, weighted by their shares, add up to that of the step's loss.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class StepMeans:
         self._local = True
 
     def observe(self, form: str, layers: Sequence[Routing], share: float) -> None:
-        """Take in the means of one pass, whose tokens are `share` of the step's on all processes."""
+        """Add the means of one pass, whose tokens are a `share` of the step's over all processes."""
         place = 0
 
         def add(mean_LE: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class StepMeans:
         balance_loss(form, layers, add)
 
     def everywhere(self) -> Everywhere:
-        """What one pass's loss is computed with; to be asked for anew at each pass."""
+        """The `everywhere` argument for one pass's loss; every pass needs a new one."""
         if self._local and dist.is_initialized() and dist.get_world_size() > 1:
             for sum_LE in self._sums:
                 dist.all_reduce(sum_LE)
@@ -119,7 +119,7 @@ def switch_loss(layers: Sequence[Routing], everywhere: Everywhere = here) -> Ten
     """Mean over layers of E Σ_i f_i P_i (Fedus et al., 2101.03961, eq. 4-6), as in Megatron and MegaBlocks.
 
     f_i is the share of the T · K token-choices that expert i received, a count without gradient; P_i is the
-    mean over tokens of the full softmax. For K = 1 it is the Switch paper's loss to the letter.
+    mean over tokens of the full softmax. For K = 1 it is exactly the Switch paper's loss.
     """
     share_LE = everywhere(_means(layers, _chosen)) / layers[0].index_TK.shape[1]
     return _experts(layers) * (share_LE * everywhere(_means(layers, _probs))).sum(1).mean()
@@ -129,9 +129,9 @@ def transformers_loss(layers: Sequence[Routing], everywhere: Everywhere = here) 
     """E Σ_i f_i P_i over the pooled tokens of all layers, transformers' `load_balancing_loss_func`.
 
     f_i is the number of choices of expert i per token, so Σ f_i = K. Pooling hides collapse: layers that
-    each fell on another expert score as if balanced. The library counts the k largest of a softmax in the
-    logits' dtype; here the choices really made are counted and the softmax is float32, the same for top-k
-    routing and float32 logits.
+    each collapsed onto a different expert score as if balanced. The library counts the k largest of a softmax
+    in the logits' dtype; here the actual choices are counted and the softmax is float32, which is the same for
+    top-k routing and float32 logits.
     """
     load_E, prob_E = (everywhere(_means(layers, each)).mean(0) for each in (_chosen, _probs))
     return _experts(layers) * load_E @ prob_E
@@ -153,7 +153,7 @@ def _probs(layer: Routing) -> Tensor:
 
 
 def _gates(layer: Routing) -> Tensor:
-    """Gate weight of every expert, gate_TE, zero where not chosen; by scatter, so sums keep their order."""
+    """Routing weight of every expert, gate_TE, zero where not chosen; by scatter, so sums keep their order."""
     gate_TE = torch.zeros_like(_probs(layer))
     return gate_TE.scatter(1, layer.index_TK, layer.weight_TK.to(gate_TE.dtype))
 

@@ -1,9 +1,9 @@
-"""A routing rule installed by hooks on a native transformers MoE model, and the record of what routers did.
+"""Installs a routing rule on a native transformers MoE model by forward hooks, and records its routing.
 
-No modelling file is ours: a router of transformers returns (logits, weights, indices), and a hook on it may
-return others.
+btx has no modelling code of its own: a router of transformers returns (logits, weights, indices), and a hook on
+it may return others.
 
-Axes: T tokens, E experts, K chosen experts of a token.
+Axes: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
     routers = {name: m for name, m in model.named_modules() if type(m).__name__.endswith(("TopKRouter", GATING))}
     if not routers:
         raise ValueError(
-            f"{type(model).__name__} has no router: none of its modules is a ...TopKRouter, as there is in "
+            f"{type(model).__name__} has no router: none of its modules is a ...TopKRouter, as in "
             "MixtralForCausalLM or Qwen3MoeForCausalLM; a dense model cannot be routed"
         )
     return routers
 
 
 def router_labels(model: nn.Module) -> list[str]:
-    """What tables call the routers: the number of their layer, and which of two it is where attention has one too."""
+    """Names of the routers in tables: the layer's number, followed by `attention` for an attention router."""
     places = [name.split(".") for name in find_routers(model)]
     numbers = [next(part for part in place if part.isdecimal()) for place in places]
     of_attention = ["self_attention" in place for place in places]
@@ -40,26 +40,26 @@ def router_labels(model: nn.Module) -> list[str]:
 
 
 class Routed:
-    """A routing rule at work on a native MoE model, and the record of the last forward pass's routing.
+    """Applies a routing rule to a native MoE model, and records the routing of the last forward pass.
 
     `with Routed(model, "sample_top1", 1) as routed:` puts forward hooks on the model and on each of its
-    routers; leaving the block, or `remove()`, takes them away. In train mode the rule's experts and weights
-    replace the stock ones, in the stock dtype. In eval mode the stock output stays: it is what the rule
-    comes to without its noise. `soft_first_layer` makes the first MoE layer soft in both modes, as the paper
+    routers; leaving the block, or `remove()`, removes them. In train mode the rule's experts and weights
+    replace the stock ones, in the stock dtype. In eval mode the stock output stays: it equals the rule
+    without its noise. `soft_first_layer` makes the first MoE layer soft in both modes, as the paper
     does with Sample Top-1; a checkpoint trained so needs this class at inference too, as stock classes would
     run that layer with their own K.
 
-    `layers` is for balance losses and statistics: one `Routing` a layer, attached to the autograd graph in
-    training. Recording is open only while `model` itself runs forward, so the recompute of gradient
-    checkpointing, which runs in the backward pass, routes the same way but records nothing. Noise is what
-    `noise(layer)` gives, draws from Exp(1) of shape (T, E), where it is set (see `sequence_noise`); else it is drawn
-    from torch's global random state, which that recompute restores.
+    `layers` is for balance losses and statistics: one `Routing` per layer, attached to the autograd graph in
+    training. Recording is on only while `model` itself runs forward, so the recompute of gradient
+    checkpointing, which runs in the backward pass, routes the same way but records nothing. If `noise` is set,
+    `noise(layer)` gives the Exp(1) draws, of shape (T, E) (see `sequence_noise`); otherwise they come from torch's
+    global random state, which that recompute restores.
 
-    FlexOlmo normalises what a block gives, so there the weight of a lone expert (`switch`, `sample_top1`) has
+    FlexOlmo normalises a block's output, so there the weight of a single expert (`switch`, `sample_top1`) has
     no effect and next to no gradient: its router learns from the balance loss alone.
 
-    Set `step` before a forward pass and leave it until that pass's backward is over. Give the outermost
-    wrapper that is called (of peft, say) as `model`. Do not set `output_router_logits` as well: it adds
+    Set `step` before a forward pass and leave it until that pass's backward is over. Pass the outermost
+    wrapper that is called (peft's, say) as `model`. Do not set `output_router_logits` as well: it adds
     transformers' balance loss.
     """
 
@@ -98,7 +98,7 @@ class Routed:
         self._record = {}
 
     def remove(self) -> None:
-        """Take every hook away; the model routes as its stock class does. A second call does nothing."""
+        """Remove every hook; the model routes as its stock class does. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -138,14 +138,14 @@ class Routed:
         if router.training and self._needs_graph and not torch.is_grad_enabled():
             raise ValueError(
                 "a layer runs without gradients in a forward pass with them, as in reentrant checkpointing, "
-                "and a balance loss would get none: enable checkpointing with {'use_reentrant': False}"
+                "so a balance loss would get none: enable checkpointing with {'use_reentrant': False}"
             )
 
 
 def sequence_noise(keys: Sequence[int], *, layers: int, length: int, experts: int) -> Tensor:
-    """Draws from Exp(1), (layers, sequences · length, experts), a sequence's from its key alone.
+    """Exp(1) draws (layers, sequences · length, experts); those of a sequence depend on its key alone.
 
-    So a sequence meets the same noise in whatever pass, and on whatever process, it is computed.
+    So a sequence gets the same noise in whichever pass and process it is computed.
     """
     drawn = []
     for key in keys:
@@ -155,9 +155,9 @@ def sequence_noise(keys: Sequence[int], *, layers: int, length: int, experts: in
 
 
 def route_in_float32(model: nn.Module) -> None:
-    """Let every router of a model compute in float32, also under autocast and between bfloat16 layers.
+    """Make every router of a model compute in float32, also under autocast and between bfloat16 layers.
 
-    Which experts are chosen hangs on small differences of logits, which bfloat16 keeps to three digits.
+    Top-k depends on small differences of logits, which bfloat16 keeps to three digits.
     """
     for router in find_routers(model).values():
         router.forward = partial(_in_float32, router.forward)
@@ -173,7 +173,7 @@ def _in_float32(forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
 
 
 def _unsorted(output: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, weights, indices) of what a router that sorts gives: where each choice comes from, its gate, sizes."""
+    """(logits, weights, indices) from the output of JetMoE's router, which sorts the token-choices by expert."""
     order, _tokens, gates, sizes, logits_TE = output
     experts = torch.repeat_interleave(torch.arange(len(sizes), device=order.device),
                                       torch.tensor(sizes, device=order.device))  # fmt: skip
@@ -183,7 +183,7 @@ def _unsorted(output: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sorted(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> tuple[Any, ...]:
-    """The inverse of `_unsorted`: choices by expert, their tokens and gates, and how many each expert has."""
+    """The inverse of `_unsorted`: choices by expert, their tokens and gates, and each expert's count."""
     flat = index_TK.flatten()
     order = flat.argsort(stable=True)
     sizes = torch.bincount(flat, minlength=logits_TE.shape[-1]).tolist()
@@ -191,7 +191,7 @@ def _sorted(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> tuple[Any
 
 
 def _check_router(name: str, router: Any, rule: str, k: int) -> None:
-    """Refuse a stock router that in eval mode and after export would not do what is trained."""
+    """ValueError for a stock router that in eval mode and after export would not route as trained."""
     experts_per_token(rule, k=k, experts=router.num_experts)
     if router.top_k != k:
         raise ValueError(f"{name} chooses {router.top_k} experts, not {k}: set num_experts_per_tok = {k}")

@@ -1,11 +1,11 @@
-"""Which experts a token visits and with what weight: the rules, how routers start, and where the tokens went.
+"""Routing rules, router initialisation and routing statistics.
 
 Pure functions of tensors. The stock MoE classes of transformers route by top-k alone; this file holds the
-other rules of the BTX paper (arXiv 2403.07816, section 3.3), which `btx.moe.hooks` puts to work on such a
-model, routers that start at a chosen entropy, and the numbers by which routing is watched. The balance
-losses are in `btx.moe.balance`.
+other rules of the BTX paper (arXiv 2403.07816, section 3.3), which `btx.moe.hooks` installs on such a
+model, routers initialised at a chosen entropy, and statistics of load and entropy. The balance losses are
+in `btx.moe.balance`.
 
-Axes: T tokens, E experts, K chosen experts of a token, D width of the model.
+Axes: T tokens, E experts, K experts per token, D hidden width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEMPERATURE_FLOOR = 0.5
 
 
 class Routing(NamedTuple):
-    """What one MoE layer's router did in one forward pass: raw logits, chosen experts, their gate weights."""
+    """The routing of one MoE layer in one forward pass: raw logits, selected experts, their routing weights."""
 
     logits_TE: Tensor
     index_TK: Tensor
@@ -38,7 +38,7 @@ class Routing(NamedTuple):
 
 
 def experts_per_token(rule: str, *, k: int, experts: int) -> int:
-    """K, how many experts a token visits under `rule`; the checkpoint's `num_experts_per_tok` must equal it.
+    """K, the number of experts per token under `rule`; the checkpoint's `num_experts_per_tok` must equal it.
 
     ValueError for an unknown rule, and for a `k` that the rule contradicts: `switch` and `sample_top1`
     choose one expert, `soft` chooses all, `top_k` any number from 1 to `experts`.
@@ -83,8 +83,8 @@ def route(
       is stock top-1.
 
     Weights are float32 (float64 for float64 logits). Noise is `exponential_TE`, draws from Exp(1), or else comes
-    from `generator`, by default from torch's global state. Under activation checkpointing it must be given, or be
-    the global one: the recompute restores that, and no other generator.
+    from `generator`, by default torch's global state. Under activation checkpointing, pass the noise or use the
+    global state: the recompute restores no other generator.
     """
     experts_per_token(rule, k=k, experts=logits_TE.shape[-1])
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
@@ -159,8 +159,8 @@ def init_router(
     norm before it, when the normalised input is isotropic; measure it where the router sees the bare
     residual (FlexOlmo). An input x then has logits of variance Σ_d (W_ed w_d)²: rows are drawn normal and
     scaled so that this is `logit_std`² exactly, whatever the width. N(0, 1) rows instead, at width 4096,
-    have entropy 0.02: one expert takes 99 %. `orthogonal` makes the experts' logits uncorrelated: rows W_ed w_d are at
-    right angles where there are no more of them than components.
+    have entropy 0.02: one expert takes 99 %. `orthogonal` makes the experts' logits uncorrelated: rows W_ed w_d are
+    orthogonal, if there are no more of them than components.
     """
     scale_D = norm_weight_D.detach().to(device=generator.device, dtype=torch.float32)
     if scale_D.ndim != 1 or not bool(scale_D.isfinite().all()) or not bool(scale_D.any()):
@@ -181,7 +181,7 @@ def init_router(
 
 
 class LayerStatistics(NamedTuple):
-    """One MoE layer's routing in numbers: shares per expert, which sum to 1, entropies, and who is dead."""
+    """Routing statistics of one MoE layer: load per expert, which sums to 1, entropies, and dead experts."""
 
     load: list[float]  # share of the token-choices (T · K of them) that went to each expert
     entropy: float  # mean over tokens of the full softmax's entropy, in nats
@@ -201,7 +201,7 @@ def statistics(layers: Sequence[Routing], *, dead_below: float | None = None) ->
 
 
 class RoutingTotals:
-    """Sums over the tokens of several forward passes from which the statistics of all of them are made."""
+    """Sums over the tokens of several forward passes, for statistics over all of them."""
 
     def __init__(self) -> None:
         self._layers: list[tuple[Tensor, Tensor, int]] = []
@@ -219,11 +219,11 @@ class RoutingTotals:
 
     @property
     def tokens(self) -> int:
-        """How many were counted."""
+        """Number of tokens counted."""
         return self._layers[0][2] if self._layers else 0
 
     def statistics(self, *, dead_below: float | None = None) -> list[LayerStatistics]:
-        """As the function of that name, over all that was counted."""
+        """As the function of that name, over all tokens counted."""
         return [_layer_statistics(*totals, dead_below) for totals in self._layers]
 
 
@@ -248,7 +248,7 @@ def _layer_statistics(choices_E: Tensor, entropy: Tensor, tokens: int, dead_belo
 
 
 def _counts(index_TK: Tensor, experts: int) -> Tensor:
-    """How often each expert was chosen (E,); unlike bincount it does not wait for the device."""
+    """How often each expert was selected (E,); unlike bincount, without synchronising with the device."""
     index = index_TK.flatten()
     ones = torch.ones(len(index), dtype=torch.float64, device=index.device)
     return torch.zeros(experts, dtype=torch.float64, device=index.device).index_add_(0, index, ones)

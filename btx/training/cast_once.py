@@ -1,4 +1,4 @@
-"""bfloat16 arithmetic over float32 state: the weights are cast once a step, not once a product.
+"""bfloat16 arithmetic over float32 state: the weights are cast once per step, not once per product.
 
 Under autocast the residual stream, the norms and every cast of a weight stay in float32 and cost as much as the
 products save (SmolLM2-135M on two cores with fast bfloat16: 356 tokens/s, where a model of bfloat16 weights reached
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 class CastOnce:
     """bfloat16 copies of a model's weights, put in their place for a step.
 
-    What is looked up, routed or put into the loss stays float32: embeddings, whose gradients of a frequent token a
-    bfloat16 sum would swallow, the output head, which the loss casts itself, and routers, whose choices are made in
-    float32.
+    Embeddings, the output head and routers stay float32: a bfloat16 sum would swallow an embedding's gradients of a
+    frequent token, the loss casts the head itself, and routers compute in float32.
     """
 
     def __init__(self, model: nn.Module, *, kept: set[int]) -> None:
-        """`kept` are the ids of modules whose weights, and whose children's, stay as they are."""
+        """`kept` are the ids of modules whose weights, and whose children's, stay float32."""
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         left = {id(p) for m in model.modules() if id(m) in kept for p in m.parameters()}
@@ -43,7 +42,7 @@ class CastOnce:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Cast the weights as they are now; while it is open the model computes with the copies."""
+        """Cast the current weights; inside the context the model computes with the copies."""
         with torch.no_grad():
             torch._foreach_copy_([twin for _, twin in self.pairs], [parameter for parameter, _ in self.pairs])
         for module, name, _, twin in self.places:
@@ -67,7 +66,7 @@ class CastOnce:
 
 
 def embed_in_bfloat16(embedding: nn.Module) -> Any:
-    """Look rows up in float32 and hand them on in bfloat16; returns the hook's handle."""
+    """Make an embedding look rows up in float32 and return them in bfloat16; returns the hook's handle."""
 
     def cast(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return output.to(torch.bfloat16)

@@ -33,7 +33,7 @@ from btx.training.metrics import Metrics
 from btx.training.schedule import learning_rate, micro_batches, share
 from btx.training.state import load_state, save_state
 
-WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's kinds of run in which every process has the whole output head
+WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's distributed types that keep the output head unsharded
 
 
 class TrainingHook(Protocol):
@@ -46,13 +46,13 @@ class TrainingHook(Protocol):
         """Called before each forward pass with the sequences of the run that it computes."""
 
     def surveys(self, passes: int) -> bool:
-        """Whether a step of so many passes needs all of them without gradients before those with."""
+        """Whether a step of so many passes first needs all of them without gradients."""
 
     def survey(self, share: float) -> None:
-        """Called after each of these, which computed `share` of the step's tokens."""
+        """Called after each pass without gradients, with its share of the step's tokens."""
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
-        """Added to the cross-entropy after each forward pass, with what is to be logged."""
+        """Extra loss, added to the cross-entropy after each forward pass, and figures to log."""
 
     def figures(self) -> dict[str, Any]:
         """Figures of the step for metrics.jsonl."""
@@ -60,7 +60,7 @@ class TrainingHook(Protocol):
 
 @dataclass
 class Outcome:
-    """What a training came to."""
+    """Summary of a finished training."""
 
     steps: int
     tokens: int
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices decay, vectors (norms, biases) do not."""
+    """Optimiser groups: weight decay for matrices, none for vectors (norms, biases)."""
     live = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in live if p.ndim >= 2], "weight_decay": weight_decay},
@@ -125,7 +125,7 @@ class Loop:
         self.loss = float("nan")
 
     def _cast_once(self, model: Any) -> CastOnce | None:
-        """What a process that computes alone has instead of autocast, under bf16."""
+        """bfloat16 copies of the weights, which a single process uses under bf16 in place of autocast."""
         if self.precision != "bf16":
             return None
         embedding = model.get_input_embeddings()
@@ -168,7 +168,7 @@ class Loop:
         )
 
     def _agreed(self, asked: str, due: bool) -> tuple[str, bool]:
-        """Whether any process was asked to stop, and whether the first one's clock says that a state is due.
+        """Whether any process was asked to stop, and whether a state is due by the first one's clock.
 
         Saving is a collective, and signals and clocks reach processes at different steps: all must decide alike.
         """
@@ -214,26 +214,26 @@ class Loop:
         return [self.stream.batch(part) for part in micro_batches(mine, size)]
 
     def _learned(self, batches: list[Batch]) -> float:
-        """Targets that count in the whole step, over all processes."""
+        """Number of targets with a loss in the whole step, over all processes."""
         if not self.stream.masked:
             return float(self.settings.batch_tokens)
         mine = torch.tensor(float(sum(int((b.targets != IGNORED).sum()) for b in batches)))
         return max(1.0, float(self.accelerator.reduce(mine.to(self.accelerator.device), "sum")))
 
     def _fitting(self) -> int:
-        """Sequences a pass: about 16k tokens, whose hidden states are a few GB in a model of usual width."""
+        """Sequences per pass: about 16k tokens, whose hidden states are a few GB in a model of usual width."""
         return max(1, 16_384 // self.settings.sequence_length)
 
     def _survey(self, hook: TrainingHook, batches: list[Batch]) -> None:
-        """All passes of the step without gradients, for what a loss must know of the whole step before its first."""
+        """Run all passes of the step without gradients, for losses that need means over the whole step."""
         on = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(on), torch.no_grad():  # dropout then draws again what it drew here
+        with torch.random.fork_rng(on), torch.no_grad():  # the real passes then draw the same dropout
             for batch in batches:
                 self._hidden(batch)
                 hook.survey(len(batch.inputs) / self.batch)
 
     def _backward(self, batches: list[Batch], learned: float) -> tuple[float, dict[str, float]]:
-        """Sum over micro-batches, so that any cut of the batch gives the same gradient; mean over what is learned."""
+        """Sum over micro-batches, so that any cut of the batch gives the same gradient; mean over learned targets."""
         total = torch.zeros((), device=self.accelerator.device)
         extra: dict[str, float] = {}
         for n, batch in enumerate(batches):
@@ -253,7 +253,7 @@ class Loop:
         return self.accelerator.no_sync(self.model) if wait else nullcontext()
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """What the output head is given, scaled as logits are; the logits themselves where the head is sharded."""
+        """The output head's input, scaled as logits are; the logits themselves where the head is sharded."""
         if self.hook:
             self.hook.sequences(batch.numbers, batch.inputs.shape[1])
         with without_head(self.head) if self.head else nullcontext():
@@ -261,7 +261,7 @@ class Loop:
         return found
 
     def _cross_entropy(self, batch: Batch) -> Tensor:
-        """Summed over the targets that are learned."""
+        """Cross-entropy, summed over the targets with a loss."""
         targets = batch.targets.to(self.accelerator.device)
         logits = self._hidden(batch)
         if self.head:
@@ -287,7 +287,7 @@ class Loop:
         return dict(self.accelerator.get_state_dict(self.model))
 
     def close(self) -> None:
-        """End the trackers, the last thing; `btx.graph.launch.end_process` leaves the process group as it is.
+        """End the trackers, as the last thing; `btx.graph.launch.end_process` leaves the process group as it is.
 
         Destroying the process group sometimes deadlocks (seen with gloo, in its destructor): all processes then wait.
         """

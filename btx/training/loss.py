@@ -3,7 +3,7 @@
 At 128k vocabulary rows and 16k tokens, float32 logits take 8.4 GB, and their gradient as much again. Here a chunk's
 logits are made, turned into its loss and gradients, and dropped.
 
-Axes: T tokens, D width of the model, V vocabulary rows.
+Axes: T tokens, D hidden width, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from btx.data.sampler import IGNORED
 from btx.models.families import DENSE, MOE
 
 CHUNK = 2**25  # logits made at once, at most: 128 MiB in float32
-ON_GPU = 4  # times as many there, where products of few rows leave most of it idle (docs/benchmarks)
+ON_GPU = 4  # times as many on a GPU, most of which products of few rows leave idle (docs/benchmarks)
 
 
 def rows_of(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose logits are made at once."""
+    """Number of tokens whose logits are made at once."""
     return max(16, CHUNK * (ON_GPU if device.type == "cuda" else 1) // vocabulary)
 
 
@@ -51,7 +51,7 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
 
 
 class _Chunked(torch.autograd.Function):
-    """Gradients are made with the loss, chunk by chunk, since the logits that they need are gone afterwards."""
+    """Computes gradients with the loss, chunk by chunk, since the logits that they need are gone afterwards."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, rows: int) -> Tensor:
@@ -87,10 +87,10 @@ def _chunk(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> tuple[Ten
 
 
 def output_head(model: Any) -> nn.Linear | None:
-    """The head whose product may be put into the loss; None where that would compute something else.
+    """The output head, if its product may be fused into the loss; None where that could compute something else.
 
-    Between the head and the loss the classes of our families multiply by a constant (Granite) or do nothing, and so do
-    they with hidden states in the logits' place. Of other classes that is not known.
+    Between the head and the loss the classes of our families multiply by a constant (Granite) or do nothing, also when
+    hidden states take the logits' place. Of other classes that is not known.
     """
     head = model.get_output_embeddings()
     known = model.config.model_type in DENSE.keys() | MOE.keys()
@@ -99,7 +99,7 @@ def output_head(model: Any) -> nn.Linear | None:
 
 @contextmanager
 def without_head(head: nn.Linear) -> Iterator[None]:
-    """While it is open, the model's logits are what the head would have been given, scaled as logits are."""
+    """Inside the context, the model's logits are the head's input, scaled as logits are."""
     head.forward = lambda hidden: hidden  # type: ignore[method-assign, assignment]
     try:
         yield

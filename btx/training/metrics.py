@@ -1,7 +1,7 @@
-"""metrics.jsonl of a training, its trackers, and what it tells of its progress.
+"""Writes a training's metrics.jsonl, feeds its trackers, and emits its progress.
 
-One JSON object a step, appended; after a resume the lines past the restored step are dropped, so the file is that of
-an undisturbed run but for times and speeds.
+One JSON object per step, appended; after a resume the lines past the restored step are dropped, so the file equals that
+of an uninterrupted run but for times and speeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TELL_EVERY = 0.5  # seconds
 
 
 class Metrics:
-    """Writes one line a step, hands it to the trackers, and tells of the progress now and then."""
+    """Writes one line per step, hands it to the trackers, and emits progress at intervals."""
 
     def __init__(self, work: Path, *, label: str, total: int, emit: Emit, loop: Any) -> None:
         self.label, self.total, self.emit, self.loop = label, total, emit, loop
@@ -32,7 +32,7 @@ class Metrics:
             loop.accelerator.init_trackers(label.replace(":", "-"), config=_plain(loop.settings.model_dump()))
 
     def record(self, figures: dict[str, Any]) -> None:
-        """One step's figures."""
+        """Record one step's figures."""
         now = time.monotonic()
         steps = figures["step"] - self.first
         figures["tokens_per_second"] = round(steps * self.loop.settings.batch_tokens / max(now - self.started, 1e-9), 1)
@@ -50,13 +50,13 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the file."""
+        """Close the file."""
         if self.main:
             self.file.close()
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as trackers take them: numbers and text."""
+    """Settings as trackers accept them: numbers and text."""
     return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a step of a training is: its learning rate, and how its sequences are cut into passes and shared."""
+"""The learning rate of a training step, and how its sequences are split into micro-batches and over processes."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
     for name, tensor in flat.items():
         parameter, key = name.rsplit("|", 1)
         state.setdefault(parameter, {})[key] = tensor
-    # Whole on the first process only, so the others are sent its groups.
+    # Only the first process has the full groups, so it sends them to the others.
     current = get_optimizer_state_dict(model, optimizer.optimizer, options=_options())
     groups = broadcast_object_list([current.get("param_groups")])[0]
     set_state_dict(

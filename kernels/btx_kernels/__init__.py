@@ -1,4 +1,4 @@
 """Expert kernels: one backend, one file, one function `experts`; never imports btx or transformers.
 
-Axes: T tokens, K experts of a token, E experts, D width, F feed-forward width.
+Axes: T tokens, K experts per token, E experts, D hidden width, F feed-forward width.
 """

@@ -1,7 +1,7 @@
-"""Token-choices brought in the order of their experts, which every grouped kernel works in.
+"""Sorts token-choices by expert, the order in which every grouped kernel works.
 
 S = T · K choices; choice t · K + k is token t's k-th. An index of E or more stands for an expert that is elsewhere
-(expert parallelism marks choices of other processes so): such choices come last and belong to nobody.
+(expert parallelism marks choices of other processes so): such choices come last, in no expert's run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Order(NamedTuple):
 
 
 def order(index_TK: Tensor, experts: int) -> Order:
-    """Sort the choices of a routing; all on the routing's device, without waiting for it."""
+    """Sort the choices of a routing, on its device and without synchronising with it."""
     expert_S = index_TK.reshape(-1)
     sorted_S, choice_S = expert_S.sort(stable=True)
     place_S = torch.empty_like(choice_S)

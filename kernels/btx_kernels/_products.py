@@ -1,8 +1,8 @@
-"""A matrix product into its place, by the faster of the two libraries that torch has for it on a CPU.
+"""A matrix product into a given tensor, by the faster of the two libraries that torch has for it on a CPU.
 
-torch takes float32 products by MKL, which on AMD's processors stays with AVX2: half the rate of those that have
-AVX-512. oneDNN, by which torch takes bfloat16 products already, uses AVX-512 there for float32 too (its rounding error
-was 1.6 times MKL's). torch offers it under a private name; where that is gone, or on another processor, MKL does it.
+torch computes float32 products with MKL, which on AMD's processors stays with AVX2: half the rate of those that have
+AVX-512. oneDNN, which torch already uses for bfloat16 products, uses AVX-512 there for float32 too (its rounding error
+was 1.6 times MKL's). torch offers it under a private name; where that is gone, or on another processor, MKL is used.
 The rule looks at the processor and the sizes, never at a clock: the same machine rounds the same way in every run.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALL = 2**24  # multiplications: oneDNN prepares 0.2 to 0.4 ms for sizes it has not met, which MKL takes for so many
+SMALL = 2**24  # multiplications that MKL does in the 0.2 to 0.4 ms that oneDNN takes to prepare a size it has not met
 
 
 def product(a_NM: Tensor, b_ML: Tensor, out_NL: Tensor) -> Tensor:

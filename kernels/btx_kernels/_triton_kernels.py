@@ -1,11 +1,11 @@
 """The Triton kernels behind `btx_kernels.triton`.
 
-Axes: S choices sorted by expert, E experts, D width, F feed-forward width, K choices of a token; tiles are of BM rows,
-BN columns and BK deep. `choice` (S,) is the choice at each sorted place and `ends` (E,) where each expert's places end,
-both 64-bit. The first three are persistent: a program walks every `num_programs`-th tile of all experts.
+Axes: S choices sorted by expert, E experts, D hidden width, F feed-forward width, K choices per token; tiles have BM
+rows, BN columns and depth BK. `choice` (S,) is the choice at each sorted place and `ends` (E,) where each expert's
+places end, both 64-bit. The first three are persistent: a program walks every `num_programs`-th tile of all experts.
 
-Registers are what the ends of tiles are short of: rows of a tile lie together, so their offsets are 32-bit from a
-64-bit start, and `act_grad` ends with a quarter of its columns at a time (for sm_90, 2,016 bytes of spills became 80).
+Registers are scarce in the epilogues: rows of a tile are contiguous, so their offsets are 32-bit from a 64-bit start,
+and `act_grad` ends with a quarter of its columns at a time (for sm_90, 2,016 bytes of spills became 80).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COLUMNS = 32 if INTERPRETED else 128  # of a tile of activation gradients: its sums by row have a place for each
+COLUMNS = 32 if INTERPRETED else 128  # per tile of activation gradients: `dots` has one column for each such tile
 
 
 def _tuned(key: list[str], *shapes: tuple[int, int, int, int, int]) -> Any:
     """Autotuning over (rows, columns, depth, warps, stages); an interpreter takes small blocks and times nothing.
 
-    What was chosen is kept in Triton's cache: a run that is killed and goes on then rounds as it did before.
+    The choice is kept in Triton's cache, so a run that is killed and resumed rounds as it did before.
     """
     if INTERPRETED:
         shapes = ((16, 32, 16, 1, 1),)

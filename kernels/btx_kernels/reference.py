@@ -1,4 +1,4 @@
-"""The obvious loop over experts: the truth that every other backend is tested against.
+"""A plain loop over experts: the reference that every other kernel is tested against.
 
 Runs on any device and dtype, float64 included; gradients by autograd.
 """

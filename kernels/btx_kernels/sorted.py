@@ -2,11 +2,11 @@
 
 For the CPU, and any device that has matrix products. Runs in every floating type, float64 included. What it saves:
 
-- Every product goes into its place of a buffer, and by the faster library (`_products`); nothing of the size of all
-  experts is made or cleared per expert.
+- Every product writes into its place of a buffer, and uses the faster library (`_products`); nothing of the size of all
+  experts is allocated or cleared per expert.
 - Between the passes it keeps the pre-activations (S, 2F) and the experts' outputs (S, D). The gathered inputs and the
-  activations are made again, which costs 2 % of the backward pass; buffers for them have one expert's rows, stay in the
-  cache and are used again from expert to expert.
+  activations are recomputed, which costs 2 % of the backward pass; their buffers have one expert's rows, stay in the
+  cache and are reused from expert to expert.
 - The gradient of a routing weight comes from the kept output, a dot product over D instead of the wider F.
 """
 
@@ -23,7 +23,7 @@ from btx_kernels._order import order
 from btx_kernels._products import product
 
 SILU, SILU_BACKWARD = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
-CACHED = 2**18  # numbers worked on at once where every one is touched several times: they stay in a core's cache
+CACHED = 2**18  # elements per chunk where each is touched several times, so that they stay in a core's cache
 
 
 def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class _Sorted(torch.autograd.Function):
 
 
 class _Buffers:
-    """Scratch rows by number, made when first asked for and shared by all experts."""
+    """Scratch buffers by number, allocated on first use and shared by all experts."""
 
     def __init__(self, like: Tensor, rows: int) -> None:
         self.like, self.rows = like, rows
@@ -117,7 +117,7 @@ class _Buffers:
 
 
 def _rows(like: Tensor, rows: int) -> Tensor:
-    """Room for so many rows, and a row of zeros after them for choices whose expert is elsewhere."""
+    """An uninitialised buffer of `rows` rows, and a row of zeros after them for choices whose expert is elsewhere."""
     room = like.new_empty(rows + 1, like.shape[1])
     room[-1].zero_()
     return room

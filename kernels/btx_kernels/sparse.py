@@ -1,14 +1,13 @@
 """MegaBlocks' dropless block-sparse experts (arXiv 2211.15841), by the packages megablocks and stanford-stk themselves.
 
-Their Triton kernels compute; ours is what lets them run on today's torch and Triton. MegaBlocks refuses Triton 3.2 and
+Their Triton kernels compute; this file makes them run on current torch and Triton. MegaBlocks refuses Triton 3.2 and
 newer because stk's 16-bit block indices overflow there: the topology here is 32-bit. And it needs a compiled module,
 `megablocks_ops`, of a few small operations: where that is missing, torch does them.
 
 The rows of an expert are padded to blocks of 128, and so are the widths D and F, with zeros, which is exact. Gate and
-up are one sparse matrix of width 2F, so their weights are used as they lie where D and F are multiples of 128; those of
+up are one sparse matrix of width 2F, so their weights are used in place where D and F are multiples of 128; those of
 down are transposed by a copy. stk's kernels count elements in 32 bits: more than 2^31 in one matrix are refused.
-Products of float32 are taken in TF32 on a GPU. Under Triton's interpreter (TRITON_INTERPRET=1) it runs on a CPU,
-slowly.
+float32 products use TF32 on a GPU. Under Triton's interpreter (TRITON_INTERPRET=1) it runs on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 BLOCK = 128
-TRITON = True  # on a CPU it runs interpreted only
+TRITON = True  # on a CPU it runs only in the interpreter
 
 
 def _inclusive_cumsum(x_BN: Tensor, dim: int, out_BN: Tensor) -> None:
@@ -102,7 +101,7 @@ def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tenso
 
     float32, bfloat16 or float16. An index of E stands for an expert elsewhere and adds nothing.
     """
-    if x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda:  # whose products Triton's interpreter takes of the bits
+    if x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda:  # Triton's interpreter would multiply its raw bits
         return experts(x_TD.float(), gate_up_EFD.float(), down_EDF.float(), index_TK, weight_TK).bfloat16()
     with torch.cuda.device_of(x_TD):
         return _experts(x_TD, gate_up_EFD, down_EDF, index_TK, weight_TK)
@@ -138,7 +137,7 @@ def _experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tens
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """With so many rows and columns of zeros more, contiguous; itself where it is that already."""
+    """The tensor with that many rows and columns of zeros appended, contiguous; not copied where it already is."""
     return (functional.pad(x, (0, columns, 0, rows)) if rows or columns else x).contiguous()
 
 
@@ -146,12 +145,12 @@ def _refuse_beyond_32_bits(*elements: int) -> None:
     if max(elements) >= 2**31:
         raise ValueError(
             f"the kernel sparse cannot address {max(elements):,} elements of one matrix with the 32 bits of stk's "
-            "kernels. Use fewer tokens a pass (run.micro_batch) or another kernel."
+            "kernels. Use fewer tokens per pass (run.micro_batch) or another kernel."
         )
 
 
 def _topology(ends_E: Tensor, columns: int, dtype: torch.dtype) -> stk.Matrix:
-    """Which blocks of the (rows, E · columns) matrix of hidden values there are, with 32-bit indices."""
+    """The non-zero blocks of the (rows, E · columns) matrix of hidden values, with 32-bit indices."""
     rows, device = int(ends_E[-1]), ends_E.device
     column_N = _columns(ends_E, rows, columns).flatten()
     row_N = torch.arange(rows, device=device).repeat_interleave(columns)

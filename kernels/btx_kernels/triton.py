@@ -1,13 +1,13 @@
 """Our own Triton kernels for Hopper and Ampere: grouped products with everything around them fused in.
 
-Forwards: up (rows gathered by token, gate and up side by side, SwiGLU at the end), down (weighted rows scattered to
-their choices), and their sum. Backwards: the gradient of the activations with SwiGLU's at the end, those of the
-weights, that of the input, and its sum. All but the sums and the weights' gradients are persistent: a few programs for
-each multiprocessor walk all tiles of all experts.
+Forward: up (rows gathered by token, gate and up side by side, SwiGLU fused in), down (weighted rows scattered to
+their choices), and their sum. Backward: the gradient of the activations with SwiGLU's fused in, those of the
+weights, that of the input, and its sum. All but the sums and the weights' gradients are persistent: a few programs per
+multiprocessor walk all tiles of all experts.
 
-Between the passes only the pre-activations (S, 2F) are kept, where a dense layer under autograd keeps four times F a
-token. Nothing waits for the device but the first call at a new width, which tunes the block sizes; sums then have a
-fixed order, and no atomic is used. Another process may tune to other sizes, and so round otherwise.
+Between the passes only the pre-activations (S, 2F) are kept, where a dense layer under autograd keeps four times F per
+token. Only the first call at a new width synchronises with the device, to tune the block sizes; sums then have a fixed
+order, and no atomic is used. Another process may tune to other sizes, and so round differently.
 
 float32 (TF32 if torch allows it), bfloat16 or float16. Under Triton's interpreter (TRITON_INTERPRET=1) it runs on a
 CPU, slowly.
@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernel triton needs the package triton: `pip install triton` (Linux).") from error
 
-TRITON = True  # on a CPU it runs interpreted only
+TRITON = True  # on a CPU it runs only in the interpreter
 
 
 def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -103,13 +103,13 @@ def _blocks(length: int, size: int) -> int:
 
 
 def _how(x_TD: Tensor) -> dict[str, Any]:
-    """How products are taken: float32 in TF32 where torch may; in an interpreter bfloat16 must be widened first."""
+    """Precision of products: float32 in TF32 where torch allows it; an interpreter needs bfloat16 widened first."""
     fast = x_TD.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
     return {"PRECISION": "tf32" if fast else "ieee", "WIDE": launch.INTERPRETED}
 
 
 def _grid(x_TD: Tensor) -> Callable[[dict[str, int]], tuple[int]]:
-    """One program for each multiprocessor, or more where tiles are small; each walks its share of the tiles."""
+    """One program per multiprocessor, or more where tiles are small; each walks its share of the tiles."""
     if not x_TD.is_cuda:
         return lambda _block: (3,)
     count = torch.cuda.get_device_properties(x_TD.device).multi_processor_count

@@ -159,8 +159,8 @@ DATA: dict[str, tuple[Break, tuple[str, ...]]] = {
                        world.set("domains.math.data", ["e"])),
         ("domains.math.data", "/e ", ".jsonl", "x.md"),
     ),
-    "unknown kind": (setting("domains.math.data", ["seed/model.safetensors"]), ("model.safe", "no kind", ".jsonl")),
-    "glob of unknown kinds": (setting("domains.math.data", ["seed/*.safe*"]), ("no kind", "model.safetensors")),
+    "unknown kind": (setting("domains.math.data", ["seed/model.safetensors"]), ("model.safe", "no format", ".jsonl")),
+    "glob of unknown kinds": (setting("domains.math.data", ["seed/*.safe*"]), ("no format", "model.safetensors")),
     "a config as data": (setting("domains.math.data", ["seed/config.json"]), ("config.json", "no usable columns")),
     "an array with a broken record": (raw(b'[{"text": "a"}, {"txt": 1}]', "m.json"), ("m.json: record 2", "txt")),
     "half an array": (raw(b'[{"text": "a"}, ', "m.json"), ("m.json:", "data.on_bad_line: skip")),
@@ -201,7 +201,7 @@ DATA: dict[str, tuple[Break, tuple[str, ...]]] = {
     "half a gzip": (raw(gzip.compress(GOOD * 999)[:80], "m.jsonl.gz"), ("m.jsonl.gz", "Truncated", "Fetch it again")),
     "half an xz": (raw(b"\xfd7zXZ\0\0\4", "m.txt.xz"), ("m.txt.xz", "Fetch it again")),
     "no Parquet": (raw(b"PAR1 but no more", "m.parquet"), ("m.parquet", "Parquet", "row 0")),
-    "a packed Parquet": (raw(gzip.compress(b"PAR1"), "m.parquet.gz"), ("m.parquet.gz", "no kind", ".parquet")),
+    "a packed Parquet": (raw(gzip.compress(b"PAR1"), "m.parquet.gz"), ("m.parquet.gz", "no format", ".parquet")),
 }  # fmt: skip
 
 

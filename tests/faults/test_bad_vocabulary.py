@@ -30,12 +30,12 @@ def with_tokens(world: World, **changes: Any) -> Path:
 )
 def test_an_entry_that_is_no_token_is_refused(world: World, changes: dict[str, Any]) -> None:
     with_tokens(world, **changes)
-    refused(world.write(), world.runs, 3, ("law/tokenizer.json is damaged", "is no token"))
+    refused(world.write(), world.runs, 3, ("law/tokenizer.json is damaged", "is not a token"))
 
 
 def test_an_id_that_the_loaded_tokenizer_does_not_have_is_refused(world: World) -> None:
     with_tokens(world, id=10**6)
-    refused(world.write(), world.runs, 3, ("1000000", "'<x>'", f"takes it as {TOKENS}"))
+    refused(world.write(), world.runs, 3, ("1000000", "'<x>'", f"tokenizer gives {TOKENS}"))
 
 
 def test_a_tokenizer_without_a_vocabulary_is_refused(world: World) -> None:

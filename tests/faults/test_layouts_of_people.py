@@ -85,7 +85,7 @@ def infix(part: str) -> Callable[[str], str]:
 BUFFER = torch.arange(9)[None]
 LAYOUTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "one shard without index": (renamed("model-00001-of-00001.safetensors"), ("whole model", "rename it to model.saf")),
-    "shards without index": (shards, ("model-00001-of-00002", INDEX, "Fetch that file too")),
+    "shards without index": (shards, ("model-00001-of-00002", INDEX, "Fetch that file.")),
     "a cache's root": (cached, ("root of a model in a Hugging Face cache", "snapshots/" + "a" * 40)),
     "a whole cache": (
         both(cached, moved("models--org--name")), ("whole Hugging Face cache", "models--org--name/snapshots/aaa")
@@ -93,18 +93,21 @@ LAYOUTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a folder of checkpoints": (trainings, ("checkpoints of a training", "such as", "/checkpoint-1500")),
     "one folder too high": (moved("model"), ("checkpoints in folders (model)", "such as")),
     "an adapter beside the model": (put("adapter_config.json"), ("a model and an adapter", "adapter_config.json")),
-    "module.": (names(lambda n: f"module.{n}"), ("inside of a wrapper", "module.", "Unwrap")),
-    "_orig_mod.": (names(lambda n: f"_orig_mod.{n}"), ("inside of a wrapper", "_orig_mod.")),
-    "both of them": (names(lambda n: f"module._orig_mod.{n}"), ("inside of a wrapper", "module.")),
-    "compiled layers": (names(infix("_orig_mod")), ("inside of a wrapper", "_orig_mod.")),
-    "checkpointed layers": (names(infix("_checkpoint_wrapped_module")), ("inside of a wrapper",)),
-    "the body alone": (names(lambda n: n.removeprefix("model.")), ("without the class that has the head",)),
-    "an integer buffer": (more(**{"model.position_ids": BUFFER}), ("position_ids holds whole numbers (I64)", "buffer")),
-    "a mask": (more(**{"model.mask": BUFFER.bool()}), ("model.mask holds whole numbers (BOOL)", "save it anew")),
-    "a mask in bytes": (more(**{"model.mask": BUFFER.byte()}), ("model.mask holds whole numbers (U8)",)),
+    "module.": (names(lambda n: f"module.{n}"), ("inside a wrapper", "module.", "Unwrap")),
+    "_orig_mod.": (names(lambda n: f"_orig_mod.{n}"), ("inside a wrapper", "_orig_mod.")),
+    "both of them": (names(lambda n: f"module._orig_mod.{n}"), ("inside a wrapper", "module.")),
+    "compiled layers": (names(infix("_orig_mod")), ("inside a wrapper", "_orig_mod.")),
+    "checkpointed layers": (names(infix("_checkpoint_wrapped_module")), ("inside a wrapper",)),
+    "the body alone": (names(lambda n: n.removeprefix("model.")), ("without its head",)),
+    "an integer buffer": (
+        more(**{"model.position_ids": BUFFER}),
+        ("position_ids is an integer tensor (I64)", "buffer"),
+    ),
+    "a mask": (more(**{"model.mask": BUFFER.bool()}), ("model.mask is an integer tensor (BOOL)", "save it again")),
+    "a mask in bytes": (more(**{"model.mask": BUFFER.byte()}), ("model.mask is an integer tensor (U8)",)),
     "a buffer of real numbers": (
         more(**{"model.layers.0.self_attn.masked_bias": torch.zeros(1)}),
-        ("masked_bias", "its class does not have", "save it anew"),
+        ("masked_bias", "its class does not have", "save it again"),
     ),
     "a quantised weight": (
         more(**{"model.layers.0.mlp.up_proj.qweight": BUFFER.int()}), ("dtype I32", "unquantised")
@@ -116,16 +119,16 @@ LAYOUTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda f: (f / "generation_config.json").unlink() or (f / "generation_config.json").symlink_to("gone"),
         ("generation_config.json is a link to", "gone, which is not there"),
     ),
-    "a link to itself": (lambda f: (f / "loop").symlink_to("loop"), ("loop is a link",)),
-    "weights not fetched": (put(WEIGHTS, POINTER), (WEIGHTS, "pointer of git-lfs", "git lfs pull")),
-    "tokenizer not fetched": (put("tokenizer.json", POINTER), ("tokenizer.json", "pointer of git-lfs")),
-    "config not fetched": (put("config.json", POINTER), ("config.json", "pointer of git-lfs")),
-    "index not fetched": (both(sharded, put(INDEX, POINTER)), (INDEX, "pointer of git-lfs")),
-    "the makers' own format": (renamed("consolidated.safetensors"), ("format of its makers", "consolidated.saf")),
+    "a link to itself": (lambda f: (f / "loop").symlink_to("loop"), ("loop is a broken link",)),
+    "weights not fetched": (put(WEIGHTS, POINTER), (WEIGHTS, "git-lfs pointer", "git lfs pull")),
+    "tokenizer not fetched": (put("tokenizer.json", POINTER), ("tokenizer.json", "git-lfs pointer")),
+    "config not fetched": (put("config.json", POINTER), ("config.json", "git-lfs pointer")),
+    "index not fetched": (both(sharded, put(INDEX, POINTER)), (INDEX, "git-lfs pointer")),
+    "the makers' own format": (renamed("consolidated.safetensors"), ("maker's own names", "consolidated.saf")),
     "under another name": (renamed("pico.safetensors"), ("another name (pico.safetensors)", "rename the file")),
     "pickle": (renamed("pytorch_model.bin"), ("pickle", "pytorch_model.bin", "save_pretrained")),
     "parameters of the makers": (
-        put("params.json", gone="config.json"), ("no config.json", "format of its makers", "converted")
+        put("params.json", gone="config.json"), ("no config.json", "maker's own format", "converted")
     ),
     "a training's state without weights": (put("training_args.bin", gone=WEIGHTS), ("holds no weights",)),
     "pieces of DeepSpeed": (

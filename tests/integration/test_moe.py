@@ -111,13 +111,13 @@ def test_extract_and_replace(project: Path, tmp_path: Path) -> None:
     ("words", "code", "said"),
     [
         (["remove", "{export}", "--name", "cdoe", "--out", "{out}"], 2, "did you mean 'code'"),
-        (["remove", "{dense}", "--name", "code", "--out", "{out}"], 3, "no Mixture of Experts"),
-        (["remove", "{export}", "--name", "code", "--out", "{export}"], 2, "is there already"),
+        (["remove", "{dense}", "--name", "code", "--out", "{out}"], 3, "not a Mixture of Experts"),
+        (["remove", "{export}", "--name", "code", "--out", "{export}"], 2, "already exists"),
         (["unmask", "{export}", "--out", "{out}"], 3, "nothing is masked"),
         (["add", "{export}", "{dense}", "--name", "law", "--out", "{out}"], 2, "--data law=PATH"),
-        (["add", "{export}", "{dense}", "--name", "code", "--out", "{out}"], 2, "an expert 'code' already"),
-        (["add", "{export}", "{dense}", "--name", "7", "--out", "{out}"], 2, "no name of an expert"),
-        (["replace", "{export}", "{nowhere}", "--name", "code", "--out", "{out}"], 3, "is no folder"),
+        (["add", "{export}", "{dense}", "--name", "code", "--out", "{out}"], 2, "already has an expert 'code'"),
+        (["add", "{export}", "{dense}", "--name", "7", "--out", "{out}"], 2, "not an expert's name"),
+        (["replace", "{export}", "{nowhere}", "--name", "code", "--out", "{out}"], 3, "is not a folder"),
     ],
     ids=lambda x: str(x)[:40],
 )

@@ -64,5 +64,5 @@ def test_another_template_for_tools_is_another_seed(world: World) -> None:
 
 def test_a_generation_config_that_is_no_object_is_refused(world: World) -> None:
     (world.seed / "generation_config.json").write_text("[1]", encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"generation_config\.json is no JSON object"):
+    with pytest.raises(ArtifactError, match=r"generation_config\.json is not a JSON object"):
         Checkpoint(world.seed)

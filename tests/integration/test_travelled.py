@@ -136,7 +136,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config": (put("config.json", '{"model_type": "mixtral"}'), "config.json is missing or not what"),
     "tokenizer": (put("tokenizer.json", "{}"), "tokenizer.json is missing or not what"),
     "proof": (put(PROOF, "{}"), f"{PROOF} is missing or not what"),
-    "weights not fetched": (put("model.safetensors", POINTER), "pointer of git-lfs"),
+    "weights not fetched": (put("model.safetensors", POINTER), "git-lfs pointer"),
     "a link that leaves": (away("model.safetensors"), "is a link that leaves"),
     "a dangling link": (
         lambda copy: (copy / PROOF).unlink() or (copy / PROOF).symlink_to("gone"), "which is not there"

@@ -77,7 +77,7 @@ def config(**changes: Any) -> Any:
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WRONG = {
-    "dora without lengths": (config(use_dora=True), "use_dora: True.*lengths of .* are none.*merge_and_unload"),
+    "dora without lengths": (config(use_dora=True), "use_dora: True.*magnitudes are none.*merge_and_unload"),
     "bias": (config(bias="all"), "bias: 'all'"),
     "pissa": (config(init_lora_weights="pissa"), "init_lora_weights: 'pissa'"),
     "another kind": (config(peft_type="IA3"), "peft_type: 'IA3'"),
@@ -85,12 +85,12 @@ WRONG = {
     "no kind": (config(peft_type=None), "damaged"),
     "alpha in words": (config(lora_alpha="much"), "lora_alpha: 'much'"),
     "rank of nothing": (config(r=0), "has r: 0"),
-    "a broken pattern": (config(alpha_pattern={"(": 2}), "alpha_pattern.*a pattern that is none"),
-    "a set of numbers": (config(target_modules=[1]), "target_modules.*another kind"),
+    "a broken pattern": (config(alpha_pattern={"(": 2}), "alpha_pattern.*which is not a regular expression"),
+    "a set of numbers": (config(target_modules=[1]), "target_modules.*another type"),
     "another rank": (config(r=5), "has r: 5, by which .* has rank 5, in the file 4"),
     "not selected": (config(target_modules=["q_proj"]), "target_modules: .*does not select model.layers.0.mlp"),
     "selected and excluded": (config(exclude_modules=["q_proj"]), "target_modules: .*does not select .*q_proj"),
-    "layers of none": (config(layers_pattern="layers"), "layers_pattern: 'layers', which peft does not take without"),
+    "layers of none": (config(layers_pattern="layers"), "layers_pattern: 'layers', which peft does not accept without"),
     "layers of a pattern": (
         config(target_modules=".*q_proj", layers_to_transform=[1]),
         "layers_to_transform.*beside target_modules",
@@ -106,10 +106,13 @@ WRONG = {
     "NaN": (weights(lambda t: t[A].fill_(torch.nan)), "lora_A.weight holds 128 NaN"),
     "no B": (weights(lambda t: t.pop(A.replace("lora_A", "lora_B"))), "lora_B none do not fit"),
     "another width": (weights(lambda t: t.update({A: torch.zeros(4, 31)})), r"lora_A \(4, 31\)"),
-    "a stranger": (weights(lambda t: t.update({"base_model.model.x": torch.zeros(2)})), "no weight of the seed"),
+    "a stranger": (
+        weights(lambda t: t.update({"base_model.model.x": torch.zeros(2)})),
+        "nor, by name and shape, a weight of the seed",
+    ),
     "no prefix": (
         weights(lambda t: t.update({"model.norm.weight": torch.zeros(32)})),
-        "model.norm.weight is no LoRA factor",
+        "model.norm.weight is neither a LoRA factor",
     ),
     "an adapter's name inside": (
         weights(lambda t: t.update({A.replace("A.weight", "A.default.weight"): t.pop(A)})),

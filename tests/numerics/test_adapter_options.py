@@ -211,7 +211,7 @@ def test_a_start_that_is_not_zero_needs_all_factors(tmp_path: Path) -> None:
     save_file(tensors, adapter / WEIGHTS)
     torch.testing.assert_close(dense(seed, adapter, tmp_path / "out"), live(seed, adapter), atol=1e-5, rtol=1e-5)
     edit(adapter, init_lora_weights=False)
-    with pytest.raises(ArtifactError, match=r"init_lora_weights.*no factors of model\.layers\.0\.mlp\.up_proj"):
+    with pytest.raises(ArtifactError, match=r"init_lora_weights.*no factors for model\.layers\.0\.mlp\.up_proj"):
         dense(seed, adapter, tmp_path / "again")
 
 

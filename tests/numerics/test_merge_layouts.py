@@ -63,7 +63,7 @@ def test_in_layers_without_experts_the_feed_forward_blocks_are_averaged(tmp_path
 @pytest.mark.parametrize("family", sorted({*DENSE} - {*HALVES}))
 def test_a_class_with_experts_in_every_layer_is_not_asked_for_less(tmp_path: Path, family: str) -> None:
     seed = save_model(tmp_path / "seed", config_of(family))
-    with pytest.raises(RecipeError, match=f"{DENSE[family].moe}, that a {family} becomes, has them in all.*qwen"):
+    with pytest.raises(RecipeError, match=f"a {family} becomes {DENSE[family].moe}, which has them in every.*qwen"):
         merge(tmp_path / "moe", [seed] * 2, top_k=1, layers="alternate")
     merge(tmp_path / "all", [seed] * 2, top_k=1, layers=[0, 1])
 
@@ -128,7 +128,7 @@ def test_a_shared_expert_learns_and_one_of_zeros_does_not(tmp_path: Path, family
 @pytest.mark.parametrize("family", sorted({*DENSE} - {*SHARING}))
 def test_a_class_without_a_shared_expert_is_not_given_one(tmp_path: Path, family: str) -> None:
     seed = save_model(tmp_path / "seed", config_of(family))
-    with pytest.raises(RecipeError, match=r"needs a class with a shared expert.*family qwen2"):
+    with pytest.raises(RecipeError, match=r"needs an MoE class with a shared expert.*family qwen2"):
         merge(tmp_path / "moe", [seed] * 2, top_k=1, shared_expert="seed")
 
 

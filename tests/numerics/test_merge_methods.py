@@ -195,7 +195,7 @@ def test_a_method_that_sees_whole_tensors_is_refused_where_memory_does_not_do(
         require_memory(base, SharedSettings(), models=8, limit=2**19)
         with pytest.raises(ResourceError, match=r"lm_head\.weight .*by ties.*group head"):
             require_memory(base, SharedSettings(method="ties"), models=8, limit=2**19)
-        with pytest.raises(ResourceError, match=r"Set it to more\.$"):  # mean goes block by block: no method takes less
+        with pytest.raises(ResourceError, match=r"Raise it\.$"):  # mean goes block by block: no method takes less
             require_memory(base, SharedSettings(), models=8, limit=2**10)
         of_blocks = {"embeddings": "mean", "head": "linear"}
         require_memory(base, SharedSettings(method="ties", groups=of_blocks), models=8, limit=2**19)

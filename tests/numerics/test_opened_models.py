@@ -150,4 +150,4 @@ def test_a_composed_model_whose_part_or_kind_is_gone_is_refused_by_name(
     made.parts["other"].folder.rename(made.root / "elsewhere")
     refused("the part other is not at")
     (made.folder / "model.json").write_text("{}")
-    refused("describes no composed model")
+    refused("is not a composed model")

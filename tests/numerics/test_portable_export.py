@@ -77,7 +77,7 @@ def test_other_families_and_a_head_dim_of_null(tmp_path: Path) -> None:
     assert "known to load there only" in " ".join(notes(moe, "fused", tmp_path))
     jetmoe = {**moe, "model_type": "jetmoe"}
     assert "known to load there only" not in " ".join(notes(jetmoe, "fused", tmp_path))
-    assert "llama.cpp has no place" in " ".join(notes(jetmoe, "published", tmp_path))
+    assert "llama.cpp does not support" in " ".join(notes(jetmoe, "published", tmp_path))
     some = {**moe, "model_type": "qwen3_moe", "mlp_only_layers": [0]}
     assert "refuses layers without experts" in " ".join(notes(some, "published", tmp_path))
 
@@ -96,7 +96,7 @@ LIMITS = [  # as make portability met them, or as the source of the same version
     ("mixtral", {"sliding_window": 16}, "differs beyond 16 tokens"),
     ("qwen2", {"sliding_window": 16, "use_sliding_window": True}, "differs beyond 16 tokens"),
     ("qwen2_moe", {"use_sliding_window": True}, "transformers 4 computes something else"),
-    ("flex_olmo", {}, "llama.cpp has no place for its family"),
+    ("flex_olmo", {}, "llama.cpp does not support its family"),
 ]
 
 

@@ -137,5 +137,5 @@ def own_shares(model: Any) -> dict[str, float]:
 
 
 def test_one_domain_alone_makes_no_router(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="two domains or more, here are 1"):
+    with pytest.raises(ValueError, match="two domains or more, not 1"):
         fresh_routers(None, {"math": []}, ["math"], how="activations", entropy=0.9)

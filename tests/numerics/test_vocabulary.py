@@ -169,11 +169,11 @@ def dropped(data: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (renamed, r"its id 0, there '<\|end\|>', is '<\|other\|>' here"),
+        (renamed, r"id 0 is '<\|end\|>' there and '<\|other\|>' here"),
         (merges, "its vocabulary, merges or options differ"),
-        (overlaid, "'<x>' is its id 17, one of the seed's"),
+        (overlaid, "it adds '<x>' as id 17, one of the seed's"),
         (twice, "added twice"),
-        (dropped, r"its id 0, there '<\|end\|>', is missing"),
+        (dropped, r"id 0 is '<\|end\|>' there and missing"),
     ],
 )
 def test_any_other_change_of_a_tokenizer_is_refused(tmp_path: Path, change: Any, words: str) -> None:

@@ -183,7 +183,7 @@ def test_corpora_that_are_there_or_cannot_be_written_are_told(tmp_path: Path, mo
     (tmp_path / "prose").mkdir()
     done = CliRunner().invoke(main, ["text", str(tmp_path)])
     assert done.exit_code == 2
-    assert "prose is there already" in done.output
+    assert "prose already exists" in done.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prose"]
 
     def full(_path: Path) -> None:

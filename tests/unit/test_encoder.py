@@ -71,7 +71,7 @@ def test_the_mark_that_the_tokenizer_puts_in_front_stands_there_whatever_it_is_c
 
 
 def test_two_marks_in_front_are_refused() -> None:
-    with pytest.raises(ArtifactError, match=r"2 marks in front of a text \(<pad><s>\)"):
+    with pytest.raises(ArtifactError, match=r"2 special tokens before a text \(<pad><s>\)"):
         Encoder(marked(tokenizer(), "<pad> <s> $A"), "all")
 
 
@@ -87,7 +87,7 @@ def test_a_tokenizer_that_draws_at_random_is_refused(world: World) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     data["model"]["dropout"] = 0.1
     path.write_text(json.dumps(data), encoding="utf-8")
-    refused(world.write(), world.runs, 3, ("leaves out merges at random", "dropout 0.1", "Set it to null"))
+    refused(world.write(), world.runs, 3, ("drops merges at random", "dropout 0.1", "Set it to null"))
 
 
 # ---- pieces ----
@@ -137,5 +137,5 @@ def test_without_start_and_end_mark_bytes_and_nats_are_of_the_same_text_and_docu
     using.tokenizer.pad_token = None
     bare = Encoder(using.tokenizer, "all")
     assert bare.tokenizer.decode(next(bare.encode([parse({"text": "two"})]))[0]) == "two\n\n"
-    assert "no start and no end mark" in bare.warnings[0]
+    assert "no start and no end token" in bare.warnings[0]
     assert not Encoder(tokenizer(), "all").warnings

@@ -105,11 +105,11 @@ def test_the_checkpoint_is_a_seed(file: Path, tmp_path: Path) -> None:
 
 def test_a_second_import_finds_the_folder_and_another_file_does_not_overwrite_it(file: Path, tmp_path: Path) -> None:
     write(file, tmp_path / "plain")
-    assert write(file, tmp_path / "plain") == [f"{tmp_path / 'plain'} holds it already"]
+    assert write(file, tmp_path / "plain") == [f"{tmp_path / 'plain'} already holds it"]
     other = gguf_file(tmp_path / "other.gguf", quantised=False)
-    with pytest.raises(RecipeError, match="exists already and holds something else"):
+    with pytest.raises(RecipeError, match="already exists and holds something else"):
         write(other, tmp_path / "plain")
-    with pytest.raises(RecipeError, match="exists already"):
+    with pytest.raises(RecipeError, match="already exists"):
         write(file, tmp_path / "plain", dtype="bf16")
 
 
@@ -122,7 +122,7 @@ def test_what_is_no_such_file_is_refused(file: Path, tmp_path: Path) -> None:
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (strange, {}, r"architecture mamba9, which .* does not know. It knows .*llama.*qwen2"),
         (torn, {}, r"damaged|cannot read"),
-        (text, {}, r"no GGUF file: it begins with b'a mo'"),
+        (text, {}, r"not a GGUF file: it begins with b'a mo'"),
         (tmp_path / "none.gguf", {}, "cannot be read: No such file"),
         (file, {"sha256": "0" * 64}, "has the SHA-256 .* not 0000"),
     ]

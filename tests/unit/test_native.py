@@ -196,7 +196,7 @@ def test_is_causal_acts_indeed() -> None:
 def test_a_declared_field_that_the_mixture_cannot_hold_stays_refused(world: World, family: str, key: str) -> None:
     for folder in (world.seed, world.law):
         save_model(folder, config_of(family, **{key: True}))
-    refused(world.write(), world.runs, 3, (key, "True", "no place for"))
+    refused(world.write(), world.runs, 3, (key, "True", "does not support"))
 
 
 def test_a_seed_and_an_expert_with_bookkeeping_are_taken_and_said(world: World) -> None:

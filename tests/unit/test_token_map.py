@@ -275,7 +275,7 @@ def test_a_tokenizer_that_nothing_can_carry_is_refused_at_the_start(
         return {**found, "normalizer": str(folder)} if "scratch" in str(folder) or beside is None else found
 
     monkeypatch.setattr("btx.checkpoints.token_map.token_map", other)
-    with pytest.raises(ArtifactError, match=r"other ids beside a mixtral.*than beside a llama"):
+    with pytest.raises(ArtifactError, match=r"other ids with the model type mixtral.*than with llama"):
         require_carried(seed, "mixtral")
 
 
