@@ -21,7 +21,7 @@ Span = tuple[int, int]  # [start, end) in characters of a text
 FLAGS = ("weight", "train", "ignore")  # of a message: whether its tokens have a loss
 SAID = ("role", "content")
 EMPTY: tuple[Any, ...] = ("", [], {})  # values that count as absent
-ABOUT = {  # columns of metadata, which are no part of the text
+ABOUT = {  # columns of metadata, which are not part of the text
     *("id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "prompt_id", "conversation_id", "message_id"),
     *("url", "source", "dataset", "origin", "file", "path", "meta", "metadata", "split", "version", "license"),
     *(

@@ -258,7 +258,7 @@ def _shortened(one: Written, limit: int) -> Written:
 
 
 def _overlaps(spans: list[Span], place: Span) -> bool:
-    """Whether a token at `place` has a character of some spans, which are in order; an empty one, whether it lies in
+    """Whether a token at `place` overlaps one of the spans, which are in order; an empty one, whether it lies in
     one."""
     start, end = place
     n = bisect_right(spans, (max(end - 1, start), 2**62)) - 1

@@ -34,7 +34,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     `rope_parameters` is also there as `rope_theta` and, unless it is the default kind, `rope_scaling`; `dtype` as
     `torch_dtype` (before 4.56); the number of experts under the family's published name alone, since two names could
     come to differ; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
-    stands for. transformers' own balance loss is off.
+    means. transformers' own balance loss is off.
     """
     family = MOE.get(config["model_type"])
     if not family and config["model_type"] not in DENSE:
@@ -150,7 +150,7 @@ def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]
 
 
 def _vllm(config: dict[str, Any]) -> list[str]:
-    """What the source of vLLM 0.33.0 says; tests/numerics/test_names_of_vllm.py has the names and where they stand."""
+    """What the source of vLLM 0.33.0 says; tests/numerics/test_names_of_vllm.py has the names and their sources."""
     kind, found = config["model_type"], []
     if kind == "jetmoe":
         return ["vLLM has no model of its own for this family."]

@@ -26,7 +26,7 @@ SPELLINGS = {  # older names of declared fields or of parts of one; transformers
 }
 # Names that shared code reads although no dense class declares them, with the values that change nothing.
 ACTING: dict[str, tuple[Any, ...]] = {
-    "is_causal": (True,),  # masks: false, and null too, lets every token see those behind it
+    "is_causal": (True,),  # masks: false, and null too, lets every token attend to later ones
     "per_layer_config": (None,),  # other shapes in some layers
     "text_config": (None,),  # this and the next three point to a nested config
     "decoder": (None,),
