@@ -17,14 +17,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from btx.cli.main import graph_of
-from btx.data.packed import Tokens
 from btx.errors import BtxError
-from btx.models import model
-from btx.probes.bits_per_byte import bits_per_byte, nats
-from btx.recipe.settings import torch_dtype
+from btx.steps.measure import Measure
 
 RATES = ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")  # of the experts, and of the control
 SIXTHS = ("5e-6", "1.7e-5", "5e-5", "1.7e-4", "5e-4", "1.7e-3")  # of the finetuning
@@ -33,11 +28,10 @@ SHAPE = "| experts | finetuning | dense | model | {} | mean |"
 
 
 class Sweep:
-    """A recipe, and the scores of its models by their digest."""
+    """The models of one recipe, scored on the select split."""
 
     def __init__(self, recipe: Path, overrides: list[str]) -> None:
         self.recipe, self.overrides = recipe, [*overrides, "evaluate.split=select"]
-        self.known: dict[str, list[float]] = {}
 
     def score(self, step: str, **rates: str) -> list[float]:
         """Run the recipe up to a step at these rates; returns, and prints, its bits per byte by domain on select."""
@@ -45,20 +39,9 @@ class Sweep:
         flags = [part for one in sets for part in ("--set", one)]
         subprocess.run([sys.executable, "-m", "btx", "run", str(self.recipe), *flags, "--until", step], check=True)
         graph = graph_of(self.recipe, tuple(sets))
-        found = graph.steps[step]
-        if found.digest not in self.known:
-            evaluate, where = graph.recipe.evaluate, graph.recipe.run
-            model.set_threads(where)
-            net = model.load(found.folder, where=where, dtype=torch_dtype(evaluate.precision, None))
-            net = net.to(model.device_of(where)).eval()
-            scores = []
-            for name in graph.recipe.domains:
-                rows = Tokens(graph.steps[f"tokens:{name}"].folder).valid(evaluate.tokens, "select")
-                length = evaluate.sequence_length or graph.recipe.train.sequence_length
-                summed = nats(net, rows, length=length, batch_tokens=evaluate.batch_tokens)
-                scores.append(bits_per_byte(summed, np.array([size for _, size in rows], dtype=float)))
-            self.known[found.digest] = scores
-        row = self.known[found.digest]
+        measure = next(s for s in graph.steps.values() if isinstance(s, Measure) and s.model.label == step)
+        measure.build(lambda _event: None)
+        row = [found["bits_per_byte"] for found in measure.read().numbers.values()]
         cells = [rates.get("train", ""), rates.get("finetune", ""), rates.get("dense", ""), step]
         numbers = [f"{x:.3f}" for x in (*row, sum(row) / len(row))]
         print(f"| {' | '.join((*cells, *numbers))} |", flush=True)

@@ -96,9 +96,9 @@ def card(about: About, folder: Path) -> str:
 # {about.title}
 
 A Mixture of Experts ({config["model_type"]}, {len(about.experts)} experts, {per_token} per token; {count.total:,}
-parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: copies of one
-seed were trained on one domain each, {parts} became the experts, every other tensor was averaged, and
-the whole was finetuned with a learned token-level router.
+parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: experts
+that descend from one seed, {parts} as they are, every other tensor averaged, the
+whole finetuned with a learned token-level router.
 
 ```python
 from transformers import pipeline
