@@ -218,7 +218,7 @@ def test_copies_and_a_joint_vocabulary_go_with_it(tmp_path: Path) -> None:
         ({"train.gradient_checkpointing": True}, ("ffn+attention", "no gradient checkpointing")),
         ({"run.kernel": "sorted"}, ("ffn+attention", "run.kernel: auto")),
         ({"merge.layers": [0]}, ("merge:", "all layers")),
-        ({"merge.shared_expert": "seed"}, ("merge:", "no shared one")),
+        ({"merge.shared_expert": "seed"}, ("merge:", "no shared expert")),
     ],
 )
 def test_what_its_class_cannot_do_is_refused_at_the_start(world: World, sets: dict[str, Any], words: Any) -> None:

@@ -209,5 +209,5 @@ def test_an_expert_is_called_dead_over_many_sequences_and_not_for_a_step_without
         dead = watch.figures()["dead"]
         assert dead == ([[0, 2], [1, 2]] if step == 2 else [])
     assert [event.text for event in told] == [
-        f"layer {layer}: the expert c is dead (0.0% of the choices)" for layer in (0, 1)
+        f"layer {layer}: the expert c is dead (0.0% of the routing choices)" for layer in (0, 1)
     ]
