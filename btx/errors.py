@@ -33,9 +33,10 @@ class ArtifactError(BtxError):
 
 
 class DivergedError(BtxError):
-    """Training met non-finite losses or gradients in too many steps in a row."""
+    """Training met non-finite losses or gradients in too many steps in a row; `failed` has the labels of those."""
 
     exit_code = 4
+    failed: tuple[str, ...] = ()
 
 
 class ResourceError(BtxError):

@@ -151,4 +151,7 @@ def raise_failed(ended: dict[str, Ended], jobs: list[Job]) -> None:
     lines = [_sentence(label, end, log) for label, (end, log) in failed.items()]
     others = sorted(set(ended) - set(failed))
     tail = f"\nThe others are done: {', '.join(others)}." if others else ""
-    raise (real or kinds)[0]("\n".join(lines) + tail)
+    error = (real or kinds)[0]("\n".join(lines) + tail)
+    if isinstance(error, DivergedError):
+        error.failed = tuple(label for label, (end, _) in failed.items() if end.code == DivergedError.exit_code)
+    raise error

@@ -26,26 +26,26 @@ def run_steps(steps: list[Step], *, launch: Launch, emit: Emit, several: bool = 
 
     def ready() -> list[Step]:  # recomputed each time: a rebuilt parent makes its children stale
         todo = undone(steps)
-        waiting = {step.label for step in todo}
-        once = {step.key: step for step in reversed(todo) if not waiting & step.parents.keys()}
+        waiting = {step.key for step in todo}
+        once = {step.key: step for step in reversed(todo) if not waiting & {p.key for p in step.parents.values()}}
         found = [step for step in todo if once.get(step.key) is step]
         return sorted(found, key=lambda step: not step.trains) if several else found  # the longest first
 
     def begun(some: list[Step]) -> list[Step]:
-        built.update(step.label for step in some)
+        built.update(step.key for step in some)
         return some
 
     while found := ready():
         beside = several and found[0].trains
         chosen = found if beside else [step for step in found if not step.trains][:1] or found
-        if again := [step.label for step in chosen if step.label in built]:
+        if again := [step.label for step in chosen if step.key in built]:
             raise ArtifactError(
                 f"{', '.join(again)}: done, and undone again within one run. Make sure that nobody else changes "
                 f"{steps[0].root}, then run the same command again."
             )
         begun(chosen)
         if chosen[0].trains:
-            launch(chosen, lambda: begun([step for step in ready() if step.label not in built]))
+            launch(chosen, lambda: begun([step for step in ready() if step.key not in built]))
         else:
             chosen[0].build(emit)
     return len(built)

@@ -217,16 +217,16 @@ def undone(steps: list[Step]) -> list[Step]:
     """The steps (given parents first) that are not done, or depend on a published step that is not done."""
     stale: set[str] = set()
     for step in steps:
-        if not step.done or any(p.exists and label in stale for label, p in step.parents.items()):
-            stale.add(step.label)
-    return [step for step in steps if step.label in stale]
+        if not step.done or any(p.exists and p.key in stale for p in step.parents.values()):
+            stale.add(step.key)
+    return [step for step in steps if step.key in stale]
 
 
 def _steps(value: Any) -> Iterator[Step]:
     if isinstance(value, Step):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _steps(item)
 
 
