@@ -99,10 +99,11 @@ def _model(folder: str) -> Any:
     torch.manual_seed(0)
     if folder:
         return model.load(Path(folder), where=RunSettings()).to(model.device_of(RunSettings()))
-    net = model.fresh(LlamaConfig(
+    config = LlamaConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, tie_word_embeddings=True,
-    ))  # fmt: skip
+    )  # fmt: skip
+    net = model.fresh(config, where=RunSettings())
     return net.to(model.device_of(RunSettings()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from btx.conversions.contract import Conversion
-from btx.conversions.experts import Experts
+from btx.conversions.experts import Experts, plan, spend
 from btx.conversions.sources import Model, Sources, Start
 from btx.steps.merge import Average
 
@@ -15,4 +15,4 @@ def build(sources: Sources, start: Start, experts: Experts, _settings: None) -> 
     return {"average": Model(step, tokens=experts.domains_merged(sources, start))}
 
 
-CONVERSION = Conversion(build, models=("average",))
+CONVERSION = Conversion(build, models=("average",), plan=plan, rates=("train.learning_rate",), spend=spend)

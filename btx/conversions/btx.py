@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from btx.conversions.contract import Conversion
 from btx.conversions.experts import Experts
+from btx.conversions.experts import plan as experts_plan
+from btx.conversions.experts import spend as of_experts
+from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
 from btx.errors import RecipeError
+from btx.merge.layout import layout
+from btx.recipe.compare_settings import Arm
 from btx.recipe.merge_settings import FROM_DATA
 from btx.recipe.mixing import mix
 from btx.recipe.recipe import Recipe
@@ -49,4 +56,31 @@ def router_data(recipe: Recipe, tokens: dict[str, TokensStep]) -> dict[str, Toke
     return known
 
 
-CONVERSION = Conversion(build, models=("merged", "finetuned"))
+def spend(recipe: Recipe, tokens: int, arm: Arm) -> dict[str, Any]:
+    """The share after the merge for the finetuning, the rest for the experts."""
+    after = recipe.finetune.tokens / recipe.tokens_in_all if arm.after_merge is None else arm.after_merge
+    if after == 1:
+        raise RecipeError(
+            "compare: after_merge is 1, so nothing is left for the experts. Use `upcycle`, or choose less."
+        )
+    finetune = {"finetune.tokens": round(tokens * after)} if after else {}
+    return {**of_experts(recipe, round(tokens * (1 - after))), **finetune}
+
+
+def plan(recipe: Recipe, settings: None, seed: Config) -> list[Training]:
+    """The experts, and the finetuning of what is merged of them."""
+    merged = layout(recipe.merge, recipe.models, seed, "the seed")
+    config = merged.config(seed, recipe.finetune.experts_per_token or merged.count, "the seed").to_dict()
+    return [
+        *experts_plan(recipe, settings, seed),
+        Training("finetune", config, recipe.finetune.tokens, recipe.finetuning),
+    ]
+
+
+CONVERSION = Conversion(
+    build,
+    models=("merged", "finetuned"),
+    plan=plan,
+    rates=("train.learning_rate", "finetune.learning_rate"),
+    spend=spend,
+)

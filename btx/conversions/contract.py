@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from btx.conversions.experts import Experts
+from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
+from btx.recipe.compare_settings import Arm
+from btx.recipe.mixing import both_stages
 from btx.recipe.recipe import Recipe, Section
-from btx.recipe.settings import TrainSettings
-
-Config = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Training:
-    """A training that a conversion will run, for the plan: its model's config and its tokens."""
-
-    label: str
-    config: Config
-    tokens: int
-    settings: TrainSettings
 
 
 def no_training(_recipe: Recipe, _settings: Any, _seed: Config) -> list[Training]:
     """The plan of a conversion that trains nothing."""
     return []
+
+
+def spends_at_once(section: str) -> Callable[[Recipe, int, Arm], Mapping[str, Any]]:
+    """How a conversion with one training spends a budget: all of it there, on what BTX sees in both stages."""
+
+    def spend(recipe: Recipe, tokens: int, _arm: Arm) -> dict[str, Any]:
+        names = [name for name, domain in recipe.domains.items() if domain.data]
+        mix = both_stages(recipe, [*names, "seed"] if recipe.seed.sources else names)
+        return {f"{section}.tokens": tokens, f"{section}.mix": {name: w / sum(mix.values()) for name, w in mix.items()}}
+
+    return spend
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,14 @@ class Conversion:
     `build` adds steps to the graph and returns the models by their report names, which `models` lists. With a
     `section`, the conversion runs only if the recipe has a key of the module's name, whose settings `build` and `plan`
     get. Without one, it always runs.
+
+    For a comparison, `rates` names its learning rates by stage, and `spend` returns the settings under which it trains
+    on that many tokens in all. The last of its models is compared, or the first if `after_merge` is 0.
     """
 
     build: Callable[[Sources, Start, Experts, Any], dict[str, Model]]
     models: tuple[str, ...]
     section: type[Section] | None = None
     plan: Callable[[Recipe, Any, Config], list[Training]] = no_training
+    rates: tuple[str, ...] = ()
+    spend: Callable[[Recipe, int, Arm], Mapping[str, Any]] | None = None

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from btx.conversions.contract import Config, Conversion, Training
+from btx.conversions.contract import Conversion, spends_at_once
 from btx.conversions.experts import Experts
+from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
 from btx.events import Emit
 from btx.recipe.fields import Count, Weight
@@ -92,4 +93,11 @@ def plan(recipe: Recipe, settings: DenseSettings, seed: Config) -> list[Training
     return [Training("dense", seed, settings.tokens or recipe.tokens_in_all, recipe.filled(settings))]
 
 
-CONVERSION = Conversion(build, models=("dense",), section=DenseSettings, plan=plan)
+CONVERSION = Conversion(
+    build,
+    models=("dense",),
+    section=DenseSettings,
+    plan=plan,
+    rates=("dense.learning_rate",),
+    spend=spends_at_once("dense"),
+)

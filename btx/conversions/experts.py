@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
+from btx.recipe.compare_settings import Arm
+from btx.recipe.recipe import Recipe
 from btx.steps.branch import VerifyExperts
 from btx.steps.given import ExternalCheckpoint
 from btx.steps.model import ModelStep
@@ -44,6 +47,24 @@ class Experts:
     def domains_merged(self, sources: Sources, start: Start) -> dict[str, TokensStep]:
         """The domains tokenised for the merged model; empty if that has the seed's tokenizer."""
         return {n: self.data_merged(sources, start)[n] for n in start.tokens} if self.vocabulary else {}
+
+
+def spend(recipe: Recipe, tokens: int, _arm: Arm | None = None) -> dict[str, Any]:
+    """Settings under which the experts take so many tokens in all, shared out as the recipe's are."""
+    whole = sum((domain.tokens or 0) * domain.experts for domain in recipe.domains.values())
+    return {
+        f"domains.{name}.tokens": max(1, round(tokens * (domain.tokens or 0) / whole))
+        for name, domain in recipe.domains.items()
+    }
+
+
+def plan(recipe: Recipe, _settings: None, seed: Config) -> list[Training]:
+    """The trainings of the experts, each of the seed's shape."""
+    return [
+        Training(f"train:{expert}", seed, domain.tokens, recipe.train)
+        for name, domain in recipe.domains.items() if domain.tokens and domain.checkpoint is None
+        for expert in domain.names(name)
+    ]  # fmt: skip
 
 
 def build(sources: Sources, start: Start) -> Experts:

@@ -32,11 +32,11 @@ from btx.steps.train import Train
 class Graph:
     """All steps of a recipe by label, parents before children."""
 
-    def __init__(self, recipe: Recipe, base: Path) -> None:
+    def __init__(self, recipe: Recipe, base: Path, *, variant: str = "", digests: Digests | None = None) -> None:
         self.recipe, self.base = resolved(recipe), base
         self.root = expanded(recipe.run.directory, "run.directory").absolute() / recipe.name
-        self.digests = Digests(self.root / "work" / "digests.json")
-        self.sources = Sources(self.recipe, base, root=self.root, digests=self.digests)
+        self.digests = digests or Digests(self.root / "work" / "digests.json")
+        self.sources = Sources(self.recipe, base, root=self.root, digests=self.digests, variant=variant)
         self.steps = self.sources.steps
         self._build()
 
@@ -70,7 +70,8 @@ class Graph:
             said = {"probe": name, "probe_version": probe.version, "options": settings.identity() if settings else {}}
             return {
                 model: sources.add(Measure(
-                    model=made.step, reference=start.seed if probe.reference else None, **said, tokens=start.tokens,
+                    model=made.step, reference=start.seed if probe.reference else None, **said,
+                    tokens=start.tokens if name == ALWAYS else sources.all_data(start),  # the seed's text is neutral
                     own=made.tokens, length=length, settings=recipe.evaluate.measure, rule=made.rule,
                     **sources.place(model if name == ALWAYS else f"{name}:{model}"),
                 ))
@@ -140,7 +141,8 @@ class Graph:
         for step in steps:
             for label, length in step.asks.items():
                 asked[label] = max(length, asked.get(label, 0))
-        looked_at = {step.label: step for step in (*steps, *(self.steps[label] for label in asked))}
+        known = {step.label: step for step in self.steps.values()}
+        looked_at = {step.label: step for step in (*steps, *(known[label] for label in asked))}
         for step in sorted(looked_at.values(), key=lambda step: isinstance(step, Reads)):
             step.check(asked.get(step.label, 0))
 

@@ -106,4 +106,4 @@ def open_model(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.f
     assert issubclass(settings, Settings)
     with ExitStack() as stack:
         opened = {n: stack.enter_context(open_model(path, where=where, dtype=dtype)) for n, path in parts.items()}
-        yield Composed(opened, partial(kinds[kind].combine, settings.model_validate(said)))
+        yield Composed(opened, partial(kinds[kind].combine, kinds[kind].state(folder, settings.model_validate(said))))

@@ -13,7 +13,7 @@ from btx.graph.artifact import fingerprint
 from btx.graph.digests import Digests
 from btx.graph.step import Step
 from btx.recipe.recipe import Recipe
-from btx.recipe.settings import DataSettings, RoutingRule
+from btx.recipe.settings import DataSettings, RoutingRule, TrainSettings
 from btx.steps.adapted import MergedLora
 from btx.steps.branch import VerifySeed
 from btx.steps.given import ExternalCheckpoint
@@ -49,21 +49,24 @@ class Model:
 
 
 class Sources:
-    """Makes the steps of the inputs, and registers every step by its label, parents before children."""
+    """Makes the steps of the inputs, and registers every step by its label without the variant, parents first."""
 
-    def __init__(self, recipe: Recipe, base: Path, *, root: Path, digests: Digests) -> None:
+    def __init__(self, recipe: Recipe, base: Path, *, root: Path, digests: Digests, variant: str = "") -> None:
         self.recipe, self.base, self.root, self.digests = recipe, base, root, digests
+        self.variant = variant  # suffix of the step names, when several recipes run together
         self.texts = Texts(recipe, base, digests)
         self.steps: dict[str, Step] = {}
 
     def add(self, step: S) -> S:
         """Register a step under its label; returns the step."""
-        self.steps[step.label] = step
+        mark = self.variant
+        self.steps[step.label.removesuffix(f" {mark}").removesuffix(f":{mark}") if mark else step.label] = step
         return step
 
     def place(self, name: str | None = None) -> dict[str, object]:
         """The execution fields that every step has."""
-        return {"root": self.root, "where": self.recipe.run, "name": name}
+        named = " ".join(part for part in (name, self.variant) if part) or None
+        return {"root": self.root, "where": self.recipe.run, "name": named}
 
     def start(self) -> Start:
         """The seed, its verification, and the tokens of the domains."""
@@ -91,7 +94,7 @@ class Sources:
         tokenizer = self.add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self.place()))
         tokens = self.tokens("seed", seed.sources, seed.valid, tokenizer, data_settings=plain)
         own = {"learning_rate": seed.builtin.learning_rate, "batch_tokens": seed.builtin.batch_tokens}
-        train = self.recipe.train.model_copy(update=own)
+        train = TrainSettings(**self.recipe.train.model_dump(include=set(TrainSettings.model_fields)) | own)
         return self.add(
             Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=train, **self.place())
         ), tokenizer

@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from btx.conversions.contract import Config, Conversion, Training
+from btx.conversions.contract import Conversion, spends_at_once
 from btx.conversions.experts import Experts
+from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
 from btx.merge.layout import layout
 from btx.recipe.fields import Count, Share
@@ -88,4 +89,11 @@ def plan(recipe: Recipe, settings: UpcycleSettings, seed: Config) -> list[Traini
     return [Training("upcycled", config.to_dict(), settings.tokens or recipe.tokens_in_all, filled)]
 
 
-CONVERSION = Conversion(build, models=("upcycled",), section=UpcycleSettings, plan=plan)
+CONVERSION = Conversion(
+    build,
+    models=("upcycled",),
+    section=UpcycleSettings,
+    plan=plan,
+    rates=("upcycle.learning_rate",),
+    spend=spends_at_once("upcycle"),
+)

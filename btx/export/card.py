@@ -97,7 +97,7 @@ def card(about: About, folder: Path) -> str:
 
 A Mixture of Experts ({config["model_type"]}, {len(about.experts)} experts, {per_token} per token; {count.total:,}
 parameters, {count.active:,} active) made by Branch-Train-MiX (arXiv 2403.07816) with btx {__version__}: experts
-that descend from one seed, {parts} as they are, every other tensor averaged, the
+that descend from one seed, {parts} kept apart, every other tensor averaged, the
 whole finetuned with a learned token-level router.
 
 ```python

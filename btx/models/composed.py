@@ -16,8 +16,11 @@ from btx.graph.artifact import write_json
 from btx.models.opened import Opened
 
 FILE = "model.json"
-Combine = Callable[[dict[str, Tensor]], Tensor]
-"""Maps the parts' log-probabilities (..., V) to scores (..., V) of the whole, which are normalised afterwards."""
+Combine = Callable[[dict[str, Tensor], Tensor], Tensor]
+"""Maps the parts' log-probabilities (B, K, V), of the last K positions of ids (B, S), to scores (B, K, V) of the whole.
+
+The scores are normalised afterwards. Those of a position may depend on the ids up to it, and on no later one.
+"""
 
 
 class Composed(Opened):
@@ -33,25 +36,27 @@ class Composed(Opened):
 
     def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
         """Log-probabilities of the combination."""
-        return self._combined({name: part.log_probs(ids_BS, prompt) for name, part in self.parts.items()})
+        return self._combined({name: part.log_probs(ids_BS, prompt) for name, part in self.parts.items()}, ids_BS)
 
     def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
-        """Prefill of every part, combined; the cache has the parts' caches by name."""
-        return self._next({name: part.prefill(ids_BS) for name, part in self.parts.items()})
+        """Prefill of every part, combined; the cache has the ids so far and the parts' caches by name."""
+        return self._next({name: part.prefill(ids_BS) for name, part in self.parts.items()}, ids_BS)
 
     def decode(self, ids_B: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One token through every part, combined."""
-        return self._next({name: part.decode(ids_B, cache[name]) for name, part in self.parts.items()})
+        seen_BS, caches = cache
+        ids_BS = torch.cat([seen_BS, ids_B[:, None]], dim=1)
+        return self._next({name: part.decode(ids_B, caches[name]) for name, part in self.parts.items()}, ids_BS)
 
-    def _next(self, found: dict[str, tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-        log_p = self._combined({name: log_p for name, (log_p, _) in found.items()})
-        return log_p, {name: cache for name, (_, cache) in found.items()}
+    def _next(self, found: dict[str, tuple[Tensor, Any]], ids_BS: Tensor) -> tuple[Tensor, Any]:
+        log_p = self._combined({name: log_p[:, None] for name, (log_p, _) in found.items()}, ids_BS)
+        return log_p[:, 0], (ids_BS, {name: cache for name, (_, cache) in found.items()})
 
     @torch.inference_mode()
-    def _combined(self, log_p: dict[str, Tensor]) -> Tensor:
+    def _combined(self, log_p: dict[str, Tensor], ids_BS: Tensor) -> Tensor:
         common = min(found.shape[-1] for found in log_p.values())
         cut = {name: found[..., :common].log_softmax(-1) for name, found in log_p.items()}
-        return self.combine(cut).float().log_softmax(-1)
+        return self.combine(cut, ids_BS).float().log_softmax(-1)
 
 
 def describe(out: Path, home: Path, *, kind: str, parts: Mapping[str, tuple[Path, str]], settings: Any) -> None:

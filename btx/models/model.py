@@ -84,11 +84,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def fresh(config: Any) -> Any:
-    """A model of a native config with random fp32 weights, drawn from torch's random state."""
+def fresh(config: Any, *, where: RunSettings) -> Any:
+    """A model of a native config with random fp32 weights, drawn from torch's random state, on the recipe's kernel."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if kernel := kernel_of(config.model_type, where.kernel, device_of(where)):
+        use_kernel(model, kernel)
+    return model
 
 
 def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -81,6 +81,12 @@ class Stock(Opened):
         return logits.float().log_softmax(-1)
 
     @torch.inference_mode()
+    def hidden_states(self, ids_BS: Tensor) -> list[Tensor]:
+        """The residual stream (B, S, D), float32: before the first layer, then after each, the last one normalised."""
+        found = self.net(input_ids=ids_BS, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
+        return [hidden.float() for hidden in found]
+
+    @torch.inference_mode()
     def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
         """A forward pass that fills the KV cache."""
         return self._next(self.net(input_ids=ids_BS, use_cache=True, logits_to_keep=1))

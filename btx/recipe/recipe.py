@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
+from btx.recipe.compare_settings import CompareSettings
 from btx.recipe.fields import Count, Several, Text
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.messages import SIGNS, sentences
@@ -21,6 +22,7 @@ from btx.recipe.settings import (
     BuiltinSeed,
     DataSettings,
     EvaluateSettings,
+    ExpertSettings,
     ExportSettings,
     FinetuneSettings,
     RunSettings,
@@ -115,12 +117,13 @@ class Recipe(Settings):
     seed: SeedRecipe
     domains: dict[str, DomainRecipe] = Field(min_length=1)
     data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    train: ExpertSettings = ExpertSettings()
     merge: MergeSettings = MergeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     probes: Settings = Settings()
     export: ExportSettings = ExportSettings()
+    compare: CompareSettings | None = None
     run: RunSettings = RunSettings()
 
     @property

@@ -139,6 +139,15 @@ class TrainSettings(Settings):
         return self
 
 
+class ExpertSettings(TrainSettings):
+    """Training of the experts; other trainings take what they do not set themselves from here, `trainable` aside."""
+
+    trainable: Literal["all", "ffn"] = Field(
+        "all",
+        description="ffn: the feed-forward blocks alone, so that all else is the seed's and averaging loses nothing",
+    )
+
+
 def steps_of(tokens: int, settings: TrainSettings) -> int:
     """Optimiser steps for a budget of tokens, at least one."""
     return max(1, round(tokens / settings.batch_tokens))

@@ -30,6 +30,7 @@ class Finetune(ModelStep):
     kind: ClassVar[str] = "finetune"
     trains: ClassVar[bool] = True
     section: ClassVar[str] = "finetune"  # of the recipe, for messages
+    fresh: ClassVar[bool] = False  # from random weights of the merged model's shape
     merge: Merge
     tokens: dict[str, TokensStep]
     weights: dict[str, float]
@@ -60,14 +61,24 @@ class Finetune(ModelStep):
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
         names: list[str] = json.loads((self.merge.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
+        chosen = self.settings.experts_per_token or len(names)
+        source = {"config": self._shape(chosen)} if self.fresh else {"folder": self.merge.folder}
         facts = fit(
-            self, folder=self.merge.folder, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
+            self, **source, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
             budget=self.settings.tokens, settings=self.settings, out=out, work=work, emit=emit,
             prepare=lambda model: Balanced(model, self.settings, self.label, emit, names),
-            experts_per_token=self.settings.experts_per_token or len(names),
+            experts_per_token=chosen,
         )  # fmt: skip
         (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
         return facts
+
+    def _shape(self, chosen: int) -> Any:
+        """The merged model's config, in which a token visits so many experts."""
+        from btx.checkpoints.validate import read_config
+        from btx.models.native import native_config
+
+        shape = {**read_config(self.merge.folder), "num_experts_per_tok": chosen}
+        return native_config(shape, str(self.merge.folder))
 
 
 def freeze(model: Any, trainable: str) -> None:

@@ -34,15 +34,21 @@ class ModelStep(Step):
 class ComposedStep(ModelStep):
     """Publishes a small file that refers to other models, which stay as they are: see `btx/models/composed.py`.
 
-    A subclass declares its settings, and in `combine` how the parts' log-probabilities are combined.
+    A subclass declares its settings, and in `combine` how the parts' log-probabilities are combined. One that needs
+    more than its settings writes a file in `run` and reads it in `state`.
     """
 
     parts: dict[str, ModelStep]  # the composed model has the first part's tokenizer
     settings: Settings
 
+    @classmethod
+    def state(cls, folder: Path, settings: Any) -> Any:
+        """The first argument of `combine`: the settings, or what `run` wrote into the folder."""
+        return settings
+
     @staticmethod
-    def combine(settings: Any, log_probs: dict[str, Tensor]) -> Tensor:
-        """Scores (..., V) of the next token, normalised afterwards, from log-probabilities (..., V) of the parts."""
+    def combine(state: Any, log_probs: dict[str, Tensor], ids_BS: Tensor) -> Tensor:
+        """Scores (B, K, V) of the next token, as `btx.models.composed.Combine` says."""
         raise NotImplementedError
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
@@ -62,4 +68,4 @@ class ComposedStep(ModelStep):
 
         with ExitStack() as stack:
             parts = {n: stack.enter_context(p.open(where=where, dtype=dtype)) for n, p in self.parts.items()}
-            yield Composed(parts, partial(self.combine, self.settings))
+            yield Composed(parts, partial(self.combine, self.state(self.folder, self.settings)))

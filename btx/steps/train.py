@@ -12,7 +12,7 @@ from btx.errors import ResourceError
 from btx.events import Emit, Note
 from btx.graph.artifact import LOGS
 from btx.graph.step import Step
-from btx.recipe.settings import TrainSettings, steps_of, torch_dtype
+from btx.recipe.settings import ExpertSettings, TrainSettings, steps_of, torch_dtype
 from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
@@ -31,7 +31,7 @@ class Train(ModelStep):
     branch: VerifySeed
     tokens: TokensStep
     budget: int
-    train: TrainSettings
+    train: ExpertSettings
     part: tuple[int, int] = (0, 1)  # index and number of the experts that share the domain's sequences
 
     @property
@@ -53,8 +53,17 @@ class Train(ModelStep):
         return fit(
             self, folder=self.branch.seed.folder, like=self.branch.seed.folder, tokens={OWN: self.tokens},
             weights={OWN: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, emit=emit,
-            part=self.part,
+            part=self.part, prepare=feed_forward_alone if self.train.trainable == "ffn" else None,
         )  # fmt: skip
+
+
+def feed_forward_alone(model: Any) -> None:
+    """Leave gradients to the feed-forward blocks of a dense model, which become experts, and to nothing else."""
+    from btx.models.families import DOWN, GATE, LAYER, UP
+
+    for name, parameter in model.named_parameters():
+        match = LAYER.fullmatch(name)
+        parameter.requires_grad_(match is not None and match[2] in (GATE, UP, DOWN))
 
 
 def memory_of(folder: Path, settings: TrainSettings) -> int:
@@ -88,7 +97,11 @@ def fit(
     model.set_threads(step.where)
     device = model.device_of(step.where)
     torch.manual_seed(settings.seed)
-    net = model.load(folder, where=step.where, experts_per_token=experts_per_token) if folder else model.fresh(config)
+    net = (
+        model.load(folder, where=step.where, experts_per_token=experts_per_token)
+        if folder
+        else model.fresh(config, where=step.where)
+    )
     dtype = torch_dtype(settings.dtype, Checkpoint(folder).dtype if folder else torch.float32)
     hook: TrainingHook | None = prepare(net) if prepare else None
     count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)

@@ -50,7 +50,7 @@ class Both(ComposedStep):
     settings: Weighted
 
     @staticmethod
-    def combine(settings: Weighted, log_probs: dict[str, Tensor]) -> Tensor:
+    def combine(settings: Weighted, log_probs: dict[str, Tensor], _ids: Tensor) -> Tensor:
         """The logarithm of the mean."""
         one, other = log_probs.values()
         return (settings.weight * one.exp() + (1 - settings.weight) * other.exp()).log()
@@ -61,7 +61,7 @@ def opened(name: str) -> Opened:
     if name != "composed":
         return Stock(net_of(name))
     parts = {"one": Stock(net_of("llama")), "other": Stock(net_of("qwen2", seed=1))}
-    return Composed(parts, lambda log_p: Both.combine(Weighted(weight=0.3), log_p))
+    return Composed(parts, lambda log_p, ids: Both.combine(Weighted(weight=0.3), log_p, ids))
 
 
 @pytest.mark.parametrize("name", [*MODELS, "composed"])

@@ -21,28 +21,22 @@ from btx.conversions.registry import recipe_model
 from tests.support.world import World
 
 TABLE = Path(__file__).with_name("settings.txt")
-VALUES: dict[str, Any] = {  # where a value derived from the type alone makes no valid recipe
-    "name": "other", "data.directory": ".",
-    "train.batch_tokens": 64, "train.sequence_length": 8, "finetune.batch_tokens": 64, "finetune.sequence_length": 8,
-    "dense.batch_tokens": 64, "dense.sequence_length": 8, "upcycle.batch_tokens": 64, "upcycle.sequence_length": 8,
-    "seed.builtin.batch_tokens": 64, "seed.builtin.hidden_size": 64, "seed.builtin.heads": 2,
-    "data.date": "2026-01-31", "evaluate.sequence_length": 8, "export.shard_bytes": 9999,
-    "finetune.soft_first_layer": True, "upcycle.soft_first_layer": True, "merge.shared": "linear",
-    "merge.shared_expert": None, "merge.layers": None, "finetune.mix": {"math": 1.0, "law": 2.0},
-    "dense.mix": {"math": 1.0, "law": 2.0}, "upcycle.mix": {"math": 1.0, "law": 2.0}, "upcycle.experts": 4,
-    "merge.experts": "split", "merge.router": "orthogonal", "run.threads": 3, "run.launch": "x.yaml",
-    "merge.copies": 2, "run.engine": "local",
-    **{f"{section}.precision": "bf16" for section in ("train", "finetune", "dense", "upcycle", "evaluate")},
+VALUES: dict[str, Any] = {  # by path or last name, where a value derived from the type alone would not be valid
+    "name": "other", "data.directory": ".", "data.date": "2026-01-31", "evaluate.sequence_length": 8,
+    "seed.builtin.hidden_size": 64, "seed.builtin.heads": 2, "export.shard_bytes": 9999, "merge.shared": "linear",
+    "merge.shared_expert": None, "merge.layers": None, "merge.experts": "split", "merge.router": "orthogonal",
+    "merge.copies": 2, "run.threads": 3, "run.launch": "x.yaml", "run.engine": "local",
+    "batch_tokens": 64, "sequence_length": 8, "precision": "bf16", "mix": {"math": 1.0, "law": 2.0},
+    "soft_first_layer": True, "experts": 4, "top_k": 1, "scratch.shape": "dense",
 }  # fmt: skip
-BESIDE: dict[str, dict[str, Any]] = {  # what must be set with it
-    "finetune.soft_first_layer": {"finetune.routing": "sample_top1"},
-    "upcycle.soft_first_layer": {"upcycle.routing": "sample_top1"},
+BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
+    "soft_first_layer": {"{}.routing": "sample_top1"},
     "merge.chunks": {"merge.experts": "split"},
     "merge.router_tokens": {"merge.router": "activations"},
 }
 SKIPPED = {  # names of files, whose contents count; and layouts that other tests cover
     "seed.checkpoint", "seed.data", "seed.valid", "seed.tokens", "seed.architecture", "domains", "merge.shared",
-    "merge.layers", "merge.shared_expert",
+    "merge.layers", "merge.shared_expert", "compare",
 }  # fmt: skip
 
 
@@ -89,6 +83,7 @@ def world_of(root: Path) -> World:
     world = World(root)
     for section in recipe_model().conversions:
         world.set(section, {})
+    world.set("scratch.shape", "moe")  # else its routing decides nothing
     for section in ("train", "evaluate"):  # `auto` depends on the machine
         world.set(f"{section}.precision", "fp32")
     world.set("probes", {name: {} for name in recipe_model().model_fields["probes"].annotation.model_fields})  # type: ignore[union-attr]
@@ -107,10 +102,11 @@ def first_changed(world: World, path: str, field: Any) -> list[str]:
     """Kinds of the steps that a setting re-keys without re-keying their parents."""
     recipe, world.recipe = world.recipe, _copied(world.recipe)
     try:
-        for key, value in BESIDE.get(path, {}).items():
-            world.set(key, value)
+        section, _, last = path.rpartition(".")
+        for key, value in BESIDE.get(path, BESIDE.get(last, {})).items():
+            world.set(key.format(section), value)
         before = graph_of(world.write(), ()).steps
-        world.set(path, VALUES[path] if path in VALUES else other(field))
+        world.set(path, VALUES[path] if path in VALUES else VALUES[last] if last in VALUES else other(field))
         after = graph_of(world.write(), ()).steps
     finally:
         world.recipe = recipe
