@@ -69,9 +69,11 @@ class Routed:
             _check_router(name, router, rule, k)
         self.rule = rule
         self.k = k
+        self.experts = min(int(router.num_experts) for router in routers.values())  # type: ignore[arg-type]
         self.soft_first_layer = soft_first_layer
         self.step = 0
         self.noise: Callable[[int], Tensor] | None = None
+        self.without: int | None = None  # an expert that no token is routed to, in evaluation
         self.names = list(routers)
         self._record: dict[int, Routing] = {}
         self._open = False
@@ -128,6 +130,9 @@ class Routed:
             index_TK, weight_TK = route(
                 logits_TE, self.rule, self.k, step=self.step, exponential_TE=noise_TE, training=True
             )
+        elif self.without is not None:
+            left_TE = logits_TE.index_fill(-1, torch.tensor(self.without, device=logits_TE.device), -torch.inf)
+            index_TK, weight_TK = route(left_TE, self.rule, self.k)
         if self._open:
             self._check_graph(router)
             self._record[layer] = Routing(logits_TE, index_TK, weight_TK)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Step):
-    """A report folder: results.json, and documents.json with every document's score."""
+    """A report folder: results.json. The score of every document is in the folders of the measurements."""
 
     kind: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     seed: ModelStep
     measures: dict[str, Measure]  # bits per byte, by the name that results.json gives the model
     others: dict[str, dict[str, Measure]] = Field(default_factory=dict)  # of further probes, by probe and model
@@ -60,9 +60,6 @@ class Evaluate(Step):
                 for probe, measures in self.others.items()
             }
         write_json(out / "results.json", results)
-        write_json(
-            out / "documents.json", {m: {d: list(map(float, v)) for d, v in row.items()} for m, row in scores.items()}
-        )
         return {"mean": results["mean"]}
 
     def name_of(self, model: Step) -> str:

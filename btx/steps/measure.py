@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from btx.data.packed import Tokens
     from btx.probes.contract import Document, Found
 
-NUMBERS, ROWS, TABLES = "numbers.json", "rows.json", "tables.json"
+NUMBERS, ROWS, TABLES = "numbers.json", "rows.parquet", "tables.json"
 MISSING = "not available"  # in the place of numbers, with the reason
 
 
 class Measure(Step):
-    """A report folder: numbers.json by domain, rows.json with a row per item, and tables.json where there are some."""
+    """A report folder: numbers.json by domain, rows.parquet with a row per item, and tables.json if there are any."""
 
     kind: ClassVar[str] = "measure"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     model: ModelStep
     reference: ModelStep | None = None  # the seed, for a probe that compares with it
     probe: str
@@ -67,7 +67,7 @@ class Measure(Step):
         emit(Note(self.label, f"measures {sum(map(len, documents.values()))} documents"))
         found = self._measure(documents)
         write_json(out / NUMBERS, {MISSING: found.missing} if found.missing else found.numbers)
-        write_json(out / ROWS, found.rows)
+        _write_rows(out / ROWS, found.rows)
         if found.tables:
             write_json(out / TABLES, found.tables)
         return {"measured": about}
@@ -76,12 +76,19 @@ class Measure(Step):
         """The published result."""
         from btx.probes.contract import Found
 
-        numbers, rows, tables = (
+        numbers, tables = (
             json.loads((self.folder / file).read_text(encoding="utf-8")) if (self.folder / file).is_file() else {}
-            for file in (NUMBERS, ROWS, TABLES)
+            for file in (NUMBERS, TABLES)
         )
         missing = numbers.pop(MISSING, "")
-        return Found(numbers, rows or [], tables, missing)
+        return Found(numbers, self.rows(), tables, missing)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The published rows, one per item."""
+        from pyarrow import parquet
+
+        rows: list[dict[str, Any]] = parquet.read_table(self.folder / ROWS).to_pylist()
+        return rows
 
     def documents(self) -> dict[str, list[Document]]:
         """The held-out documents to score, by domain: ids and bytes of each; RecipeError for a domain without any."""
@@ -136,6 +143,14 @@ class Measure(Step):
         import torch
 
         return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as Parquet, which every dataframe reads; a table without columns where there are none."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="zstd")
 
 
 def experts_of(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe
 from btx.errors import RecipeError
 from btx.models.opened import Opened, Stock
-from btx.probes import kl_to_seed, registry
+from btx.probes import kl_to_seed, passes, registry
 from btx.probes.contract import Data, Found, Probe
 from btx.probes.registry import ALWAYS, probes
 from btx.report.figures import probe_tables
@@ -44,7 +44,7 @@ def net_of(seed: int) -> Opened:
 def test_the_divergence_from_the_seed_is_that_of_the_definition(
     length: int, batch_tokens: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kl_to_seed, "LOGITS", logits)
+    monkeypatch.setattr(passes, "LOGITS", logits)
     seed, model = net_of(0), net_of(1)
     data = Data({"d": DOCUMENTS}, length, batch_tokens)
     found = kl_to_seed.measure(model, seed, data, None)
