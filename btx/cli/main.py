@@ -132,6 +132,16 @@ for _name, _about in {
 @main.command()
 @RECIPE
 @SET
+def compare(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Compare conversions of the seed at equal budgets, as the recipe's section `compare` says."""
+    from btx.cli.compare import compare_recipe
+
+    compare_recipe(recipe, overrides)
+
+
+@main.command()
+@RECIPE
+@SET
 def status(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Show the state of every step, its planned cost and its actual cost."""
     from btx.cli.plan import rows

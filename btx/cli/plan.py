@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from btx.checkpoints.validate import read_config, require_size
+from btx.conversions.planned import Config, seed_config
 from btx.conversions.registry import conversions
 from btx.errors import RecipeError
 from btx.merge.layout import layout
@@ -19,7 +19,6 @@ from btx.recipe.recipe import Recipe
 from btx.recipe.settings import FinetuneSettings, TrainSettings, steps_of
 from btx.report.figures import human, human_count
 
-Config = dict[str, Any]
 GPU = 400.0  # TFLOP/s that training in bf16 sustains on a current GPU
 EFFICIENCY = 0.5  # of training, as a share of a large matmul's speed: 0.45 to 0.6 was seen on CPUs
 
@@ -36,21 +35,6 @@ class Row:
     flops: int
     memory: int
     disk: int
-
-
-def seed_config(recipe: Recipe, base: Path) -> Config:
-    """The seed's config: of the builtin seed, from its folder, or from seed.architecture; RecipeError without any."""
-    if recipe.seed.is_builtin:
-        return recipe.seed.builtin.config
-    folder = base / Path(recipe.seed.checkpoint).expanduser()
-    if (folder / "config.json").is_file():
-        return read_config(folder)
-    if recipe.seed.architecture:
-        return recipe.seed.architecture
-    raise RecipeError(
-        f"seed.checkpoint: there is no folder {folder}. Put the checkpoint there, or state its config.json "
-        "under seed.architecture to plan without it."
-    )
 
 
 def merged_shape(recipe: Recipe, base: Path, dense: Config) -> Config:
@@ -113,8 +97,7 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     if not any(domain.data for domain in recipe.domains.values()):
         return found  # without data only the merge can run
-    settings = recipe.finetuning
-    found.append(_row("finetune", moe, settings.tokens, settings, dtype))
+    found.append(_row("finetune", moe, recipe.finetune.tokens, recipe.finetuning, dtype))
     for name, said in recipe.sections.items():
         planned = conversions()[name].plan(recipe, said, dense)
         found += [_row(t.label, t.config, t.tokens, t.settings, dtype) for t in planned]
@@ -134,12 +117,26 @@ def show_plan(recipe: Recipe, base: Path, *, tflops: float, devices: int) -> Non
         hours = row.flops / (tflops * 1e12) / 3600
         table.add_row(
             row.label, _or_blank(row.parameters), _or_blank(row.active), _or_blank(row.tokens), f"{row.steps:,}",
-            f"{row.flops:.3g}", _hours(hours), human(row.memory, "B"), human(row.disk, "B"),
+            f"{row.flops:.3g}", duration(hours), human(row.memory, "B"), human(row.disk, "B"),
         )  # fmt: skip
     Console(soft_wrap=True).print(table)
     console = Console()
-    for line in [*warnings(recipe, base), *notes(recipe, found, tflops, devices)]:
+    told = [compared(recipe, base, tflops)] if recipe.compare else []
+    for line in [*warnings(recipe, base), *notes(recipe, found, tflops, devices), *told]:
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def compared(recipe: Recipe, base: Path, tflops: float) -> str:
+    """What the recipe's comparison costs at least and at most, at so many sustained TFLOP/s."""
+    from btx.compare.price import bounds
+    from btx.compare.rounds import Rounds
+
+    least, most = bounds(Rounds(recipe, base))
+    times = [duration(price.flops / (tflops * 1e12) / 3600) for price in (least, most)]
+    return (
+        f"btx compare: {least.trainings} to {most.trainings} trainings, {least.flops:.3g} to {most.flops:.3g} FLOPs, "
+        f"{times[0]} to {times[1]} of one device at {tflops:.3g} TFLOP/s, without starts and measurements."
+    )
 
 
 def warnings(recipe: Recipe, base: Path) -> list[str]:
@@ -191,7 +188,7 @@ def measured_tflops(recipe: Recipe, config: Config) -> float:
     return EFFICIENCY * 2 * rows * width * inner * count / (time.monotonic() - started) / 1e12
 
 
-def _hours(hours: float) -> str:
+def duration(hours: float) -> str:
     """Hours, or minutes and seconds below one hour."""
     if hours < 1:
         return f"{int(hours * 60)}:{round(hours * 3600) % 60:02d} min"
@@ -215,8 +212,8 @@ def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list
     if not trained:
         return ["Nothing is trained: no domain has `data`. Run with --until merge to make the merge alone."]
     return [
-        f"Wall time of training with {devices} device(s) per job: {_hours(hours)} with all experts in parallel, "
-        f"{_hours(whole)} one after another, at {tflops:.3g} sustained TFLOP/s per device (--tflops, or --here to "
+        f"Wall time of training with {devices} device(s) per job: {duration(hours)} with all experts in parallel, "
+        f"{duration(whole)} one after another, at {tflops:.3g} sustained TFLOP/s per device (--tflops, or --here to "
         "measure).",
         "FLOPs: 6 · active parameters · tokens, and attention (causal). Memory: weights, gradients and AdamW state in "
         f"fp32, {'bf16 copies, ' * (settings.precision == 'bf16')}and an estimate of the activations, on one device "

@@ -25,6 +25,17 @@ STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "btx", "font.family": "DejaVu Sans", "text.color": INK,
     "figure.facecolor": PAPER, "axes.facecolor": PAPER, "text.parse_math": False,
 }  # fmt: skip
+COLOURS = (
+    "#4477aa",
+    "#cc6677",
+    "#228833",
+    "#aa8800",
+    "#66aacc",
+    "#aa3377",
+    "#888888",
+    "#117755",
+)  # of lines and points
+WIDTH = 7.6  # inches of a chart that is not a table
 AGAINST = LinearSegmentedColormap.from_list("against", ["#78aadc", "#f7f7f7", "#eb8c78"])  # better, equal, worse
 SHARE = LinearSegmentedColormap.from_list("share", ["#f7f7f7", "#82be8c"])
 
@@ -75,13 +86,12 @@ def drawn(grid: Grid) -> str:
     height = top + CELL[1] * len(grid.rows) + EDGE
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
-        figure.text(EDGE / width, 1 - 0.26 / height, grid.title, size=12, weight="bold")
-        figure.text(EDGE / width, 1 - 0.47 / height, grid.note, size=8.5, color=FAINT)
+        head(figure, grid.title, grid.note)
         axes = figure.add_axes((
             left / width, EDGE / height, CELL[0] * len(grid.columns) / width, CELL[1] * len(grid.rows) / height
         ))  # fmt: skip
         _cells(axes, grid)
-        return _svg(figure, grid.title)
+        return svg_of(figure, grid.title)
 
 
 def _cells(axes: Axes, grid: Grid) -> None:
@@ -99,7 +109,7 @@ def _cells(axes: Axes, grid: Grid) -> None:
             axes.text(c + 0.5, r + 0.52, text, ha="center", va="center", size=10, color=CELL_INK, weight=weight)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def svg_of(figure: Figure, title: str) -> str:
     """A figure as an <svg> element, without prologue, date or names of this machine's fonts."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
@@ -108,3 +118,21 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # several pictures in one page must not share an id
     text = re.sub(r"'DejaVu Sans'[^;\"]*", FONTS, text)
     return text.replace(">", f' role="img"><title>{escape(title)}</title>', 1)
+
+
+def head(figure: Figure, title: str, note: str, at: float | None = None) -> None:
+    """A title and a line below it, at the top of a figure, or so many inches above its bottom."""
+    width, height = figure.get_size_inches()
+    top = height if at is None else at
+    figure.text(EDGE / width, (top - 0.26) / height, title, size=12, weight="bold")
+    figure.text(EDGE / width, (top - 0.47) / height, note, size=8.5, color=FAINT)
+
+
+def plain(axes: Axes, grid: str) -> None:
+    """Axes with a line at the bottom and faint lines across one direction, x or y."""
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(FAINT)
+    axes.grid(axis=grid, color=FAINT, alpha=0.25, linewidth=0.8)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=FAINT, labelsize=9, left=False)

@@ -31,15 +31,15 @@ def show(report: Path, export: Path) -> None:
         console.print(plain_table(head, rows))
     console.print(f"Routing of the {results['exported']} model, mean of layers")
     console.print(routing(results))
-    console.print(f"Report: {_near(report)}/report.html", soft_wrap=True, highlight=False)
-    console.print(f"Export: {_near(export)}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {near(report)}/report.html", soft_wrap=True, highlight=False)
+    console.print(f"Export: {near(export)}", soft_wrap=True, highlight=False)
     console.print("\nTo load and sample it:\n", highlight=False)
-    for line in sample_lines(_near(export)):
+    for line in sample_lines(near(export)):
         console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
     console.print()
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
     """The path, relative to the working directory if it lies below that."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
@@ -124,7 +124,7 @@ def status_table(graph: Any, planned: Mapping[str, Planned]) -> None:
     todo = {step.label for step in undone(steps)}
     for step in steps:
         state = _state(step) if step.label in todo else "done"
-        states.add_row(step.label, state, _near(step.folder) if step.folder.exists() else "")
+        states.add_row(step.label, state, near(step.folder) if step.folder.exists() else "")
         manifest = read_manifest(step.folder) if state == "done" else None
         if manifest and (differing := elsewhere(manifest, step.where)):
             other.setdefault("; ".join(differing), []).append(step.label)

@@ -12,10 +12,11 @@ from btx.graph.cost import Cost
 from btx.graph.step import Step
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
+from btx.steps.model import ModelStep
 
 
 class Report(Step):
-    """A report folder for people: report.html, matrix.svg, routing.svg; and results.json with the costs."""
+    """A report folder for people: report.html and its pictures; and results.json with costs and lineage."""
 
     kind: ClassVar[str] = "report"
     evaluate: Evaluate
@@ -24,25 +25,41 @@ class Report(Step):
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Join the evaluation with the costs and draw."""
         from btx.report.charts import matrix_svg, routing_svg
+        from btx.report.curves import layers_svg, training_svg
         from btx.report.page import page
 
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
-        trained = {label: read_manifest(s.folder) for label, s in _ancestors(self).items() if s.trains}
+        found = _ancestors(self)
+        trained = {label: read_manifest(s.folder) for label, s in found.items() if s.trains}
+        metrics = {label: _metrics(found[label].folder) for label in trained}
         results["exported"] = self.evaluate.name_of(self.export.model)
         results["cost"] = {
             label: {k: m["facts"][k] for k in ("tokens", "steps", "training_flops", "parameters")}
             for label, m in trained.items()
         }
+        results["lineage"] = {
+            label: {"folder": step.folder.name, "digest": step.digest}
+            for label, step in found.items() if isinstance(step, ModelStep)
+        }  # fmt: skip
         write_json(out / "results.json", results)
         (out / LOGS).mkdir()
         write_json(
             out / LOGS / "seconds.json", {label: (Cost.read(m) or Cost()).wall_seconds for label, m in trained.items()}
         )
-        pictures = {"matrix.svg": matrix_svg(results), "routing.svg": routing_svg(results)}
+        pictures = {
+            "matrix.svg": matrix_svg(results), "routing.svg": routing_svg(results), "layers.svg": layers_svg(results),
+            "training.svg": training_svg(metrics),
+        }  # fmt: skip
         for name, picture in pictures.items():
             (out / name).write_text(picture, encoding="utf-8")
         (out / "report.html").write_text(page(self.export.title, results, pictures), encoding="utf-8")
         return {"mean": results["mean"]}
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a training wrote down of every step."""
+    lines = (folder / LOGS / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _ancestors(step: Step) -> dict[str, Step]:

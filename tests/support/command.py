@@ -12,9 +12,11 @@ from typing import Any
 BTX = [sys.executable, "-m", "btx"]
 
 
-def btx(*argv: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+def btx(*argv: object, cwd: Path, code: int = 0, seconds: float = 300) -> subprocess.CompletedProcess[str]:
     """Run the command and expect an exit code."""
-    done = subprocess.run([*BTX, *map(str, argv)], cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [*BTX, *map(str, argv)], cwd=cwd, capture_output=True, text=True, check=False, timeout=seconds
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

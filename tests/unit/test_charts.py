@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 from xml.etree import ElementTree
 
 from btx.report.charts import matrix_svg, routing_svg
+from tests.support.reports import REPORTED
 
-RESULTS: dict[str, Any] = {
-    "bits_per_byte": {
-        "seed": {"math": 3.0, "$law$ & <code>": 3.5},
-        "expert:math": {"math": 2.0, "$law$ & <code>": 4.0},
-        "last": {"math": 2.25, "$law$ & <code>": 3.5},
-    },
-    "mean": {"seed": 3.25, "expert:math": 3.0, "last": 2.875},
-    "experts": ["math", "law"],
-    "exported": "last",
-    "routing": {"last": {"math": {"mean": [0.75, 0.25]}, "prose": {"mean": [0.5, 0.5]}}},
-}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -31,7 +20,7 @@ def _texts(svg: str) -> list[tuple[str, bool]]:
 
 
 def test_a_matrix_has_every_number_and_marks_the_best_of_each_column() -> None:
-    texts = _texts(matrix_svg(RESULTS))
+    texts = _texts(matrix_svg(REPORTED))
     cells = [(text, bold) for text, bold in texts if re.fullmatch(r"\d\.\d{3}", text)]
     assert cells == [
         ("3.000", False), ("3.500", True), ("3.250", False),
@@ -43,7 +32,7 @@ def test_a_matrix_has_every_number_and_marks_the_best_of_each_column() -> None:
 
 
 def test_colours_say_better_and_worse_than_the_seed() -> None:
-    svg = matrix_svg(RESULTS)
+    svg = matrix_svg(REPORTED)
     fills = re.findall(r"fill: (#[0-9a-f]{6}); stroke", svg)
     same, better, worse = fills[0], fills[3], fills[4]
     assert fills[:3] == [same] * 3
@@ -53,15 +42,15 @@ def test_colours_say_better_and_worse_than_the_seed() -> None:
 
 
 def test_routing_has_the_shares_of_the_exported_model() -> None:
-    texts = [text for text, _ in _texts(routing_svg(RESULTS))]
+    texts = [text for text, _ in _texts(routing_svg(REPORTED))]
     assert [text for text in texts if text.endswith("%")] == ["75.0%", "25.0%", "50.0%", "50.0%"]
     assert "Routing of the last model" in texts
 
 
 def test_a_picture_stands_alone_and_is_the_same_each_time() -> None:
-    svg = matrix_svg(RESULTS)
-    assert svg == matrix_svg(RESULTS)
+    svg = matrix_svg(REPORTED)
+    assert svg == matrix_svg(REPORTED)
     assert set(re.findall(r"https?://[^\"' ]*", svg)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "<script" not in svg
-    ids = re.findall(r'id="([^"]*)"', svg + routing_svg(RESULTS))
+    ids = re.findall(r'id="([^"]*)"', svg + routing_svg(REPORTED))
     assert len(ids) == len(set(ids))
