@@ -157,6 +157,9 @@ class Balanced:
         self.window.add(self.routed.layers)
         return self.settings.balance.weight * raw, {"balance": float(raw.detach())}
 
+    def gradients(self) -> None:
+        """They are left as they are."""
+
     def figures(self) -> dict[str, Any]:
         """Load and entropy of each layer in the step, and the experts found dead when that was last judged."""
         layers = self.totals.statistics()

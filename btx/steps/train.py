@@ -18,7 +18,7 @@ from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
-    from btx.training.loop import TrainingHook
+    from btx.training.hook import TrainingHook
 
 OWN = "own"  # the sampler's name for an expert's data: the order depends on it, not on the label
 
@@ -82,7 +82,7 @@ def fit(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
-    `prepare(model)` may freeze parameters and return a hook (`btx.training.loop.TrainingHook`). The tokenizer's files
+    `prepare(model)` may freeze parameters and return a hook (`btx.training.hook.TrainingHook`). The tokenizer's files
     are copied from `like`.
     """
     import torch

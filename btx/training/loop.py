@@ -13,7 +13,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,34 +28,13 @@ from btx.recipe.precision import automatic
 from btx.recipe.settings import RunSettings, TrainSettings
 from btx.signals import Stop
 from btx.training.cast_once import CastOnce, embed_in_bfloat16
+from btx.training.hook import TrainingHook
 from btx.training.loss import linear_cross_entropy, output_head, without_head
 from btx.training.metrics import Metrics
 from btx.training.schedule import learning_rate, micro_batches, share
 from btx.training.state import load_state, save_state
 
 WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's distributed types that keep the output head unsharded
-
-
-class TrainingHook(Protocol):
-    """What a step may add to the loop: an extra loss per micro-batch, and figures per step."""
-
-    def begin(self, step: int) -> None:
-        """Called before each step."""
-
-    def sequences(self, numbers: range, length: int) -> None:
-        """Called before each forward pass with the sequences of the run that it computes."""
-
-    def surveys(self, passes: int) -> bool:
-        """Whether a step of so many passes first needs all of them without gradients."""
-
-    def survey(self, share: float) -> None:
-        """Called after each pass without gradients, with its share of the step's tokens."""
-
-    def loss(self) -> tuple[Tensor, dict[str, float]]:
-        """Extra loss, added to the cross-entropy after each forward pass, and figures to log."""
-
-    def figures(self) -> dict[str, Any]:
-        """Figures of the step for metrics.jsonl."""
 
 
 @dataclass
@@ -194,6 +173,8 @@ class Loop:
             if self.hook and self.hook.surveys(len(batches)):
                 self._survey(self.hook, batches)
             total, extra = self._backward(batches, self._learned(batches))
+        if self.hook:
+            self.hook.gradients()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         figures = {"step": self.step + 1, "loss": total, "grad_norm": float(norm), "learning_rate": rate, **extra}
         if math.isfinite(total) and math.isfinite(figures["grad_norm"]):
