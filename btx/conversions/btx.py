@@ -38,7 +38,7 @@ def build(sources: Sources, start: Start, experts: Experts, _settings: None) -> 
             Finetune(merge=merge, tokens=tokens, weights=mix(recipe, list(tokens)), settings=settings,
                      **sources.place())
         )  # fmt: skip
-        models["finetuned"] = Model(finetune, settings.rule, own, exported=True)
+        models["finetuned"] = Model(finetune, settings.rule, own, exported=True, before="merged")
     return models
 
 

@@ -28,6 +28,8 @@ from btx.steps.report import Report
 from btx.steps.tokens import Reads
 from btx.steps.train import Train
 
+SELECTED = 4  # the select split is scored on a quarter of the tokens: enough to see a harm, and it costs little
+
 
 class Graph:
     """All steps of a recipe by label, parents before children."""
@@ -78,11 +80,26 @@ class Graph:
                 for model, made in models.items()
             }  # fmt: skip
 
+        always = measured(ALWAYS)
         others = {name: measured(name, settings) for name, settings in recipe.probing.items()}
         return sources.add(Evaluate(
-            seed=start.seed, measures=measured(ALWAYS), others=others, tokens=start.tokens, settings=recipe.evaluate,
-            **sources.place(),
+            seed=start.seed, measures=always, others=others, tokens=start.tokens, settings=recipe.evaluate,
+            selected=self._selected(models, always), **sources.place(),
         ))  # fmt: skip
+
+    def _selected(self, models: dict[str, Model], measures: dict[str, Measure]) -> dict[str, Measure]:
+        """The exported model and what it was finetuned from, on the select split: whether it gained there."""
+        made = next((name for name, model in models.items() if model.exported and model.before), None)
+        if made is None or not self.recipe.data.select:
+            return {}
+        said = self.recipe.evaluate.measure
+        settings = said.model_copy(update={"split": "select", "tokens": max(1, said.tokens // SELECTED)})
+        return {
+            name: self.sources.add(measures[name].model_copy(update={
+                "settings": settings, "optional": True, **self.sources.place(f"select:{name}")
+            }))
+            for name in (models[made].before, made)
+        }  # fmt: skip
 
     def export_unmeasured(self) -> None:
         """Export without the evaluation if that is not done yet; the model card then says so."""

@@ -46,6 +46,7 @@ class Model:
     rule: RoutingRule | None = None  # of a Mixture of Experts, when it is measured
     tokens: dict[str, TokensStep] = field(default_factory=dict)
     exported: bool = False
+    before: str = ""  # the model it was finetuned from, which it should not be worse than
 
 
 class Sources:

@@ -75,13 +75,22 @@ def _measured(results: dict[str, Any] | None) -> str:
 Bits per byte on held-out documents ({results["split"]}), lower is better.
 
 {table(rows, "model")}
-
+{finetuning_note(results)}
 ## Routing
 
 Share of the token-choices per expert, mean over layers, on held-out text.
 
 {table(shares, "domain")}
 """
+
+
+def finetuning_note(results: dict[str, Any]) -> str:
+    """A sentence if the finetuning ended worse than it began."""
+    found = results.get("finetuning")
+    if not found or found["mean"][found["after"]] <= found["mean"][found["before"]]:
+        return ""
+    before, after = (f"{found[side]} {found['mean'][found[side]]:.3f}" for side in ("before", "after"))
+    return f"\nOn the select split the finetuning ended worse than it began: {after}, {before}.\n"
 
 
 def card(about: About, folder: Path) -> str:

@@ -30,6 +30,7 @@ class Evaluate(Step):
     seed: ModelStep
     measures: dict[str, Measure]  # bits per byte, by the name that results.json gives the model
     others: dict[str, dict[str, Measure]] = Field(default_factory=dict)  # of further probes, by probe and model
+    selected: dict[str, Measure] = Field(default_factory=dict)  # a model before and after finetuning, on select
     tokens: dict[str, TokensStep]
     settings: EvaluateSettings
 
@@ -59,12 +60,27 @@ class Evaluate(Step):
                 probe: {name: found.numbers or {MISSING: found.missing} for name, found in _read(measures).items()}
                 for probe, measures in self.others.items()
             }
+        if gain := self._finetuned(emit):
+            results["finetuning"] = gain
         write_json(out / "results.json", results)
         return {"mean": results["mean"]}
 
     def name_of(self, model: Step) -> str:
         """The name that results.json gives a model that was measured."""
         return next(name for name, measure in self.measures.items() if measure.model.key == model.key)
+
+    def _finetuned(self, emit: Emit) -> dict[str, Any]:
+        """Mean bits per byte on select before and after the finetuning; a warning if it ended worse."""
+        found = {name: measure.read().numbers for name, measure in self.selected.items()}
+        if not found or not all(found.values()):
+            return {}
+        (before, first), (after, last) = (
+            (name, sum(one["bits_per_byte"] for one in numbers.values()) / len(numbers))
+            for name, numbers in found.items()
+        )
+        if last > first:
+            emit(Warned(self.label, worse(before, first, after, last)))
+        return {"split": "select", "before": before, "after": after, "mean": {before: first, after: last}}
 
     def _tell_few(self, domain: str, count: int, emit: Emit) -> None:
         """Warn about a domain with few held-out source documents."""
@@ -74,6 +90,14 @@ class Evaluate(Step):
                 f"{domain}: intervals over {count} held-out source documents are too narrow, {LEAST} or more are "
                 "better. Raise evaluate.tokens, lower data.valid_bytes, or give the domain more documents",
             ))  # fmt: skip
+
+
+def worse(before: str, first: float, after: str, last: float) -> str:
+    """What is said of a finetuning that ended worse than it began."""
+    return (
+        f"the finetuning ended worse on select than it began: {after} {last:.3f} bits per byte, {before} {first:.3f}. "
+        "Lower finetune.learning_rate, often to a sixth of the experts', or give it more tokens"
+    )
 
 
 def _read(measures: dict[str, Measure]) -> dict[str, Found]:

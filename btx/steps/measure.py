@@ -46,6 +46,7 @@ class Measure(Step):
     length: int
     settings: MeasureSettings
     rule: RoutingRule | None = None  # of a Mixture of Experts
+    optional: bool = False  # whether a domain without documents is left out, not refused
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Measure and write, or copy an earlier measurement of the same bytes."""
@@ -97,11 +98,12 @@ class Measure(Step):
         found = {name: Tokens(step.folder).valid(self.settings.tokens, self.settings.split)
                  for name, step in self.tokens.items()}  # fmt: skip
         for domain, rows in found.items():
-            if not rows:
+            if not rows and not self.optional:
                 raise RecipeError(
                     f"domain {domain} has no held-out document to evaluate on ({self.settings.split}). Name `valid:` "
                     "files with several documents, or give it more data."
                 )
+        found = {name: rows for name, rows in found.items() if rows}
         own = {name: Tokens(step.folder) for name, step in self.own.items()}
         return {name: self._same(own[name], rows, name) if name in own else rows for name, rows in found.items()}
 

@@ -16,6 +16,7 @@ from btx.conversions.registry import load_recipe
 from btx.data.packed import Encoder, Tokens, load_tokenizer, write_tokens
 from btx.data.split import Split
 from btx.errors import RecipeError
+from btx.export.card import finetuning_note
 from btx.graph.artifact import publish
 from btx.probes.contract import Found
 from btx.recipe.settings import DataSettings, EvaluateSettings, MeasureSettings, RoutingRule, RunSettings
@@ -162,3 +163,26 @@ def test_automatic_precision_is_settled_when_the_graph_is_built(
     said = recipe.model_copy(update={"evaluate": EvaluateSettings(precision="fp32")})
     monkeypatch.setattr("btx.recipe.precision.automatic", lambda _device: "bf16")
     assert Graph(said, tmp_path).recipe.evaluate.precision == "fp32"
+
+
+@pytest.mark.parametrize(("after", "warned"), [(2.0, True), (1.0, False)])
+def test_a_finetuning_that_ends_worse_on_select_than_it_began_is_said(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: float, warned: bool
+) -> None:
+    scores = {"merged": 1.5, "finetuned": after}
+
+    def score(self: Measure, documents: Any) -> Found:
+        bits = scores[self.model.folder.name]
+        return Found({"d": {"bits_per_byte": bits}}, rows_of(bits, documents["d"]))
+
+    monkeypatch.setattr(Measure, "_measure", score)
+    measures = {name: measure(texts, tmp_path, name, name, split="select") for name in scores}
+    for one in measures.values():
+        published(one)
+    said: list[Any] = []
+    step = evaluation(texts, {"seed": measures["merged"]}, split="select").model_copy(update={"selected": measures})
+    step.run(tmp_path, tmp_path, said.append)
+    found = json.loads((tmp_path / "results.json").read_text())["finetuning"]
+    assert found["mean"] == scores
+    assert any("ended worse on select than it began" in event.text for event in said) == warned
+    assert bool(finetuning_note({"finetuning": found})) == warned
