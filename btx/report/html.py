@@ -32,6 +32,8 @@ th { font-weight: 600; color: var(--faint) }
 tr:last-child td { border-bottom: 0 }
 figure { margin: .75rem 0 1.25rem; overflow-x: auto }
 svg { max-width: 100%; min-width: min(34rem, 150vw); height: auto; display: block }
+.tokens { max-width: 60rem; line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere }
+h3 { font-size: 1rem; margin: 1rem 0 0 }
 summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .25rem }
 code { font-size: .9em; overflow-wrap: anywhere }
 """

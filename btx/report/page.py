@@ -13,8 +13,8 @@ def _span(ends: list[float]) -> str:
     return f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
-def page(title: str, results: dict[str, Any], pictures: dict[str, str]) -> str:
-    """The whole page."""
+def page(title: str, results: dict[str, Any], pictures: dict[str, str], texts: str = "") -> str:
+    """The whole page; `texts` is HTML of sample texts, if the recipe asked for them."""
     intervals = [
         [m, d, f"{results['bits_per_byte'][m][d]:.4f}", _span(span), _span(results["difference_from_seed_95"][m][d])]
         for m, row in results["interval_95"].items()
@@ -46,7 +46,8 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str]) -> str:
 {table(["training", "tokens", "steps", "parameters", "FLOPs (6 · active · tokens)"], costs, "what it cost")}
 <h2>95 % intervals, bootstrap over source documents</h2>
 {table(["model", "domain", "bits per byte", "interval", "less the seed's, paired"], intervals, "intervals")}
-{further}<h2>Routing per layer, {escape(results["exported"])}</h2>
+{further}{f"<h2>Tokens by expert</h2>{texts}" if texts else ""}
+<h2>Routing per layer, {escape(results["exported"])}</h2>
 {table(["text", "layer", *results["experts"], "entropy / log E"], layers, "routing per layer")}
 <h2>Lineage</h2>
 {table(["model", "folder", "SHA-256"], lineage, "lineage")}

@@ -52,8 +52,23 @@ class Report(Step):
         }  # fmt: skip
         for name, picture in pictures.items():
             (out / name).write_text(picture, encoding="utf-8")
-        (out / "report.html").write_text(page(self.export.title, results, pictures), encoding="utf-8")
+        (out / "report.html").write_text(
+            page(self.export.title, results, pictures, self._texts(results)), encoding="utf-8"
+        )
         return {"mean": results["mean"]}
+
+    def _texts(self, results: dict[str, Any]) -> str:
+        """Sample texts with the experts of their tokens, if the recipe asked for the probe."""
+        from btx.data.packed import load_tokenizer
+        from btx.report.tokens import token_view
+
+        found = self.evaluate.others.get("token_routing", {}).get(results["exported"])
+        rows = found.rows() if found else []
+        if not rows:
+            return ""
+        tokenizer = load_tokenizer(self.export.folder)
+        pieces = {n: tokenizer.decode([n]) for n in {row["id"] for row in rows}}
+        return token_view(rows, pieces, results["experts"])
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import re
 from xml.etree import ElementTree
 
 from btx.report.charts import matrix_svg, routing_svg
+from btx.report.tokens import token_view
 from tests.support.reports import REPORTED
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,3 +55,16 @@ def test_a_picture_stands_alone_and_is_the_same_each_time() -> None:
     assert "<script" not in svg
     ids = re.findall(r'id="([^"]*)"', svg + routing_svg(REPORTED))
     assert len(ids) == len(set(ids))
+
+
+def test_a_token_has_the_colour_of_the_expert_that_most_layers_chose() -> None:
+    rows = [
+        {"domain": "m&m", "document": 0, "id": 5, "experts": [1, 1, 0]},
+        {"domain": "m&m", "document": 0, "id": 6, "experts": [0, 0, 0]},
+    ]
+    html = token_view(rows, {5: " <b>", 6: "x"}, ["math", 'co"de'])
+    spans = re.findall(r'<span style="background:(#\w+)"(?: title="([^"]*)")?>([^<]*)</span>', html)
+    assert [text for _, _, text in spans] == ["math", "co&quot;de", " &lt;b&gt;", "x"]
+    assert spans[2][0] == spans[1][0] != spans[3][0] == spans[0][0]
+    assert spans[2][1] == "co&quot;de 2, math 1 of 3 layers; 0:co&quot;de 1:co&quot;de 2:math"
+    assert "<h3>m&amp;m</h3>" in html

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from btx.models.opened import Stock
 from btx.moe.hooks import Routed
-from btx.probes import bits_per_byte, calibration, degeneracy, drift, forgetting, knock_out
+from btx.probes import bits_per_byte, calibration, degeneracy, drift, forgetting, knock_out, token_routing
 from btx.probes.contract import Data
 from btx.probes.registry import probes
 from tests.support import moe_models
@@ -193,3 +195,21 @@ def test_an_expert_that_is_knocked_out_gets_no_token_and_its_gate_goes_to_the_ot
     numbers = found.numbers["d"]
     assert (numbers["most"], numbers["least"]) == (max(changed), min(changed))
     assert changed[int(numbers["expert"])] == numbers["most"]
+
+
+def test_the_experts_of_every_token_are_those_of_the_routers() -> None:
+    net = moe_models.build("mixtral").eval()
+    documents = [(CHANCE.integers(1, 31, n), 4 * n) for n in (9, 14, 6)]
+    with Routed(net, "top_k", net.config.num_experts_per_tok) as routed:
+        model = Stock(net, routed)
+        settings = token_routing.TokenRoutingSettings(documents=2, tokens=10)
+        found = token_routing.measure(model, None, Data({"d": documents}, 8, 100), settings)
+        assert [row["document"] for row in found.rows] == [0] * 9 + [1] * 10
+        assert [row["id"] for row in found.rows[:9]] == documents[0][0].tolist()
+        logits = net(input_ids=torch.from_numpy(documents[0][0][None]), output_router_logits=True).router_logits
+        wanted = torch.stack([layer.argmax(-1) for layer in logits]).T.tolist()
+    assert [row["experts"] for row in found.rows[:9]] == wanted
+    rows = [found.rows[:9], found.rows[9:]]
+    steps = [(one["experts"], two["experts"]) for text in rows for one, two in itertools.pairwise(text)]
+    changed = [a != b for one, two in steps for a, b in zip(one, two, strict=True)]
+    assert found.numbers["d"]["switches"] == pytest.approx(sum(changed) / len(changed))
