@@ -11,6 +11,8 @@ from btx.report.comparison import MEAN, mean
 from btx.report.console import near, plain_table
 from btx.report.figures import human, human_count
 
+COST = ("tokens", "FLOPs", "critical path", "rates")
+
 
 def show(folder: Path, short: Path) -> None:
     """Print the results of a finished comparison."""
@@ -20,7 +22,11 @@ def show(folder: Path, short: Path) -> None:
     console = Console()
     console.print(f"\n{results['answer']}\n", highlight=False)
     for budget in sorted({run["budget"] for run in results["runs"]}):
-        console.print(plain_table(*table(results, budget)))
+        head, rows = table(results, budget)
+        scores = len(head) - len(COST)
+        console.print(plain_table(head[:scores], [row[:scores] for row in rows]))
+        costs = [[row[0], *row[scores:]] for row in rows[1:]]  # the seed has cost nothing here
+        console.print(plain_table(["arm", *COST], costs))
     console.print(f"Page: {near(short)}/comparison.html", soft_wrap=True, highlight=False)
 
 
@@ -28,7 +34,7 @@ def table(results: dict[str, Any], budget: int) -> tuple[list[str], list[list[st
     """A head and a row of text per arm at a budget: means over blocks; differences with their 95 % intervals."""
     domains = list(next(iter(results["seeds"].values()))["bits_per_byte"])
     verdicts = {one["arm"]: one[MEAN] for one in results["verdicts"] if one["budget"] == budget}
-    head = ["arm", *domains, "mean", f"less {results['control']}", "tokens", "FLOPs", "critical path", "rates"]
+    head = ["arm", *domains, "mean", f"less {results['control']}", *COST]
     seeds = [one["bits_per_byte"] for one in results["seeds"].values()]
     rows = [["seed", *_means(seeds, domains), "", "", "", "", ""]]
     for arm in dict.fromkeys(run["arm"] for run in results["runs"] if run["budget"] == budget):
