@@ -34,7 +34,8 @@ class Trial:
     @property
     def mark(self) -> str:
         """How its steps are told from those of others, for people."""
-        return f"{self.arm} {self.tokens} {'/'.join(f'{rate:g}' for rate in self.rates)} #{self.block}"
+        final = " test" if self.split == "test" else ""
+        return f"{self.arm} {self.tokens} {'/'.join(f'{rate:g}' for rate in self.rates)} #{self.block}{final}"
 
 
 class Arms:
@@ -126,7 +127,7 @@ class Arms:
     def _changed(self, recipe: Recipe, changes: Mapping[str, Any], name: str) -> Recipe:
         raw = recipe.model_dump(exclude_unset=True)
         for path, value in changes.items():
-            _put(raw, path.split("."), value)
+            _put(raw, _parts(path), value)
         try:
             return type(recipe).model_validate(raw)
         except ValidationError as error:
@@ -142,6 +143,13 @@ class Arms:
         """FLOPs of a token of an arm, over all its stages."""
         trial = Trial(name, self.settings.seeds[0], MANY, self.grid(name).together(self.settings.rates[0]), "select")
         return sum(flops_of(training) for training in self.trainings(trial, seed)) / MANY
+
+
+def _parts(path: str) -> list[str]:
+    """The keys of a dotted path; a domain's name may have dots of its own."""
+    if path.startswith("domains."):
+        return ["domains", *path.removeprefix("domains.").rsplit(".", 1)]
+    return path.split(".")
 
 
 def _put(raw: dict[str, Any], path: list[str], value: Any) -> None:

@@ -37,6 +37,7 @@ class Rounds:
         self.diverged: set[str] = set()  # keys of the trainings that did
         self.digests: Digests | None = None  # of files that all graphs name, each hashed once
         self.graph = cache(self._graph)
+        self.means: dict[str, float] = {}  # of measurements that are done, by key
 
     def _graph(self, trial: Trial) -> Graph:
         made = Graph(self.arms.recipe_of(trial), self.base, variant=trial.mark, digests=self.digests)
@@ -113,7 +114,12 @@ class Rounds:
         return bool(self.diverged) and self._rests_on_diverged(self.measure(trial))
 
     def _scores(self, trials: Mapping[Point, Trial]) -> dict[Point, float]:
-        return {p: DIVERGED if self._diverged(t) else mean_of(self.measure(t)) for p, t in trials.items()}
+        return {p: DIVERGED if self._diverged(t) else self._mean(self.measure(t)) for p, t in trials.items()}
+
+    def _mean(self, measure: Measure) -> float:
+        if measure.key not in self.means:
+            self.means[measure.key] = mean_of(measure)
+        return self.means[measure.key]
 
     def _best(self, trials: Mapping[Point, Trial]) -> Point:
         scores = self._scores(trials)

@@ -28,9 +28,13 @@ def page(results: dict[str, Any]) -> str:
 
 def _protocol(results: Mapping[str, Any]) -> str:
     blocks = len(results["seeds"])
+    made = all(one["tokens"] for one in results["seeds"].values())
+    each = (
+        "a seed model with its own draws" if made else "the same seed with its own draws, which says nothing of others"
+    )
     return (
         f'<p class="note">Scored on the {results["split"]} split in {results["precision"]}; rates chosen on select, on '
-        f"the first block. {blocks} block{'s' * (blocks > 1)}: each a seed model with its own draws, by which "
+        f"the first block. {blocks} block{'s' * (blocks > 1)}: each {each}, by which "
         "differences are paired; intervals are Student's t over blocks. Mean: over the domains, each counted once. "
         "Lower is better.</p>"
     )

@@ -75,6 +75,15 @@ def test_a_trial_is_what_a_recipe_written_by_hand_says(tmp_path: Path) -> None:
     assert rounds.measure(Trial("dense", 4, 8192, (2e-3,), "test")).key != dense.key
 
 
+def test_a_domain_s_name_may_have_dots(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path, {"arms": {"btx": {}, "dense": {}}, "budgets": [8192]}, domains={
+        name: {"data": [f"corpora/{name[:4]}.jsonl"], "tokens": 3072} for name in ("math.v1.2", "code")
+    })  # fmt: skip
+    trial = Trial("btx", 0, 8192, RATES, "select")
+    found = Arms(recipe).recipe_of(trial)
+    assert found.domains["math.v1.2"].tokens == found.domains["code"].tokens == round(8192 * 6 / 14)
+
+
 def test_with_nothing_after_the_merge_the_fresh_mixture_is_compared(tmp_path: Path) -> None:
     recipe = recipe_with(tmp_path, {"arms": {"fresh": {"conversion": "btx", "after_merge": 0}, "dense": {}}})
     rounds = Rounds(recipe, tmp_path)
