@@ -23,7 +23,7 @@ def test_an_export_stands_without_an_evaluation_and_is_measured_later(tmp_path: 
     assert "Nothing was measured." not in card.read_text()
     assert "| finetuned |" in card.read_text()
     assert (tmp_path / "runs/pico/export/model.safetensors").read_bytes() == weights
-    assert len(list(steps.glob("measure-*"))) == 6  # the seed, two experts, average, merged, finetuned
+    assert len(list(steps.glob("measure-*"))) == 8  # seed, two experts, average, merged, finetuned; two on select too
 
     manifest = json.loads((steps.parent / "train-math/btx.json").read_text())
     cost = Cost.read(manifest)
