@@ -3,7 +3,7 @@
 A point is a peak rate for each stage of a conversion. First all stages move together, over a grid of one factor that
 is the same for every arm; while the best is at an edge, the next rate beyond it is tried, a limited number of times.
 Then an arm of several stages moves its last stage alone by one factor to each side, and an arm of one stage by half a
-factor, so that every arm gets as many trials.
+factor, so that every arm gets as many trials, extensions aside.
 """
 
 from __future__ import annotations

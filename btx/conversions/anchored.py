@@ -20,7 +20,9 @@ from btx.conversions.experts import Experts
 from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
 from btx.conversions.upcycle import Upcycle
+from btx.errors import RecipeError
 from btx.events import Emit
+from btx.graph.step import HASHED
 from btx.merge.layout import layout
 from btx.recipe.compare_settings import Arm
 from btx.recipe.fields import Count, Part
@@ -28,6 +30,7 @@ from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.mixing import both_stages
 from btx.recipe.recipe import Recipe, Section, require_whole_batches
 from btx.recipe.settings import BalanceSettings, FinetuneSettings, TrainSettings
+from btx.steps.branch import require_positions
 from btx.steps.finetune import Finetune
 from btx.steps.merge import SEED, Merge
 from btx.steps.model import ModelStep
@@ -59,8 +62,9 @@ class AnchoredSettings(TrainSettings, Section):
         require_whole_batches(f"{name}, with what it takes from train", recipe.filled(self))
         if bare := [domain for domain, one in recipe.domains.items() if not one.data]:
             raise ValueError(f"{name}: the domain {bare[0]} has no `data` to train an expert on; give it some")
-        if self.top_k > len(recipe.domains) + 1:
-            raise ValueError(f"{name}.top_k is {self.top_k}, but there are {len(recipe.domains) + 1} experts")
+        count = len(recipe.domains) + 1
+        if self.top_k > count:
+            raise ValueError(f"{name}.top_k is {self.top_k}, but there are {count} experts; choose 1 to {count}")
 
     def budgets(self, recipe: Recipe) -> tuple[dict[str, int], int]:
         """Tokens of each domain's expert, and of the routers."""
@@ -91,6 +95,15 @@ class Pair(ModelStep):
     def asks(self) -> dict[str, int]:
         """A sequence."""
         return {self.tokens.label: self.train.sequence_length}
+
+    def check(self, asked: int) -> None:
+        """RecipeError for sequences that are too long, and for processes that may shard what is frozen by halves."""
+        require_positions(self.merge.branch.seed, "anchored.sequence_length", self.train.sequence_length)
+        if self.where.launch:
+            raise RecipeError(
+                "anchored: half of each stacked expert tensor is frozen, which was not tried on shards, as run.launch "
+                "may make. Leave run.launch out, or leave anchored out."
+            )
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
@@ -201,8 +214,8 @@ class AnchoredMerge(Merge):
                 for layer in rows[0]
             }
         changed = overwrite(out, stacked)
-        hashed = facts["hashed"]
-        return {**facts, "hashed": {file: digest for file, digest in hashed.items() if file not in changed}}
+        hashed = facts[HASHED]
+        return {**facts, HASHED: {file: digest for file, digest in hashed.items() if file not in changed}}
 
 
 class AnchoredRouters(Finetune):

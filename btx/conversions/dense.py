@@ -47,6 +47,7 @@ class Dense(ModelStep):
 
     kind: ClassVar[str] = "dense"
     trains: ClassVar[bool] = True
+    section: ClassVar[str] = "dense"  # of the recipe, for messages
     branch: VerifySeed
     tokens: dict[str, TokensStep]
     weights: dict[str, float]
@@ -66,7 +67,7 @@ class Dense(ModelStep):
 
     def check(self, asked: int) -> None:
         """RecipeError if a sequence is longer than the seed's max_position_embeddings."""
-        require_positions(self.branch.seed, "dense.sequence_length", self.train.sequence_length)
+        require_positions(self.branch.seed, f"{self.section}.sequence_length", self.train.sequence_length)
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from btx.conversions.contract import Conversion, spends_at_once
+from btx.conversions.dense import Dense
 from btx.conversions.experts import Experts
 from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
@@ -23,12 +24,9 @@ from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe, Section, require_whole_batches
 from btx.recipe.settings import FinetuneSettings, TrainSettings
-from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.finetune import Finetune
 from btx.steps.merge import SEED
-from btx.steps.model import ModelStep
-from btx.steps.tokens import TokensStep
-from btx.steps.train import fit, memory_of
+from btx.steps.train import fit
 
 
 class ScratchSettings(FinetuneSettings, Section):
@@ -51,31 +49,11 @@ class ScratchSettings(FinetuneSettings, Section):
         return MergeSettings(copies=copies, router="random", seed=recipe.merge.seed, dtype=recipe.merge.dtype)
 
 
-class Scratch(ModelStep):
+class Scratch(Dense):
     """A dense checkpoint of the seed's shape and tokenizer, and nothing of its weights."""
 
     kind: ClassVar[str] = "scratch"
-    trains: ClassVar[bool] = True
-    branch: VerifySeed
-    tokens: dict[str, TokensStep]
-    weights: dict[str, float]
-    budget: int
-    train: TrainSettings
-
-    @property
-    def needs(self) -> int:
-        """Weights, gradients, optimiser state and activations of the seed's shape."""
-        return memory_of(self.branch.seed.folder, self.train)
-
-    @property
-    def asks(self) -> dict[str, int]:
-        """A sequence of each data that counts."""
-        length = self.train.sequence_length
-        return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
-
-    def check(self, asked: int) -> None:
-        """Whether the seed's shape has as many positions as a sequence."""
-        require_positions(self.branch.seed, "scratch.sequence_length", self.train.sequence_length)
+    section: ClassVar[str] = "scratch"
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""

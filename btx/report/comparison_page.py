@@ -66,7 +66,7 @@ def _tax(results: Mapping[str, Any]) -> str:
     return (
         "<h2>The tax</h2><p>Bits per byte less those of training from scratch "
         f"({escape(results['scratch'])}): below zero, the seed's weights were worth having. Equivalent compute: the "
-        "FLOPs at which scratch reaches the same loss, over those that the conversion took behind its seed (and over "
+        "FLOPs at which scratch reaches the same loss, over those that the conversion took after its seed (and over "
         "both together); only between runs that were made, else a bound.</p>" + table(head, rows, "the tax")
     )
 
