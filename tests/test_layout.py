@@ -80,7 +80,7 @@ def test_kernels_import_neither_btx_nor_transformers() -> None:
 def test_engines_know_command_lines_not_steps() -> None:
     for path in (ROOT / "btx" / "engines").glob("*.py"):
         known = {n for n in imports(path) if n.startswith("btx.")}
-        assert all(name.startswith(("btx.signals", "btx.events")) for name in known)
+        assert all(name.startswith(("btx.signals", "btx.events", "btx.engines")) for name in known)
 
 
 def test_the_kernels_folder_is_no_package() -> None:

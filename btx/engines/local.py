@@ -11,7 +11,6 @@ import contextlib
 import os
 import queue
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from btx.engines.processes import Process, start
 from btx.events import Emit, Event, Exited, Failed, Note, Trained, Waiting, Warned, parse
 from btx.signals import Stop
 
@@ -49,6 +49,7 @@ class Job:
     launcher: bool = False  # whether it launches workers, whose exit codes its own one hides
     memory: int = 0  # estimated peak, in bytes
     patience: float | None = None  # seconds without an event after which it counts as hung; None: no limit
+    imports: tuple[str, ...] = ()  # modules that a process which starts jobs by forking has ready
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Ended:
 @dataclass
 class _Running:
     job: Job
-    process: subprocess.Popen[bytes]
+    process: Process
     slot: int
     error: str = ""
     code: int = 0  # the exit code that it reported with its error
@@ -135,10 +136,7 @@ class Local:
             for name in limits:
                 names = allowed(env.get(name), self.devices)
                 env[name] = names[slot % len(names)]
-        with job.log.open("ab") as log:
-            process = subprocess.Popen(
-                job.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True
-            )
+        process = start(job.argv, job.log, env, imports=job.imports)
         threading.Thread(target=_listen, args=(job.label, process, events), daemon=True).start()
         return _Running(job, process, slot)
 
@@ -192,11 +190,11 @@ def _kill_hung(one: _Running) -> None:
             os.killpg(one.process.pid, signal.SIGKILL)
 
 
-def _listen(label: str, process: subprocess.Popen[bytes], events: queue.Queue[Any]) -> None:
+def _listen(label: str, process: Process, events: queue.Queue[Any]) -> None:
     assert process.stdout
     with process.stdout as lines:
         for line in lines:
             if event := parse(line):
                 events.put((label, event))
-    process.wait()
+    process.closed()
     events.put((label, None))

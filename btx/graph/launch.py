@@ -36,6 +36,12 @@ def accelerate_launch() -> None:
     main()
 
 
+READY = (
+    *("torch", "accelerate", "transformers.generation.utils", "transformers.models.mixtral.modeling_mixtral"),
+    *("pyarrow.parquet", "btx_kernels.sorted", "btx.cli.main", "btx.conversions.registry", "btx.training.loop"),
+)  # what jobs import, seconds of work; importing them computes nothing
+
+
 ROLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -107,7 +113,10 @@ class Launcher:
         argv = [*start, "-m", "btx", "_step", str(freeze(step, threads=threads)), *told]
         patience = 60 * self.where.hang_minutes if step.trains else None
         needs = step.needs if memory else 0  # estimating it takes seconds of imports
-        return Job(step.label, argv, step.log_file, launcher=bool(config), memory=needs, patience=patience)
+        return Job(
+            step.label, argv, step.log_file, launcher=bool(config), memory=needs, patience=patience,
+            imports=() if self.devices else READY,
+        )  # fmt: skip
 
 
 def memory_here() -> int:
