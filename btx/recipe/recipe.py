@@ -25,6 +25,7 @@ from btx.recipe.settings import (
     ExpertSettings,
     ExportSettings,
     FinetuneSettings,
+    JointSettings,
     RunSettings,
     Settings,
     TrainSettings,
@@ -119,7 +120,7 @@ class Recipe(Settings):
     data: DataSettings = DataSettings()
     train: ExpertSettings = ExpertSettings()
     merge: MergeSettings = MergeSettings()
-    finetune: FinetuneSettings = FinetuneSettings()
+    finetune: JointSettings = JointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     probes: Settings = Settings()
     export: ExportSettings = ExportSettings()
@@ -149,7 +150,7 @@ class Recipe(Settings):
         }
 
     @property
-    def finetuning(self) -> FinetuneSettings:
+    def finetuning(self) -> JointSettings:
         """The finetuning's settings, unset optimiser fields filled from `train`."""
         return self.filled(self.finetune)
 
