@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +53,7 @@ class Measure(Step):
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Measure and write, or copy an earlier measurement of the same bytes."""
         about = fingerprint([
-            [self.probe, self.probe_version, self.options], self.model.digest,
+            [self.probe, self.probe_version, json.dumps(self.options)], self.model.digest,  # whose order may count
             self.reference.digest if self.reference else None,
             {name: step.digest for name, step in (self.own or self.tokens).items()},
             {name: step.digest for name, step in self.tokens.items()}, self.length, self.settings.identity(),
@@ -137,6 +138,7 @@ class Measure(Step):
 
     def _measure(self, documents: dict[str, list[Document]]) -> Found:
         """Open the model and run the probe; states the reason if the model cannot be measured."""
+        from btx.data.encoder import load_tokenizer
         from btx.probes.contract import Data, Found
         from btx.probes.registry import probes
 
@@ -149,7 +151,8 @@ class Measure(Step):
             if lacking := sorted(probe.needs - model.capabilities):
                 return Found({}, missing=f"the model gives no {', no '.join(lacking)}")
             seed = stack.enter_context(self.reference.open(where=self.where, dtype=dtype)) if self.reference else None
-            data = Data(documents, self.length, self.settings.batch_tokens)
+            tokenizer = partial(load_tokenizer, self.model.folder)
+            data = Data(documents, self.length, self.settings.batch_tokens, tokenizer)
             return probe.measure(model, seed, data, probe.settings.model_validate(self.options))
 
     def _dtype(self) -> torch.dtype:
