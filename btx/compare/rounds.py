@@ -17,6 +17,7 @@ from btx.conversions.contract import EXPERT
 from btx.conversions.pipeline import Graph
 from btx.conversions.planned import seed_config
 from btx.errors import DivergedError
+from btx.graph.artifact import verify_once
 from btx.graph.digests import Digests
 from btx.graph.step import Step, undone
 from btx.recipe.recipe import Recipe
@@ -123,6 +124,7 @@ class Rounds:
 
     def _mean(self, measure: Measure) -> float:
         if measure.key not in self.means:
+            verify_once(measure.folder)  # it may have been damaged since; the message then says what to remove
             self.means[measure.key] = mean_of(measure)
         return self.means[measure.key]
 

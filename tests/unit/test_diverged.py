@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from btx.compare.rounds import Rounds, RunSteps
-from btx.errors import DivergedError
+from btx.errors import ArtifactError, DivergedError
 from btx.graph.artifact import publish, write_json
 from btx.graph.step import Step
 from btx.report.comparison import judged
@@ -95,6 +95,15 @@ def test_a_diverged_trial_counts_as_the_worst_and_is_not_tried_again(tmp_path: P
         file.unlink()
     rounds = rounds_of(tmp_path, ARMS, **SAID)
     assert rounds.searching()  # whoever removes the files has them tried again
+
+
+def test_a_damaged_measurement_is_named_with_the_remedy(tmp_path: Path) -> None:
+    rounds = rounds_of(tmp_path, ARMS, **SAID)
+    found, _, _ = carried(rounds, lambda _step: False)
+    file = next(iter(found.choices[0].screened.values())).folder / NUMBERS
+    file.write_text(file.read_text().replace("1", "0"))  # of the same size
+    with pytest.raises(ArtifactError, match=rf"{NUMBERS} was changed after it was written.*Remove"):
+        carried(rounds_of(tmp_path, ARMS, **SAID), lambda _step: False)
 
 
 def test_an_arm_that_always_diverges_is_lost_and_the_others_are_compared(tmp_path: Path) -> None:
