@@ -10,6 +10,7 @@ from btx.recipe.compare_settings import MEAN
 from btx.report.verdict import equivalent, paired
 
 Run = dict[str, Any]
+FEW = 10  # held-out documents below which a domain's scores are called what they are
 UNEVEN = 0.05  # share of its tokens by which an arm may miss its budget unsaid
 
 
@@ -38,7 +39,7 @@ def judged(results: Mapping[str, Any]) -> dict[str, Any]:
             if own[0]["stages"]:
                 found["decomposition"].append({**told, "terms": _terms(own, results["seeds"])})
     found["answer"] = answer(found["verdicts"], found["tax"], results)
-    found["notes"] = uneven(runs, results["budgets"])
+    found["notes"] = [*uneven(runs, results["budgets"]), *few(results["documents"])]
     return found
 
 
@@ -53,6 +54,14 @@ def uneven(runs: Sequence[Run], budgets: Sequence[str]) -> list[str]:
         f"{budgets[budget]}, as each of its trainings is a whole number of steps."
         for (arm, budget), share in missed.items()
     ]
+
+
+def few(documents: Mapping[str, int]) -> list[str]:
+    """A sentence for each domain that is scored on so few documents that the next ones might say otherwise."""
+    return [
+        f"{domain} is scored on {count} document{'s' * (count > 1)}, so its numbers say little about other text."
+        for domain, count in documents.items() if count < FEW
+    ]  # fmt: skip
 
 
 def _of(runs: Iterable[Run], arm: str, budget: int) -> list[Run]:

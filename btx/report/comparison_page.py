@@ -30,6 +30,7 @@ def page(results: dict[str, Any]) -> str:
 
 def _protocol(results: Mapping[str, Any]) -> str:
     blocks = len(results["seeds"])
+    documents = escape(", ".join(f"{domain} {count:,}" for domain, count in results["documents"].items()))
     made = all(one["tokens"] for one in results["seeds"].values())
     each = (
         "a seed model with its own draws" if made else "the same seed with its own draws, which says nothing of others"
@@ -38,7 +39,7 @@ def _protocol(results: Mapping[str, Any]) -> str:
         f'<p class="note">Scored on the {results["split"]} split in {results["precision"]}; rates chosen on select, on '
         f"the first block. {blocks} block{'s' * (blocks > 1)}: each {each}, by which "
         "differences are paired; intervals are Student's t over blocks. Mean: over the domains, each counted once. "
-        "Lower is better.</p>"
+        f"Held-out documents: {documents}. Lower is better.</p>"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,6 +75,7 @@ class Comparison(Step):
         results: dict[str, Any] = {
             "title": self.title, "control": self.control, "scratch": self.scratch,
             "split": self.finals[0].settings.split, "precision": self.finals[0].settings.precision,
+            "documents": dict(Counter(str(row["domain"]) for row in self.finals[0].rows())),  # that were scored
             "seeds": {block: {"bits_per_byte": _bits(one), **_pretraining(one)} for block, one in self.seeds.items()},
             "runs": [
                 {

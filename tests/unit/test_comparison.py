@@ -196,3 +196,11 @@ def test_an_arm_that_misses_its_tokens_by_its_whole_steps_is_named() -> None:
         "btx took 11% more tokens than it was given at 1,000 tokens, as each of its trainings is a whole number of "
         "steps."
     ]
+
+
+def test_a_domain_with_few_documents_is_named() -> None:
+    results = COMPARED | {"documents": {"a": 1, "b": 10}}
+    results |= judged(results)
+    assert results["notes"] == ["a is scored on 1 document, so its numbers say little about other text."]
+    assert results["notes"][0] in page(results)
+    assert "Held-out documents: a 1, b 10." in page(results)
