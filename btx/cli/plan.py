@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from btx.checkpoints.validate import read_config, require_size
@@ -20,6 +20,7 @@ from btx.recipe.settings import FinetuneSettings, TrainSettings, steps_of
 from btx.report.figures import human, human_count
 
 GPU = 400.0  # TFLOP/s that training in bf16 sustains on a current GPU
+MOMENTS = 8  # bytes a parameter of finetune.moments: experts, two means in fp32
 EFFICIENCY = 0.5  # of training, as a share of a large matmul's speed: 0.45 to 0.6 was seen on CPUs
 
 
@@ -89,9 +90,11 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
         shape = recipe.seed.builtin
         settings = recipe.train.model_copy(update={"batch_tokens": shape.batch_tokens})
         found.append(_row("seed", dense, shape.tokens, settings, dtype))
+    kept = recipe.finetune.moments == "experts"
     for name, domain in recipe.domains.items():
         if domain.tokens and not domain.checkpoint:
-            found += [_row(f"train:{n}", dense, domain.tokens, recipe.train, dtype) for n in domain.names(name)]
+            trained = [_row(f"train:{n}", dense, domain.tokens, recipe.train, dtype) for n in domain.names(name)]
+            found += [replace(row, disk=row.disk + MOMENTS * row.parameters * kept) for row in trained]
     moe = merged_config(recipe, merged_shape(recipe, base, dense))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))

@@ -43,8 +43,7 @@ merge:
   include_seed: true              # the untouched seed is one more expert
   # copies: 2                     # experts per model; reinitialize: 0.5 redraws half of their hidden units
   shared: mean                    # or linear, task_arithmetic, ties, dare_ties, slerp, model_stock (mergekit's)
-  router: random                  # or orthogonal, activations, embeddings (the last two from the domains' data)
-  router_entropy: 0.99            # initial entropy of the router, as a share of log(experts)
+  router: auto                    # from the domains' activations if two have data; or random, orthogonal, embeddings
 
 finetune:                         # optimiser settings that are not given here are those of train
   tokens: 10M

@@ -82,6 +82,7 @@ def build(sources: Sources, start: Start) -> Experts:
         domain = recipe.domains[name]
         steps[expert] = elsewhere.get(expert) or sources.add(
             Train(branch=start.branch, tokens=start.tokens[name], budget=domain.tokens, train=recipe.train,
-                  part=(domain.names(name).index(expert), domain.experts), **sources.place(expert))
+                  part=(domain.names(name).index(expert), domain.experts),
+                  moments=recipe.finetune.moments == "experts", **sources.place(expert))
         )  # fmt: skip
     return Experts(steps, descent, sources.vocabulary(start.seed, given))

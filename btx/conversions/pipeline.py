@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from btx.conversions import STAGES, experts
 from btx.conversions.place import check_place
@@ -165,10 +166,10 @@ class Graph:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with `precision: auto` resolved for the device that `run` names, since precision is hashed."""
+    """The recipe with what is `auto` and hashed resolved: precision by the device that `run` names, and the router."""
     from btx.recipe.precision import automatic
 
-    found = {}
+    found: dict[str, Any] = {"merge": recipe.merge.resolved(sum(bool(d.data) for d in recipe.domains.values()))}
     for name in ("train", "evaluate", "finetune", *recipe.sections):
         section = getattr(recipe, name)
         own = name in ("train", "evaluate") or "precision" in section.model_fields_set  # else inherited from `train`

@@ -6,7 +6,8 @@ Both ways run the merged model, for each router's real inputs (after the norm, w
   1 for its own domain and 0 for the others, less their mean, W = (Σ_d E_d[x xᵀ] + λ I)⁻¹ (E_d[x] − mean over d).
 - `embeddings`: each domain's mean input embedding, less the mean over the domains.
 
-One factor then scales a layer's rows so that their softmax has the requested mean entropy over the tokens. An expert
+One factor then scales a layer's rows: so that their softmax has the requested mean entropy over the tokens, or so that
+it gives the tokens' own domains the greatest likelihood (a temperature, as in arXiv 1706.04599). An expert
 without data of its own, such as the seed's, gets the row of a domain with average inputs: zeros. Experts of one domain
 get its row with a little noise each: of equal rows top-k would only ever select the first.
 
@@ -28,7 +29,8 @@ from btx.moe.routing import mean_entropy
 
 RIDGE = 1e-3  # λ as a share of the Gram matrix's mean diagonal entry
 APART = 0.1  # RMS of the noise between experts of one domain, as a share of the rows' RMS
-KEPT = 512  # tokens per domain and layer on which the entropy is measured
+KEPT = 512  # tokens per domain and layer on which the entropy or the likelihood is measured
+FACTORS: list[float] = [2.0 ** (step / 4) for step in range(-24, 33)]  # over the logits' RMS: the likeliest is taken
 
 
 @dataclass
@@ -117,6 +119,25 @@ def scaled(rows_ED: Tensor, seen: Iterable[Seen], entropy: float) -> Tensor:
     return rows_ED * (0.5 * (low + high))
 
 
+def calibrated(rows_ED: Tensor, seen: Sequence[Seen], own: Sequence[Sequence[int]]) -> Tensor:
+    """Rows scaled by the factor that gives tokens' own domains the greatest likelihood; domains are weighted alike.
+
+    `own` has the experts of each domain seen, if any; their probabilities add up. Rows that give every expert the same
+    logits stay.
+    """
+    logits = [torch.cat(one.some_TD) @ rows_ED.T for one in seen]
+    spread = float(torch.cat([z - z.mean(-1, keepdim=True) for z in logits]).square().mean().sqrt())
+    if spread == 0.0:
+        return rows_ED
+
+    def surprise(factor: float) -> float:
+        log_p = [(z * (factor / spread)).log_softmax(-1) for z in logits]
+        return sum(float(-p[:, list(mine)].logsumexp(-1).mean()) for p, mine in zip(log_p, own, strict=True) if mine)
+
+    scale = min(FACTORS, key=surprise) / spread
+    return rows_ED * scale
+
+
 def apart(owners: Sequence[str], rows_ND: Tensor, layer: int) -> Tensor:
     """Small random rows (E, D) for experts that share their owner, zeros for the rest."""
     made = torch.randn(len(owners), rows_ND.shape[1], generator=torch.Generator().manual_seed(layer))
@@ -125,18 +146,20 @@ def apart(owners: Sequence[str], rows_ND: Tensor, layer: int) -> Tensor:
 
 
 def fresh_routers(
-    model: Any, batches: Mapping[str, Sequence[Tensor]], owners: Sequence[str], *, how: str, entropy: float,
+    model: Any, batches: Mapping[str, Sequence[Tensor]], owners: Sequence[str], *, how: str, entropy: float | None,
     together: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Router weights (E, D) in float32 for every layer; `owners` names each expert's domain, `batches` those with data.
 
-    `together`: experts of one owner get identical rows, as chunks of one model must.
+    `entropy` is the mean one as a share of log E; None: the scale of the greatest likelihood. `together`: experts of
+    one owner get identical rows, as chunks of one model must.
     ValueError when fewer than two domains have data.
     """
     if len(batches) < 2:
         raise ValueError(f"routers from {how} need data of two domains or more, not {len(batches)}")
     seen, names = observe(model, batches), list(batches)
     embedded = from_embeddings(model, batches) if how == "embeddings" else None
+    own = [[e for e, owner in enumerate(owners) if owner == name] for name in names]
     routers = []
     for layer in range(len(next(iter(seen.values())))):
         here = [seen[name][layer] for name in names]
@@ -145,5 +168,5 @@ def fresh_routers(
         rows_ED = torch.stack([rows_ND[names.index(o)] if o in names else nothing for o in owners])
         if not together:
             rows_ED = rows_ED + apart(owners, rows_ND, layer)
-        routers.append(scaled(rows_ED, here, entropy))
+        routers.append(calibrated(rows_ED, here, own) if entropy is None else scaled(rows_ED, here, entropy))
     return routers

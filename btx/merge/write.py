@@ -181,7 +181,7 @@ def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: S
     key = int.from_bytes(hashlib.sha256(f"{shared_.settings.seed}/{name}".encode()).digest()[:7])
     generator = torch.Generator().manual_seed(key)
     made = init_router(
-        scale(), experts=count, entropy=shared_.settings.router_entropy, generator=generator,
+        scale(), experts=count, entropy=shared_.settings.random_entropy, generator=generator,
         orthogonal=shared_.settings.router == "orthogonal",
     )  # fmt: skip
     return [made.to(shared_.dtype)]

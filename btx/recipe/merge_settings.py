@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from btx.recipe.fields import Count, Positive, Several, Share, Weight, Whole
 from btx.recipe.settings import Settings, torch_dtype
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]
 Group = Literal["attention", "norms", "embeddings", "head"]
-Router = Literal["random", "orthogonal", "activations", "embeddings"]
+Router = Literal["auto", "random", "orthogonal", "activations", "embeddings"]
 ATTENTION = "ffn+attention"
+RANDOM_ENTROPY = 0.99
 FROM_DATA = ("activations", "embeddings")
 GROUPS: tuple[str, ...] = get_args(Group)
 WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that use model weights
@@ -119,9 +120,10 @@ class MergeSettings(Settings):
     )
     chunks: Annotated[Count, Field(ge=2)] = Field(2, description="split: pieces each feed-forward is cut into")
     router: Router = Field(
-        "random",
+        "auto",
         description="initial router: random or orthogonal rows; or from each domain's data, by regression on router "
-        "inputs (activations) or as mean input embedding (embeddings): both load the merged model once, in fp32",
+        "inputs (activations) or as mean input embedding (embeddings): both load the merged model once, in fp32. auto: "
+        "activations where two domains have data and each expert is a model's, else random",
     )
     layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
         "all",
@@ -142,8 +144,10 @@ class MergeSettings(Settings):
         "seed's own block (Qwen2 seeds only: the others' classes have none)",
     )
     router_tokens: Count = Field(20_000, description="activations, embeddings: tokens of each domain")
-    router_entropy: Annotated[Share, Field(gt=0)] = Field(
-        0.99, description="mean entropy of the initial router, as a share of log(experts)"
+    router_entropy: Annotated[Share, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="mean entropy of the initial router, as a share of log(experts); auto: 0.99 for random and "
+        "orthogonal rows; from data, what makes the domains of its tokens most likely",
     )
     seed: Whole = 0
     dtype: Literal["seed", "fp32", "bf16", "fp16"] = "seed"
@@ -169,6 +173,23 @@ class MergeSettings(Settings):
                 "use random or orthogonal, or reinitialize some of their units"
             )
         return self
+
+    def resolved(self, domains_with_data: int) -> MergeSettings:
+        """With `router: auto` decided."""
+        if self.router != "auto":
+            return self
+        try:  # what `router: activations` refuses
+            rows = type(self).model_validate({**dict(self), "router": "activations"})
+        except ValidationError:
+            rows = None
+        if rows and domains_with_data > 1:
+            return rows
+        return self.model_copy(update={"router": "random"})
+
+    @property
+    def random_entropy(self) -> float:
+        """The mean entropy of rows that no data makes, as a share of log(experts)."""
+        return RANDOM_ENTROPY if self.router_entropy == "auto" else self.router_entropy
 
     @property
     def averaging(self) -> MergeSettings:

@@ -25,6 +25,7 @@ from btx.recipe.settings import (
     ExpertSettings,
     ExportSettings,
     FinetuneSettings,
+    JointSettings,
     RunSettings,
     Settings,
     TrainSettings,
@@ -118,7 +119,7 @@ class Recipe(Settings):
     data: DataSettings = DataSettings()
     train: ExpertSettings = ExpertSettings()
     merge: MergeSettings = MergeSettings()
-    finetune: FinetuneSettings = FinetuneSettings()
+    finetune: JointSettings = JointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     probes: Settings = Settings()
     export: ExportSettings = ExportSettings()
@@ -148,7 +149,7 @@ class Recipe(Settings):
         }
 
     @property
-    def finetuning(self) -> FinetuneSettings:
+    def finetuning(self) -> JointSettings:
         """The finetuning's settings, unset optimiser fields filled from `train`."""
         return self.filled(self.finetune)
 

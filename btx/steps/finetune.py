@@ -13,12 +13,13 @@ from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
-from btx.steps.train import fit, memory_of
+from btx.steps.train import Train, fit, memory_of, without
 
 if TYPE_CHECKING:
     import torch
 
     from btx.moe.balance import StepMeans
+    from btx.training.moments import Moments
 
 
 JUDGED = 32  # sequences that an expert is judged dead over: one step may lack its domain
@@ -35,6 +36,11 @@ class Finetune(ModelStep):
     tokens: dict[str, TokensStep]
     weights: dict[str, float]
     settings: FinetuneSettings
+    moments: bool = False  # whether the optimiser starts from those of the experts
+
+    def identity(self) -> dict[str, Any]:
+        """Without `moments` where there are none, so that they change no other key."""
+        return without(super().identity(), "moments", unless=self.moments)
 
     @property
     def needs(self) -> int:
@@ -50,6 +56,8 @@ class Finetune(ModelStep):
     def check(self, asked: int) -> None:
         """RecipeError if a sequence is too long for the seed, or the merged model's class lacks what is asked for."""
         require_positions(self.merge.branch.seed, f"{self.section}.sequence_length", self.settings.sequence_length)
+        if self.moments:
+            self._require_moments()
         if not self.merge.settings.attention:
             return
         why = f"merge.experts: {self.merge.settings.experts} makes a model whose class"
@@ -67,10 +75,29 @@ class Finetune(ModelStep):
             self, **source, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
             budget=self.settings.tokens, settings=self.settings, out=out, work=work, emit=emit,
             prepare=lambda model: Balanced(model, self.settings, self.label, emit, names),
-            experts_per_token=chosen,
+            experts_per_token=chosen, moments=self._carried() if self.moments else None,
         )  # fmt: skip
         (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
         return facts
+
+    def _require_moments(self) -> None:
+        """RecipeError where moments cannot be carried over exactly."""
+        asked, merge = "finetune.moments: experts", self.merge.settings
+        if elsewhere := [name for name, step in self.merge.experts.items() if not isinstance(step, Train)]:
+            raise RecipeError(f"{asked} needs the optimiser's moments of every expert, and {elsewhere[0]} was trained "
+                              "elsewhere. Use moments: fresh, or train it here.")  # fmt: skip
+        if merge.experts != "per_model" or merge.reinitialize or merge.shared_expert != "none":
+            raise RecipeError(f"{asked} is for experts that are whole feed-forward blocks of the models: merge.experts "
+                              "per_model, nothing reinitialised, no shared expert. Use moments: fresh.")  # fmt: skip
+        if self.where.launch:
+            raise RecipeError(f"{asked} was not tried on shards, as run.launch may make. Use moments: fresh, or leave "
+                              "run.launch out.")  # fmt: skip
+
+    def _carried(self) -> Moments:
+        from btx.training.moments import Moments
+
+        owners = list(self.merge.settings.owners(list(self.merge.models)).values())
+        return Moments({name: step.folder for name, step in self.merge.experts.items()}, owners)
 
     def _shape(self, chosen: int) -> Any:
         """The merged model's config, in which a token visits so many experts."""

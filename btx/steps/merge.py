@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from btx.errors import RecipeError
+from btx.errors import RecipeError, ResourceError
 from btx.events import Emit, Note, Progress
 from btx.graph.artifact import STATES, fingerprint, write_json
+from btx.graph.launch import memory_here
 from btx.graph.step import HASHED
 from btx.recipe.merge_settings import FROM_DATA, MergeSettings
 from btx.steps.branch import VerifyExperts, VerifySeed
@@ -147,7 +148,7 @@ class Merge(Models):
         else:
             config = {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
         width = config["intermediate_size"]
-        layout(self.settings, list(self.models), config, str(seed.folder))
+        self._require_room(layout(self.settings, list(self.models), config, str(seed.folder)), config)
         if self.settings.attention and isinstance(seed, ExternalCheckpoint):
             require_carried(seed.folder, WITH_ATTENTION.moe)
         for name, step in self.models.items():
@@ -157,6 +158,20 @@ class Merge(Models):
                     f"merge.experts: {self.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
                     f"{width_of(step.folder)}, the seed's {width}. Use experts: per_model, or leave that domain out."
                 )
+
+    def _require_room(self, experts: Experts, seed: dict[str, Any]) -> None:
+        """ResourceError if the router is made from data and the merged model in fp32 is larger than the memory."""
+        from btx.models import flops
+
+        if self.settings.router not in FROM_DATA:
+            return
+        config = experts.config(seed, min(TOP_K, experts.count), "the seed").to_dict()
+        needed, here = flops.checkpoint_bytes(config, "float32"), memory_here()
+        if needed > here:
+            raise ResourceError(
+                f"merge.router: {self.settings.router} loads the merged model once, {needed / 2**30:.3g} GiB in fp32, "
+                f"and this machine has {here / 2**30:.3g} GiB. Set merge.router: random, or merge on a larger machine."
+            )
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Merge and write; records each expert's distance from the seed."""
@@ -198,7 +213,8 @@ class Merge(Models):
         batches = {name: _batches(step, self.settings.router_tokens) for name, step in self.tokens.items()}
         owners = [self.domains.get(model, model) for model in experts.owners.values()]
         routers = fresh_routers(
-            net, batches, owners, how=self.settings.router, entropy=self.settings.router_entropy,
+            net, batches, owners, how=self.settings.router,
+            entropy=None if self.settings.router_entropy == "auto" else self.settings.router_entropy,
             together=self.settings.experts == "split",
         )  # fmt: skip
         family = MOE[net.config.model_type]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from btx.training.hook import TrainingHook
+    from btx.training.moments import Moments
 
 OWN = "own"  # the sampler's name for an expert's data: the order depends on it, not on the label
 
@@ -37,6 +38,11 @@ class Train(ModelStep):
     budget: int
     train: ExpertSettings
     part: tuple[int, int] = (0, 1)  # index and number of the experts that share the domain's sequences
+    moments: bool = False  # whether the optimiser's moments are published too
+
+    def identity(self) -> dict[str, Any]:
+        """Without `moments` where there are none, so that they change no other key."""
+        return without(super().identity(), "moments", unless=self.moments)
 
     @property
     def needs(self) -> int:
@@ -57,8 +63,13 @@ class Train(ModelStep):
         return fit(
             self, folder=self.branch.seed.folder, like=self.branch.seed.folder, tokens={OWN: self.tokens},
             weights={OWN: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, emit=emit,
-            part=self.part, prepare=feed_forward_alone if self.train.trainable == "ffn" else None,
+            part=self.part, prepare=feed_forward_alone if self.train.trainable == "ffn" else None, keep=self.moments,
         )  # fmt: skip
+
+
+def without(identity: dict[str, Any], name: str, *, unless: bool) -> dict[str, Any]:
+    """An identity without the field `name`, unless that is in use."""
+    return identity if unless else {field: value for field, value in identity.items() if field != name}
 
 
 def feed_forward_alone(model: Any) -> None:
@@ -83,11 +94,12 @@ def fit(
     step: Step, *, like: Path, tokens: dict[str, TokensStep], weights: dict[str, float], budget: int,
     settings: TrainSettings, out: Path, work: Path, emit: Emit, folder: Path | None = None, config: Any = None,
     prepare: Any = None, part: tuple[int, int] = (0, 1), experts_per_token: int | None = None,
+    moments: Moments | None = None, keep: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
-    `prepare(model)` may freeze parameters and return a hook (`btx.training.hook.TrainingHook`). The tokenizer's files
-    are copied from `like`.
+    `prepare(model)` may freeze parameters and return a hook (`btx.training.hook.TrainingHook`). The optimiser starts
+    from `moments`, if there are any, and with `keep` its own are written too. The tokenizer's files come from `like`.
     """
     import torch
 
@@ -109,18 +121,13 @@ def fit(
     dtype = torch_dtype(settings.dtype, Checkpoint(folder).dtype if folder else torch.float32)
     hook: TrainingHook | None = prepare(net) if prepare else None
     count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)
-    stream = Stream(
-        {n: Tokens(t.folder) for n, t in tokens.items()},
-        weights=weights,
-        sequences=count,
-        length=settings.sequence_length,
-        seed=settings.seed,
-        part=part,
-    )
+    stream = Stream({n: Tokens(t.folder) for n, t in tokens.items()}, weights=weights, sequences=count,
+                    length=settings.sequence_length, seed=settings.seed, part=part)  # fmt: skip
     kernel = kernel_of(net.config.model_type, step.where.kernel, device)
     if kernel:
         emit(Note(step.label, f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"))
-    loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, emit=emit, hook=hook)
+    loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, emit=emit, hook=hook,
+                moments=moments)  # fmt: skip
     emit(Note(step.label, f"computes in {loop.precision} on {device}"))
     with closing(loop):
         try:
@@ -134,6 +141,8 @@ def fit(
         require_finite(step.label, outcome.loss, state, dtype)
         if loop.accelerator.is_main_process:
             model.save(out, config=net.config, state=state, dtype=dtype, like=like)
+            if keep:
+                loop.save_moments(out)
             (out / LOGS).mkdir()
             shutil.copyfile(work / "metrics.jsonl", out / LOGS / "metrics.jsonl")
         loop.accelerator.wait_for_everyone()

@@ -31,6 +31,7 @@ from btx.training.cast_once import CastOnce, embed_in_bfloat16
 from btx.training.hook import TrainingHook
 from btx.training.loss import linear_cross_entropy, output_head, without_head
 from btx.training.metrics import Metrics
+from btx.training.moments import Moments, write_moments
 from btx.training.schedule import learning_rate, micro_batches, share
 from btx.training.state import load_state, save_state
 
@@ -67,7 +68,7 @@ class Loop:
 
     def __init__(
         self, model: Any, stream: Stream, settings: TrainSettings, *, where: RunSettings, work: Path, label: str,
-        emit: Emit, hook: TrainingHook | None = None,
+        emit: Emit, hook: TrainingHook | None = None, moments: Moments | None = None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
@@ -95,6 +96,8 @@ class Loop:
                 f"batch_tokens gives {self.batch} sequences a step, which {self.accelerator.num_processes} "
                 "processes cannot share evenly. Choose a multiple, or fewer processes."
             )
+        if moments:
+            moments.carry(model, optimizer)
         model.train()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         whole = self.accelerator.distributed_type.value in WHOLE
@@ -266,6 +269,10 @@ class Loop:
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights, whole, by name."""
         return dict(self.accelerator.get_state_dict(self.model))
+
+    def save_moments(self, out: Path) -> None:
+        """Write the optimiser's moments, for a later training (`btx.training.moments`); of an unsharded model only."""
+        write_moments(out, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
 
     def close(self) -> None:
         """End the trackers, as the last thing; `btx.graph.launch.end_process` leaves the process group as it is.

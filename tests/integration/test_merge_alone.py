@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from btx.cli.main import graph_of, main
+from btx.errors import ResourceError
+from tests.support.project import write_project
 from tests.support.world import World, refused
 
 
@@ -26,3 +29,13 @@ def test_experts_from_elsewhere_are_merged_without_data_and_no_more(tmp_path: Pa
     assert about["experts"] == ["law", "seed"]
     lineage = json.loads((graph_of(world.write(), ()).steps["branch:given"].folder / "lineage.json").read_text())
     assert about["distance"]["law"] == {key: lineage["law"][key] for key in ("cosine", "change")}
+
+
+def test_a_router_from_data_is_refused_where_the_merged_model_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = graph_of(write_project(tmp_path), ()).steps["merge"]
+    merge.check(0)
+    monkeypatch.setattr("btx.steps.merge.memory_here", lambda: 10**4)
+    with pytest.raises(ResourceError, match=r"loads the merged model once, .* GiB in fp32.*Set merge.router: random"):
+        merge.check(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from btx.checkpoints.reader import opened
 from btx.checkpoints.writer import overwrite
 from btx.merge.router_fit import RIDGE
-from btx.merge.router_init import Seen, fresh_routers, from_activations, scaled
+from btx.merge.router_init import Seen, calibrated, fresh_routers, from_activations, scaled
 from btx.models.families import DENSE
 from btx.moe.hooks import Routed, find_routers
 from btx.moe.routing import init_router, mean_entropy
@@ -58,6 +58,36 @@ def test_rows_are_scaled_to_the_asked_entropy(entropy: float) -> None:
     rows = scaled(from_activations(domains), domains, entropy)
     logits = torch.cat([x for one in domains for x in one.some_TD]) @ rows.T
     assert mean_entropy(logits) / math.log(3) == pytest.approx(entropy, abs=1e-3)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 2.0, 9.0])
+def test_the_likeliest_scale_is_that_by_which_the_domains_were_drawn(sharpness: float) -> None:
+    """Tokens whose domain is drawn from softmax(s W x) are likeliest under s, whatever factor W had before."""
+    random = torch.Generator().manual_seed(5)
+    rows = torch.randn(3, 6, generator=random)
+    x_TD = torch.randn(60_000, 6, generator=random)
+    domain_T = torch.multinomial((sharpness * x_TD @ rows.T).softmax(-1), 1, generator=random)[:, 0]
+    count = min(int((domain_T == n).sum()) for n in range(3))  # alike, since domains are weighted alike
+    found = []
+    for n in range(3):
+        one = Seen()
+        one.some_TD.append(x_TD[domain_T == n][:count])
+        found.append(one)
+    for factor in (1.0, 50.0):
+        made = calibrated(factor * rows, found, [[0], [1], [2]])
+        assert float((made / rows).mean()) / sharpness == pytest.approx(1.0, rel=0.13)  # steps are of 2^(1/4)
+
+
+def test_of_several_experts_of_a_domain_the_probabilities_add_up() -> None:
+    """With every row twice, the softmax over domains is what it was."""
+    domains = seen(*(cloud(n, 2.0) for n in range(3)))
+    rows = from_activations(domains)
+    once = calibrated(rows, domains, [[0], [1], [2]])
+    twice = calibrated(rows.repeat(2, 1), domains, [[0, 3], [1, 4], [2, 5]])
+    torch.testing.assert_close(twice[:3], once)
+    assert torch.equal(calibrated(torch.zeros(3, 6), domains, [[0], [1], [2]]), torch.zeros(3, 6))
+    seeds = calibrated(torch.cat([rows, 0 * rows[:1]]), [*domains, *seen(cloud(4))], [[0], [1], [2], []])
+    assert seeds[:3].any()
 
 
 def test_full_entropy_is_a_router_of_zeros_and_rows_of_zeros_stay() -> None:

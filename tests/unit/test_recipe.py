@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from btx.conversions.registry import load_recipe, recipe_model, schema
 from btx.errors import RecipeError
+from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import FinetuneSettings, TrainSettings
 from btx.recipe.strict_yaml import parse_yaml
@@ -152,3 +153,21 @@ def test_the_recipes_that_come_along_are_read() -> None:
 def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path, said: str, about: str) -> None:
     with pytest.raises(RecipeError, match=about):
         loaded(tmp_path, json.dumps(SMALL), said)
+
+
+@pytest.mark.parametrize(
+    ("merge", "domains", "router"),
+    [
+        ({}, 2, "activations"),
+        ({}, 1, "random"),
+        ({}, 0, "random"),
+        ({"experts": "blend"}, 2, "random"),
+        ({"experts": "split"}, 2, "activations"),
+        ({"copies": 2}, 2, "random"),
+        ({"copies": 2, "reinitialize": 0.5}, 2, "activations"),
+        ({"router": "orthogonal"}, 2, "orthogonal"),
+        ({"router": "embeddings"}, 1, "embeddings"),
+    ],
+)
+def test_the_router_is_made_from_activations_where_it_can_be(merge: dict[str, Any], domains: int, router: str) -> None:
+    assert MergeSettings(**merge).resolved(domains).router == router

@@ -69,7 +69,7 @@ def other(field: Any) -> Any:
         if kind is int:
             return (was if isinstance(was, int) else 0) + 1
         if kind is float:
-            return was / 2 if was else 0.25
+            return was / 2 if isinstance(was, float) and was else 0.25
         if kind is str:
             return "x"
         if get_origin(kind) is list:
