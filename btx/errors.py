@@ -33,7 +33,7 @@ class ArtifactError(BtxError):
 
 
 class DivergedError(BtxError):
-    """Training met non-finite losses or gradients in too many steps in a row; `failed` has the labels of those."""
+    """A training, or the model that it made, came to no finite number; `failed` has the labels of those steps."""
 
     exit_code = 4
     failed: tuple[str, ...] = ()

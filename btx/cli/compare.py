@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def compare_recipe(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Run what is not done of a comparison, and say what came out."""
     from btx.cli.plan import compared, sustained
+    from btx.compare.checks import check_arms
     from btx.compare.rounds import Rounds
     from btx.conversions.pipeline import resolved
     from btx.conversions.registry import load_recipe
@@ -25,6 +26,7 @@ def compare_recipe(recipe: Path, overrides: tuple[str, ...]) -> None:
 
     rounds = Rounds(resolved(load_recipe(recipe, list(overrides))), recipe.absolute().parent)
     rounds.check()
+    check_arms(rounds)
     click.echo(compared(rounds.recipe, rounds.base, sustained(rounds.recipe, rounds.base, None, here=False)), err=True)
 
     def carry(title: str, steps: list[Step]) -> None:
@@ -37,6 +39,6 @@ def compare_recipe(recipe: Path, overrides: tuple[str, ...]) -> None:
             launcher = Launcher(rounds.recipe.run, person.emit)
             run_steps(steps, launch=launcher, emit=person.emit, several=launcher.slots > 1)
 
-    found = rounds.run(carry)
+    found = rounds.run(carry, lambda said: click.echo(said, err=True))
     link(found)
     show(found.folder, found.short)

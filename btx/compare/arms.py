@@ -15,8 +15,10 @@ from btx.conversions.registry import conversions
 from btx.errors import RecipeError, nearest
 from btx.models import flops
 from btx.recipe.compare_settings import Arm
+from btx.recipe.fields import NAME
 from btx.recipe.messages import sentences
-from btx.recipe.recipe import NAME, Recipe
+from btx.recipe.recipe import Recipe
+from btx.recipe.settings import steps_of
 
 MANY = 10**9  # tokens at which whole steps are no matter
 
@@ -79,7 +81,7 @@ class Arms:
 
     def grid(self, name: str) -> Grid:
         """The grid of an arm's rates: what later stages have as a multiple of the first is as in the recipe."""
-        said = self._changed(self.recipe, self.arm(name).set, name)
+        said = self._changed(self.recipe, dotted(self.arm(name).set), name)
         section = self.settings.conversion_of(name)
         if section in said.conversions and getattr(said, section) is None:
             said = self._changed(said, {section: {}}, name)
@@ -117,10 +119,11 @@ class Arms:
         if section in self.recipe.conversions:
             said = getattr(self.recipe, section)
             changes[section] = said.model_dump(exclude_unset=True) if said else {}
-        changes |= {"evaluate.split": trial.split, **self.arm(name).set}
+        said = {path: _drawn(path, value, trial.block) for path, value in dotted(self.arm(name).set).items()}
+        changes |= {"evaluate.split": trial.split, **said}
         spend = self.conversion(name).spend
         assert spend
-        changes |= spend(self._changed(self.recipe, self.arm(name).set, name), trial.tokens, self.arm(name))
+        changes |= spend(self._changed(self.recipe, said, name), trial.tokens, self.arm(name))
         changes |= dict(zip(self._rates(name), trial.rates, strict=True))
         return self._changed(self.recipe, changes, name)
 
@@ -137,12 +140,29 @@ class Arms:
         """What a trial trains after the seed."""
         recipe = self.recipe_of(trial)
         section = self.settings.conversion_of(trial.arm)
-        return self.conversion(trial.arm).plan(recipe, recipe.sections.get(section), seed)
+        conversion = self.conversion(trial.arm)
+        found = conversion.plan(recipe, recipe.sections.get(section), seed)
+        nothing_after = self.arm(trial.arm).after_merge == 0
+        return [training for training in found if not (nothing_after and training.label == conversion.finishing)]
 
     def _per_token(self, name: str, seed: Config) -> float:
         """FLOPs of a token of an arm, over all its stages."""
         trial = Trial(name, self.settings.seeds[0], MANY, self.grid(name).together(self.settings.rates[0]), "select")
         return sum(flops_of(training) for training in self.trainings(trial, seed)) / MANY
+
+
+def dotted(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What an arm sets, by dotted paths: a section that it writes as a mapping keeps what is not said of it."""
+    found: dict[str, Any] = {}
+    for path, value in said.items():
+        whole = isinstance(value, Mapping) and "." not in path
+        found |= {f"{path}.{key}": one for key, one in value.items()} if whole else {path: value}
+    return found
+
+
+def _drawn(path: str, value: Any, block: int) -> Any:
+    """A seed that an arm sets is that of block 0: the same draws on every block would be one run, not several."""
+    return value + block if path.endswith(".seed") and isinstance(value, int) else value
 
 
 def _parts(path: str) -> list[str]:
@@ -163,5 +183,6 @@ def _put(raw: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def flops_of(training: Training) -> float:
-    """FLOPs of a training: 6 · active parameters · tokens, as in every ledger here."""
-    return float(flops.training_flops(training.config, training.tokens))
+    """FLOPs of a training: 6 · active parameters · tokens of its whole steps, as in every ledger here."""
+    tokens = steps_of(training.tokens, training.settings) * training.settings.batch_tokens
+    return float(flops.training_flops(training.config, tokens))

@@ -23,7 +23,9 @@ def bounds(rounds: Rounds) -> tuple[Price, Price]:
     """The least: no grid is extended, and what arms may share they share. The most: all are, and nothing is shared."""
     config = seed_config(rounds.recipe, rounds.base)
     seeds = len(rounds.settings.seeds) if rounds.recipe.seed.is_builtin else 0
-    pretraining = Training("seed", config, rounds.recipe.seed.builtin.tokens, rounds.recipe.train)
+    builtin = rounds.recipe.seed.builtin
+    settings = rounds.recipe.train.model_copy(update={"batch_tokens": builtin.batch_tokens})
+    pretraining = Training("seed", config, builtin.tokens, settings)
     least: dict[str, Training] = {}
     most: list[Training] = []
     for trial, needed in _trials(rounds):

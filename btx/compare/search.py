@@ -67,10 +67,12 @@ def following(grid: Grid, scores: Mapping[Point, float]) -> list[Point]:
     return [point for point in grid.around(rungs[best]) if point not in scores]
 
 
-def at_edge(grid: Grid, scores: Mapping[Point, float]) -> bool:
-    """Whether the best of all rates that were tried together is the lowest or the highest of them."""
-    tried = _tried(grid, scores)
-    return min(tried, key=lambda n: scores[grid.rungs[n]]) in (tried[0], tried[-1])
+def at_edge(scores: Mapping[Point, float]) -> bool:
+    """Whether the best of all that was tried is not bracketed: its first stage's rate is the lowest or the highest of
+    those tried, or its last stage's is among those tried beside the same others."""
+    best = min(scores, key=scores.__getitem__)
+    first, last = {point[0] for point in scores}, {point[-1] for point in scores if point[:-1] == best[:-1]}
+    return any(len(line) > 1 and rate in (min(line), max(line)) for rate, line in ((best[0], first), (best[-1], last)))
 
 
 def _tried(grid: Grid, scores: Mapping[Point, float]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from btx.conversions.contract import Conversion
+from btx.conversions.contract import EXPERT, Conversion
 from btx.conversions.experts import Experts
 from btx.conversions.experts import plan as experts_plan
 from btx.conversions.experts import spend as of_experts
@@ -83,4 +83,6 @@ CONVERSION = Conversion(
     plan=plan,
     rates=("train.learning_rate", "finetune.learning_rate"),
     spend=spend,
+    finishing="finetune",
+    on_the_way=(EXPERT, "average", "merged"),
 )

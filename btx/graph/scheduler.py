@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from btx.errors import ArtifactError, ResourceError
+from btx.errors import ArtifactError, DivergedError, ResourceError
 from btx.events import Emit
 from btx.graph.step import Step, undone
 
@@ -47,8 +47,17 @@ def run_steps(steps: list[Step], *, launch: Launch, emit: Emit, several: bool = 
         if chosen[0].trains:
             launch(chosen, lambda: begun([step for step in ready() if step.key not in built]))
         else:
-            chosen[0].build(emit)
+            _build(chosen[0], emit)
     return len(built)
+
+
+def _build(step: Step, emit: Emit) -> None:
+    """Build a step in this process; a DivergedError says which, as one of a job does."""
+    try:
+        step.build(emit)
+    except DivergedError as error:
+        error.failed = (step.label,)
+        raise
 
 
 def link(step: Step) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,14 @@ class Stock(Opened):
         return [hidden.float() for hidden in found]
 
     @torch.inference_mode()
+    def through_head(self, states_ND: Tensor, *, normalise: bool) -> Tensor:
+        """Logits (N, V), float32, of the residual stream, or of what the final norm made of it, by its head."""
+        states_ND = states_ND.to(self.net.dtype)
+        normal_ND = self.net.base_model.norm(states_ND) if normalise else states_ND  # of this name in every family
+        with _head_alone(self.net) as logits:
+            return logits(normal_ND)
+
+    @torch.inference_mode()
     def prefill(self, ids_BS: Tensor) -> tuple[Tensor, Any]:
         """A forward pass that fills the KV cache."""
         return self._next(self.net(input_ids=ids_BS, use_cache=True, logits_to_keep=1))
@@ -133,18 +141,30 @@ class _Body(nn.Module):
         return self.output
 
 
-def _head_losses(net: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Losses (N,) of hidden states (N, D)."""
+@contextmanager
+def _head_alone(net: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from hidden states (N, D) to logits (N, V), float32, through the model's own `forward`."""
     name, body = net.base_model_prefix, net.base_model
-    rows = max(1, LOGITS // net.config.vocab_size)
-    losses = [torch.zeros(0, device=hidden.device)]
+
+    def logits(hidden_ND: Tensor) -> Tensor:
+        setattr(net, name, _Body(hidden_ND[None]))
+        ids = torch.zeros(1, len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
+        found: Tensor = net.forward(input_ids=ids, use_cache=False).logits[0]
+        return found.float()
+
     try:
-        for some, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            setattr(net, name, _Body(some[None]))
-            logits = net.forward(input_ids=wanted[None], use_cache=False).logits[0]
-            losses.append(functional.cross_entropy(logits.float(), wanted, reduction="none"))
+        yield logits
     finally:
         setattr(net, name, body)
+
+
+def _head_losses(net: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Losses (N,) of hidden states (N, D)."""
+    rows = max(1, LOGITS // net.config.vocab_size)
+    losses = [torch.zeros(0, device=hidden.device)]
+    with _head_alone(net) as logits:
+        for some, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+            losses.append(functional.cross_entropy(logits(some), wanted, reduction="none"))
     return torch.cat(losses)
 
 

@@ -17,11 +17,12 @@ Document = tuple[NDArray[np.int64], int]  # ids (the first is context, not score
 
 @dataclass(frozen=True)
 class Data:
-    """The input of a probe: held-out documents by domain, window length and batch size."""
+    """The input of a probe: held-out documents by domain, window length, batch size, and the tokenizer."""
 
     documents: dict[str, list[Document]]
     length: int  # of a window, in tokens
     batch_tokens: int  # of a forward pass, at most
+    tokenizer: Callable[[], Any] | None = None  # loads the model's own, for a probe that reads its text
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from btx.recipe.fields import Count, Positive, Text, Whole
+from btx.recipe.fields import NAME, Count, Positive, Text, Whole
+from btx.recipe.messages import SIGNS
 from btx.recipe.settings import Settings
+
+MEAN = "mean"  # over the domains: the name of a column
+LEAST_FACTOR = 1.1  # of one rate to the next: rates have three significant digits, and half of a factor must show
 
 
 class Arm(Settings):
@@ -25,7 +31,9 @@ class Arm(Settings):
         "additional", description="total: its budget is the seed's pretraining tokens besides (scratch)"
     )
     set: dict[str, Any] = Field(
-        default_factory=dict, description="any further settings of the recipe, such as {merge.router: random}"
+        default_factory=dict,
+        description="any further settings of the recipe, such as {merge.router: orthogonal}; a seed is that of block "
+        "0, and the others count on from it",
     )
 
 
@@ -56,12 +64,34 @@ class CompareSettings(Settings):
     )
     extensions: Whole = Field(2, description="rates beyond the grid that are tried while the best is at its edge")
 
+    @field_validator("arms")
+    @classmethod
+    def _names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        for name in arms:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"{name!r:.80} cannot name an arm: {SIGNS}")
+            if name.lower() in ("seed", MEAN):
+                raise ValueError(f"{name!r} is another row or column of the table; rename the arm")
+        if twice := [name for name, count in Counter(map(str.lower, arms)).items() if count > 1]:
+            raise ValueError(f"two arms are called {twice[0]!r} but for case; choose clearer names")
+        return arms
+
+    @field_validator("budgets", "flops")
+    @classmethod
+    def _rising(cls, budgets: list[float]) -> list[float]:
+        if any(after <= before for before, after in itertools.pairwise(budgets)):
+            raise ValueError("must rise, each once: the answer is about the last, the largest")
+        return budgets
+
     @field_validator("rates")
     @classmethod
     def _geometric(cls, rates: list[float]) -> list[float]:
         ratios = [after / before for before, after in itertools.pairwise(rates)]
-        if min(ratios) <= 1 or max(ratios) > 1.05 * min(ratios):
-            raise ValueError(f"must rise by one factor, such as [2.5e-4, 5e-4, 1e-3]; here the factors are {ratios}")
+        if min(ratios) < LEAST_FACTOR or max(ratios) > 1.05 * min(ratios):
+            raise ValueError(
+                f"must rise by one factor of {LEAST_FACTOR} or more, such as [2.5e-4, 5e-4, 1e-3]; here the factors "
+                f"are {', '.join(f'{ratio:.3g}' for ratio in ratios)}"
+            )
         return rates
 
     @field_validator("seeds")
@@ -76,6 +106,10 @@ class CompareSettings(Settings):
         if self.control not in self.arms:
             raise ValueError(
                 f"control is {self.control!r}, and no arm is called that; name one of {', '.join(self.arms)}"
+            )
+        if "scratch" in self.model_fields_set and self.scratch not in self.arms:
+            raise ValueError(
+                f"scratch is {self.scratch!r}, and no arm is called that; name one of {', '.join(self.arms)}"
             )
         if self.budgets and self.flops:
             raise ValueError("budgets and flops are two ways to say one thing; say one of them")

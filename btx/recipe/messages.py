@@ -14,7 +14,7 @@ _PLAINLY = {
     **dict.fromkeys(("model_type", "dict_type"), "must be a mapping, lines of `key: value`"),
     "list_type": "must be a list, such as [one, two]",
     "string_type": "must be text; put it in quotes",
-    **dict.fromkeys(("string_too_short", "too_short"), "must not be empty"),
+    "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must not be blank",
     "finite_number": "must be a finite number",
 }
@@ -58,6 +58,10 @@ def _explain(error: Any, path: list[str], model: type[BaseModel], names: str) ->
         return "is missing" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
     if error.get("ctx", {}).get("pattern") == f"^{names}$":
         return f"{error['input']!r:.80} cannot name a folder; {SIGNS}"
+    if error["type"] == "too_short":
+        least = error["ctx"]["min_length"]
+        many = "must not be empty" if least == 1 else f"needs {least} entries or more"
+        return f"{many} (found {error['input']!r:.80})"
     message = _PLAINLY.get(error["type"]) or str(error["msg"]).replace("Input should", "should")
     return f"{message} (found {error['input']!r:.80})"
 

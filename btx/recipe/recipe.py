@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
 from btx.recipe.compare_settings import CompareSettings
-from btx.recipe.fields import Count, Several, Text
+from btx.recipe.fields import NAME, Count, Several, Text
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.messages import SIGNS, sentences
 from btx.recipe.settings import (
@@ -33,7 +33,6 @@ from btx.recipe.settings import (
 )
 from btx.recipe.strict_yaml import parse_yaml
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 S = TypeVar("S", bound=TrainSettings)
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 

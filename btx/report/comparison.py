@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from btx.recipe.compare_settings import MEAN
 from btx.report.verdict import equivalent, paired
 
 Run = dict[str, Any]
-MEAN = "mean"
+FEW = 10  # held-out documents below which a domain's scores are called what they are
+UNEVEN = 0.05  # share of its tokens by which an arm may miss its budget unsaid
 
 
 def mean(bits: Mapping[str, float]) -> float:
@@ -25,7 +27,7 @@ def judged(results: Mapping[str, Any]) -> dict[str, Any]:
     runs: list[Run] = results["runs"]
     found: dict[str, Any] = {"verdicts": [], "tax": [], "decomposition": []}
     for budget in sorted({run["budget"] for run in runs}):
-        here = {arm: _of(runs, arm, budget) for arm in dict.fromkeys(run["arm"] for run in runs)}
+        here = {run["arm"]: _of(runs, run["arm"], budget) for run in runs if run["budget"] == budget}
         control, scratch = here[results["control"]], here.get(results["scratch"], [])
         for arm, own in here.items():
             told = {"budget": budget, "arm": arm}
@@ -37,7 +39,29 @@ def judged(results: Mapping[str, Any]) -> dict[str, Any]:
             if own[0]["stages"]:
                 found["decomposition"].append({**told, "terms": _terms(own, results["seeds"])})
     found["answer"] = answer(found["verdicts"], found["tax"], results)
+    found["notes"] = [*uneven(runs, results["budgets"]), *few(results["documents"])]
     return found
+
+
+def uneven(runs: Sequence[Run], budgets: Sequence[str]) -> list[str]:
+    """A sentence for each arm whose trainings, each a whole number of steps, miss its budget by over a twentieth."""
+    missed = {
+        (run["arm"], run["budget"]): run["cost"]["tokens"] / run["tokens"] - 1
+        for run in runs if abs(run["cost"]["tokens"] / run["tokens"] - 1) > UNEVEN
+    }  # fmt: skip
+    return [
+        f"{arm} took {abs(share):.0%} {'more' if share > 0 else 'fewer'} tokens than it was given at "
+        f"{budgets[budget]}, as each of its trainings is a whole number of steps."
+        for (arm, budget), share in missed.items()
+    ]
+
+
+def few(documents: Mapping[str, int]) -> list[str]:
+    """A sentence for each domain that is scored on so few documents that the next ones might say otherwise."""
+    return [
+        f"{domain} is scored on {count} document{'s' * (count > 1)}, so its numbers say little about other text."
+        for domain, count in documents.items() if count < FEW
+    ]  # fmt: skip
 
 
 def _of(runs: Iterable[Run], arm: str, budget: int) -> list[Run]:
@@ -76,13 +100,13 @@ def _equivalents(own: Sequence[Run], runs: Sequence[Run], results: Mapping[str, 
 def _terms(own: Sequence[Run], seeds: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How a merged model came from its seed, in means over blocks and domains; the terms sum to the total.
 
-    Each expert counts at home: its own domain's loss. Then what averaging, the router and the finetuning change.
+    On each domain the best expert counts, as a rule its own. Then what averaging, the router and the finetuning change.
     """
     rows = []
     for run in own:
         seed, stages = seeds[str(run["block"])]["bits_per_byte"], run["stages"]
         at_home = {d: min(bits[d] for name, bits in stages.items() if name.startswith("expert:")) for d in seed}
-        chain = {"seed": seed, "best expert at home": at_home}
+        chain = {"seed": seed, "best expert of each domain": at_home}
         chain |= {name: bits for name, bits in stages.items() if not name.startswith("expert:")}
         chain["final"] = run["bits_per_byte"]
         rows.append({name: mean(bits) for name, bits in chain.items()})
@@ -98,7 +122,6 @@ def _terms(own: Sequence[Run], seeds: Mapping[str, Any]) -> list[dict[str, Any]]
 def answer(verdicts: Sequence[dict[str, Any]], taxes: Sequence[dict[str, Any]], results: Mapping[str, Any]) -> str:
     """The answer at the largest budget: who is ahead of the control and who behind, then each with its interval."""
     largest, control = max(run["budget"] for run in results["runs"]), results["control"]
-    tokens = max(run["tokens"] for run in results["runs"] if (run["arm"], run["budget"]) == (control, largest))
     here = [one for one in verdicts if one["budget"] == largest]
     groups = {
         f"{{}} ahead of {control}": _arms(here, "better"),
@@ -108,11 +131,15 @@ def answer(verdicts: Sequence[dict[str, Any]], taxes: Sequence[dict[str, Any]], 
     told = [
         text.format(f"{', '.join(arms)} {'is' if len(arms) == 1 else 'are'}") for text, arms in groups.items() if arms
     ]
-    first = f"At {tokens:,} tokens after the seed, {'; '.join(told) or 'there is one block, so no verdict'}. "
+    told += [] if told else ["there is one block, so no verdict" if here else "there is no other arm left"]
+    told += [f"{one['arm']} diverged {one['where']}" for one in results["lost"] if one["budget"] == largest]
+    first = f"At {results['budgets'][largest]} after the seed, {'; '.join(told)}."
     each = "; ".join(f"{one['arm']} {said(one[MEAN])}" for one in here)
+    level = "" if any(one[MEAN]["low"] is None for one in here) else ", 95 %"
+    each = f" Mean bits per byte less those of {control}{level}: {each}." if here else ""
     taxed = [one for one in taxes if one["budget"] == largest and one["arm"] == control]
     tax = f" The tax of {control}, less {results['scratch']}: {said(taxed[0][MEAN])}." if taxed else ""
-    return f"{first}Mean bits per byte less those of {control}, 95 %: {each}.{tax}"
+    return f"{first}{each}{tax}"
 
 
 def _arms(verdicts: Iterable[dict[str, Any]], word: str) -> list[str]:

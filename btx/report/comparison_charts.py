@@ -10,8 +10,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from btx.recipe.compare_settings import MEAN
 from btx.report.charts import COLOURS, FAINT, INK, STYLE, WIDTH, head, plain, svg_of
-from btx.report.comparison import MEAN, mean
+from btx.report.comparison import mean
 
 
 def colours_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:

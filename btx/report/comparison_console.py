@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from btx.report.comparison import MEAN, mean
+from btx.recipe.compare_settings import MEAN
+from btx.report.comparison import mean
 from btx.report.console import near, plain_table
 from btx.report.figures import human, human_count
 
@@ -20,7 +21,7 @@ def show(folder: Path, short: Path) -> None:
 
     results = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     console = Console()
-    console.print(f"\n{results['answer']}\n", highlight=False)
+    console.print("\n" + "\n".join([results["answer"], *results["notes"]]) + "\n", highlight=False, markup=False)
     for budget in sorted({run["budget"] for run in results["runs"]}):
         head, rows = table(results, budget)
         scores = len(head) - len(COST)
@@ -45,6 +46,10 @@ def table(results: dict[str, Any], budget: int) -> tuple[list[str], list[list[st
             human_count(cost["tokens"]), human(cost["flops"]),
             f"{cost['path_steps']:,} steps, {human(cost['path_flops'])}", "/".join(f"{x:g}" for x in own[0]["rates"]),
         ])  # fmt: skip
+    for one in results["lost"]:
+        if one["budget"] == budget:
+            rates = "/".join(f"{rate:g}" for rate in one["rates"])
+            rows.append([one["arm"], *("" for _ in domains), "", f"diverged {one['where']}", "", "", "", rates])
     return head, rows
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from btx.report.comparison import MEAN, mean
+from btx.recipe.compare_settings import MEAN
+from btx.report.comparison import mean
 from btx.report.comparison_charts import colours_of, compute_svg, forest_svg
 from btx.report.comparison_console import gap
 from btx.report.comparison_console import table as arms_table
@@ -18,6 +19,7 @@ def page(results: dict[str, Any]) -> str:
     """The whole page."""
     title = f"{results['title']}: what the conversion cost"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="answer">{escape(results["answer"])}</p>', _protocol(results)]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in results["notes"]]
     for budget in sorted({run["budget"] for run in results["runs"]}):
         parts.append(_budget(results, budget))
     seeds = [mean(one["bits_per_byte"]) for one in results["seeds"].values()]
@@ -28,6 +30,7 @@ def page(results: dict[str, Any]) -> str:
 
 def _protocol(results: Mapping[str, Any]) -> str:
     blocks = len(results["seeds"])
+    documents = escape(", ".join(f"{domain} {count:,}" for domain, count in results["documents"].items()))
     made = all(one["tokens"] for one in results["seeds"].values())
     each = (
         "a seed model with its own draws" if made else "the same seed with its own draws, which says nothing of others"
@@ -36,19 +39,18 @@ def _protocol(results: Mapping[str, Any]) -> str:
         f'<p class="note">Scored on the {results["split"]} split in {results["precision"]}; rates chosen on select, on '
         f"the first block. {blocks} block{'s' * (blocks > 1)}: each {each}, by which "
         "differences are paired; intervals are Student's t over blocks. Mean: over the domains, each counted once. "
-        "Lower is better.</p>"
+        f"Held-out documents: {documents}. Lower is better.</p>"
     )
 
 
 def _budget(results: dict[str, Any], budget: int) -> str:
-    tokens = max(
-        run["tokens"] for run in results["runs"] if run["budget"] == budget and run["arm"] == results["control"]
-    )
+    said = results["budgets"][budget]
     head, rows = arms_table(results, budget)
     verdicts = [one for one in results["verdicts"] if one["budget"] == budget]
-    return f"<h2>{tokens:,} tokens after the seed</h2>\n{table(head, rows, f'arms at {tokens:,} tokens')}\n" + figure(
-        forest_svg(verdicts, results["control"], colours_of(results["runs"]))
-    )
+    found = f"<h2>{escape(said)} after the seed</h2>\n{table(head, rows, f'arms at {said}')}\n"
+    if not verdicts:
+        return found
+    return found + figure(forest_svg(verdicts, results["control"], colours_of(results["runs"])))
 
 
 def _tax(results: Mapping[str, Any]) -> str:
@@ -86,7 +88,7 @@ def _decomposition(results: Mapping[str, Any]) -> str:
         return ""
     return (
         "<h2>Where a merge gains and loses</h2><p>Changes of the mean bits per byte along the way, averaged over "
-        "blocks; they sum to the whole. Each expert counts on its own domain.</p>"
+        "blocks; they sum to the whole. On each domain the best expert counts, as a rule its own.</p>"
         + table(["arm", "budget", "step", "change"], rows, "decomposition")
     )
 
@@ -107,9 +109,13 @@ def _choices(results: Mapping[str, Any]) -> str:
                 for rates, loss in sorted(one[stage].items(), key=lambda found: [*map(float, found[0].split("/"))])
             ]
         rows += [[one["arm"], f"{one['tokens']:,}", rates, "", "diverged", ""] for rates in one["diverged"]]
-    edges = [one["arm"] for one in results["choices"] if one["edge"]]
+    several = len(results["budgets"]) > 1
+    of = [f"{one['arm']} at {one['tokens']:,}" if several else str(one["arm"]) for one in results["choices"]]
+    edges = [name for name, one in zip(of, results["choices"], strict=True) if one["edge"]]
     told = f"<p>The optimum lies at the edge of what was tried: {escape(', '.join(edges))}.</p>" if edges else ""
-    spent = ", ".join(f"{one['arm']} {one['equivalents']:g}" for one in results["choices"])
+    lost = [f"{one['arm']} diverged {one['where']}, at {one['tokens']:,} tokens." for one in results["lost"]]
+    told += f"<p>{escape(' '.join(lost))}</p>" if lost else ""
+    spent = ", ".join(f"{name}: {one['equivalents']:g}" for name, one in zip(of, results["choices"], strict=True))
     body = table(["arm", "tokens", "rates", "", "mean bits per byte, select", ""], rows, "rates tried")
     return (
         f"<h2>Rates</h2>{told}<p>Full runs that each search came to: {escape(spent)}.</p>"

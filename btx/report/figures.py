@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+WIDE = 9  # columns of a table that fit a terminal
+
 
 def human(number: float, unit: str = "") -> str:
     """Three significant digits with an SI prefix: 6738415616 is "6.74G"; with the unit "B", "6.74 GB"."""
@@ -24,8 +26,19 @@ def _scaled(number: float, prefixes: tuple[str, ...]) -> tuple[str, str]:
 
 
 def probe_tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """The results of each further probe as header and rows: a row per model, a column per domain and number."""
-    return {probe: _probe_table(found) for probe, found in results.get("probes", {}).items()}
+    """The results of each further probe as header and rows: a row per model, a column per domain and number.
+
+    Where that is too wide to read, a row per domain and number, a column per model.
+    """
+    tables = {probe: _probe_table(found) for probe, found in results.get("probes", {}).items()}
+    return {probe: _turned(head, rows) if len(head) > WIDE else (head, rows) for probe, (head, rows) in tables.items()}
+
+
+def _turned(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table with its rows as columns; a row that has no numbers but a reason stays one, at the end."""
+    whole = [row for row in rows if len(row) == len(head)]
+    columns = [[name, *(row[n] for row in whole)] for n, name in enumerate(head)]
+    return ["number", *columns[0][1:]], [*columns[1:], *([": ".join(row)] for row in rows if row not in whole)]
 
 
 def _probe_table(found: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

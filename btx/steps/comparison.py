@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,25 @@ class Run(Settings):
     rates: list[float]
 
 
+class LostArm(Settings):
+    """An arm that diverged at a budget: at every rate that was tried, or in the finals on some blocks."""
+
+    arm: str
+    conversion: str
+    budget: int
+    tokens: int
+    rates: list[float] = Field(default_factory=list)  # that were chosen; none if all diverged
+    blocks: list[int] = Field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """At every rate, or on which blocks."""
+        if not self.blocks:
+            return "at every rate that was tried"
+        rates = "/".join(f"{rate:g}" for rate in self.rates)
+        return f"on block{'s' * (len(self.blocks) > 1)} {', '.join(map(str, self.blocks))} at the chosen {rates}"
+
+
 class Comparison(Step):
     """A report folder: comparison.json and comparison.html."""
 
@@ -41,16 +61,21 @@ class Comparison(Step):
     stages: list[dict[str, Measure]]  # of the runs, in their order: models on the way, where the conversion merges
     seeds: dict[str, Measure]  # by block
     choices: list[Choice] = Field(default_factory=list)
+    lost: list[LostArm] = Field(default_factory=list)
+    budgets: list[int] = Field(default_factory=list)  # in tokens
+    flops: list[float] = Field(default_factory=list)  # the budgets, where they are FLOPs
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Read what was measured, judge, write and draw."""
         from btx.report.comparison import judged
         from btx.report.comparison_page import page
+        from btx.report.figures import human
         from btx.report.ledger import spent
 
         results: dict[str, Any] = {
             "title": self.title, "control": self.control, "scratch": self.scratch,
             "split": self.finals[0].settings.split, "precision": self.finals[0].settings.precision,
+            "documents": dict(Counter(str(row["domain"]) for row in self.finals[0].rows())),  # that were scored
             "seeds": {block: {"bits_per_byte": _bits(one), **_pretraining(one)} for block, one in self.seeds.items()},
             "runs": [
                 {
@@ -62,6 +87,8 @@ class Comparison(Step):
                 }
                 for run, final, stages in zip(self.runs, self.finals, self.stages, strict=True)
             ],
+            "lost": [{**one.model_dump(), "where": one.where} for one in self.lost],
+            "budgets": [f"{human(one)} FLOPs" for one in self.flops] or [f"{one:,} tokens" for one in self.budgets],
             "choices": [json.loads((one.folder / CHOICE).read_text(encoding="utf-8")) for one in self.choices],
         }  # fmt: skip
         results |= judged(results)

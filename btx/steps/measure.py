@@ -6,14 +6,16 @@ Reports are composed of these, so a further model or probe is measured alone, an
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from btx.errors import RecipeError
+from btx.errors import DivergedError, RecipeError
 from btx.events import Emit, Note
 from btx.graph.artifact import fingerprint, is_published, read_manifest, write_json
 from btx.graph.step import Step
@@ -51,7 +53,7 @@ class Measure(Step):
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Measure and write, or copy an earlier measurement of the same bytes."""
         about = fingerprint([
-            [self.probe, self.probe_version, self.options], self.model.digest,
+            [self.probe, self.probe_version, json.dumps(self.options)], self.model.digest,  # whose order may count
             self.reference.digest if self.reference else None,
             {name: step.digest for name, step in (self.own or self.tokens).items()},
             {name: step.digest for name, step in self.tokens.items()}, self.length, self.settings.identity(),
@@ -64,9 +66,19 @@ class Measure(Step):
                 if (twin / file).is_file():
                     shutil.copyfile(twin / file, out / file)
             return {"measured": about}
+        from btx.probes.contract import Found
+        from btx.probes.registry import ALWAYS
+
         documents = self.documents()
         emit(Note(self.label, f"measures {sum(map(len, documents.values()))} documents"))
         found = self._measure(documents)
+        if bad := not_finite(found.numbers) or not_finite(found.tables):
+            if self.probe == ALWAYS:
+                raise DivergedError(
+                    f"{self.label}: the model's {bad} is not a finite number, so a training before it diverged. Lower "
+                    "its learning rate."
+                )
+            found = Found({}, found.rows, missing=f"{bad} is not a finite number")
         write_json(out / NUMBERS, {MISSING: found.missing} if found.missing else found.numbers)
         _write_rows(out / ROWS, found.rows)
         if found.tables:
@@ -126,6 +138,7 @@ class Measure(Step):
 
     def _measure(self, documents: dict[str, list[Document]]) -> Found:
         """Open the model and run the probe; states the reason if the model cannot be measured."""
+        from btx.data.encoder import load_tokenizer
         from btx.probes.contract import Data, Found
         from btx.probes.registry import probes
 
@@ -138,13 +151,22 @@ class Measure(Step):
             if lacking := sorted(probe.needs - model.capabilities):
                 return Found({}, missing=f"the model gives no {', no '.join(lacking)}")
             seed = stack.enter_context(self.reference.open(where=self.where, dtype=dtype)) if self.reference else None
-            data = Data(documents, self.length, self.settings.batch_tokens)
+            tokenizer = partial(load_tokenizer, self.model.folder)
+            data = Data(documents, self.length, self.settings.batch_tokens, tokenizer)
             return probe.measure(model, seed, data, probe.settings.model_validate(self.options))
 
     def _dtype(self) -> torch.dtype:
         import torch
 
         return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+
+
+def not_finite(value: Any, where: str = "") -> str:
+    """Where the first NaN or infinity is in nested numbers, such as `math: bits_per_byte`; empty if there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else where
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next((bad for key, one in items if (bad := not_finite(one, f"{where}: {key}" if where else str(key)))), "")
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.errors import ResourceError
+from btx.errors import DivergedError, ResourceError
 from btx.events import Emit, Note
 from btx.graph.artifact import LOGS
 from btx.graph.step import Step
@@ -18,6 +20,8 @@ from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
+    import torch
+
     from btx.training.hook import TrainingHook
     from btx.training.moments import Moments
 
@@ -134,6 +138,7 @@ def fit(
                 "stays the same but for rounding), or gradient_checkpointing: true."
             ) from error
         state = loop.state_dict()
+        require_finite(step.label, outcome.loss, state, dtype)
         if loop.accelerator.is_main_process:
             model.save(out, config=net.config, state=state, dtype=dtype, like=like)
             if keep:
@@ -143,3 +148,23 @@ def fit(
         loop.accelerator.wait_for_everyone()
     spent = flops.training_flops(net.config.to_dict(), outcome.tokens)
     return {**asdict(outcome), "kernel": kernel, "training_flops": spent, "parameters": model.count_parameters(net)}
+
+
+def require_finite(label: str, loss: float, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """DivergedError if no step had a finite loss, or a weight is NaN or infinite in the dtype that is written.
+
+    Fewer steps than `max_bad_steps` may all be skipped, and no loss has seen the last update.
+    """
+    from btx.checkpoints.reader import count_non_finite
+
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"{label}: none of its steps had a finite loss and gradient. Lower its learning rate, or that of the "
+            "training before it."
+        )
+    for name, tensor in state.items():
+        if bad := count_non_finite(tensor.to(dtype)):
+            raise DivergedError(
+                f"{label}: after the last step {name} holds {bad} values that are NaN or infinite in "
+                f"{str(dtype).removeprefix('torch.')}. Lower the learning rate."
+            )

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.support.command import btx
+from tests.support.project import write_project
 
 pytestmark = pytest.mark.slow
 RECIPE: dict[str, Any] = {
@@ -92,3 +93,17 @@ def test_what_is_done_is_not_done_again(compared: Any) -> None:
     nothing = btx("compare", "recipe.yaml", cwd=folder)
     assert "to do" not in nothing.stderr
     assert results["answer"] in " ".join(nothing.stdout.split())
+
+
+def test_trainings_that_diverge_are_the_worst_and_are_not_repeated(tmp_path: Path) -> None:
+    """By a loss that is no number, by steps that are all skipped, and by weights that give no finite loss."""
+    path = write_project(tmp_path)
+    arms = {"dense": {}, "btx": {}, "btm": {}, "upcycle": {"set": {"upcycle.max_grad_norm": 1e30}}}
+    compare = {"arms": arms, "rates": [1e-3, 1e6, 1e15], "budgets": [3000], "seeds": [0], "screen": 1, "extensions": 0}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"compare": compare}))
+    shown = btx("compare", path.name, cwd=tmp_path)
+    results = json.loads((tmp_path / "runs/pico/comparison/comparison.json").read_text())
+    assert "counts as the worst" in shown.stderr
+    assert {one["arm"]: len(one["diverged"]) > 0 for one in results["choices"]} == dict.fromkeys(arms, True)
+    assert {run["arm"]: max(run["rates"]) < 1 for run in results["runs"]} == dict.fromkeys(arms, True)
+    assert "to do" not in btx("compare", path.name, cwd=tmp_path).stderr

@@ -43,7 +43,8 @@ def _compared() -> dict[str, Any]:
     seeds = {str(n): {"bits_per_byte": {"a": 3.0, "b": 3.0}, "tokens": 100, "flops": 4e9} for n in range(3)}
     return {
         "title": "t <b>", "control": "dense", "scratch": "scratch", "split": "test", "precision": "fp32",
-        "seeds": seeds, "runs": runs,
+        "seeds": seeds, "runs": runs, "budgets": ["1,000 tokens"], "lost": [],
+        "documents": {"a": 30, "b": 1200},
         "choices": [{"arm": "btx", "tokens": 1000, "chosen": "1e-3", "edge": True, "equivalents": 3.0, "diverged": [],
                      "screened": {"1e-3": 2.0}, "confirmed": {}}],
     }  # fmt: skip

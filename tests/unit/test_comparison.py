@@ -103,8 +103,9 @@ def test_with_nothing_after_the_merge_the_fresh_mixture_is_compared(tmp_path: Pa
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
-    tmp_path: Path, compare: dict[str, Any], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compare: dict[str, Any], said: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where a run's folder would be
     recipe = recipe_with(tmp_path, compare)
     with pytest.raises(RecipeError, match=said):
         Rounds(recipe, tmp_path).check()
@@ -118,6 +119,15 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
         ({"rates": [1e-3, 2e-3, 9e-3]}, "must rise by one factor"),
         ({"seeds": [1, 1]}, "a seed stands there twice"),
         ({"budgets": [100], "flops": [1e9]}, "two ways to say one thing"),
+        ({"budgets": [200, 100]}, "must rise, each once"),
+        ({"flops": [1e9, 1e9]}, "must rise, each once"),
+        ({"rates": [1e-3]}, "compare.rates: needs 2 entries or more"),
+        ({"rates": [1e-3, 1.05e-3]}, "one factor of 1.1 or more"),
+        ({"arms": {"dense": {}}}, "compare.arms: needs 2 entries or more"),
+        ({"arms": {"dense": {}, "$x$ <b>": {"conversion": "btx"}}}, "cannot name an arm"),
+        ({"arms": {"dense": {}, "seed": {"conversion": "btx"}}}, "'seed' is another row or column"),
+        ({"arms": {"dense": {}, "Dense": {"conversion": "btx"}}}, "two arms are called 'dense' but for case"),
+        ({"scratch": "scrach"}, "scratch is 'scrach', and no arm is called that"),
     ],
 )  # fmt: skip
 def test_a_section_that_contradicts_itself_is_refused(tmp_path: Path, compare: dict[str, Any], said: str) -> None:
@@ -129,7 +139,8 @@ def test_the_terms_of_a_decomposition_sum_to_the_total() -> None:
     results = COMPARED | judged(COMPARED)
     terms = results["decomposition"][0]["terms"]
     assert [f"{t['from']} > {t['to']}" for t in terms] == [
-        "seed > best expert at home", "best expert at home > average", "average > merged", "merged > final",
+        "seed > best expert of each domain", "best expert of each domain > average", "average > merged",
+        "merged > final",
     ]  # fmt: skip
     btx = [mean(run["bits_per_byte"]) for run in results["runs"] if run["arm"] == "btx"]
     assert sum(t["change"] for t in terms) == pytest.approx(sum(btx) / 3 - 3.0)
@@ -169,3 +180,27 @@ def test_the_page_opens_with_the_answer_and_stands_alone() -> None:
     one |= judged(one)
     assert "one block, so no verdict" in one["answer"]
     assert "one block" in page(one)
+
+
+def test_a_budget_is_told_in_the_unit_that_it_was_said_in() -> None:
+    results = COMPARED | {"budgets": ["2G FLOPs"]}
+    results |= judged(results)
+    assert results["answer"].startswith("At 2G FLOPs after the seed, ")
+    assert "<h2>2G FLOPs after the seed</h2>" in page(results)
+
+
+def test_an_arm_that_misses_its_tokens_by_its_whole_steps_is_named() -> None:
+    assert judged(COMPARED)["notes"] == []
+    runs = [run | {"tokens": 900} if run["arm"] == "btx" else run for run in COMPARED["runs"]]
+    assert judged(COMPARED | {"runs": runs})["notes"] == [
+        "btx took 11% more tokens than it was given at 1,000 tokens, as each of its trainings is a whole number of "
+        "steps."
+    ]
+
+
+def test_a_domain_with_few_documents_is_named() -> None:
+    results = COMPARED | {"documents": {"a": 1, "b": 10}}
+    results |= judged(results)
+    assert results["notes"] == ["a is scored on 1 document, so its numbers say little about other text."]
+    assert results["notes"][0] in page(results)
+    assert "Held-out documents: a 1, b 10." in page(results)

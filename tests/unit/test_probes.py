@@ -101,3 +101,13 @@ def test_numbers_and_reasons_stand_in_one_table() -> None:
     assert head == ["model", "math: kl", "code: kl"]
     assert rows == [["seed", "0", "0.25"], ["other", "not available: no routing"]]
     assert not probe_tables({})
+
+
+def test_a_table_that_would_be_too_wide_is_turned() -> None:
+    many = {f"n{n}": n / 4 for n in range(9)}
+    found = {"seed": {"math": many}, "other": {"math": many}, "btm": {"not available": "no routing"}}
+    head, rows = probe_tables({"probes": {"p": found}})["p"]
+    assert head == ["number", "seed", "other"]
+    assert rows[1] == ["math: n1", "0.25", "0.25"]
+    assert len(rows) == 9 + 1
+    assert rows[-1] == ["btm: not available: no routing"]

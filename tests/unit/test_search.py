@@ -44,16 +44,16 @@ def test_a_best_at_an_edge_is_followed_so_far_and_then_said(best: float) -> None
     scores, rounds = searched(grid, bowl(best))
     beyond = [(5e-4,), (2.5e-4,)] if best < 1e-3 else [(1.6e-2,), (3.2e-2,)]
     assert [points[0] for points in rounds[1:3]] == beyond
-    assert at_edge(grid, scores)
+    assert at_edge(scores)
     assert len(scores) == len(RATES) + 2 + 2
-    assert not at_edge(grid, searched(grid, bowl(4e-3))[0])
+    assert not at_edge(searched(grid, bowl(4e-3))[0])
 
 
 def test_a_best_one_beyond_the_grid_ends_the_extension() -> None:
     grid = Grid(RATES, (1.0,), 2)
     scores, rounds = searched(grid, bowl(1.6e-2))
     assert rounds[1:3] == [[(1.6e-2,)], [(3.2e-2,)]]
-    assert not at_edge(grid, scores)
+    assert not at_edge(scores)
 
 
 def test_a_rate_that_diverged_is_no_best() -> None:
@@ -70,3 +70,23 @@ def test_a_search_that_was_stopped_goes_on_where_it_was() -> None:
         while points := following(grid, scores):
             scores |= {point: loss(point) for point in points}
         assert scores == whole
+
+
+def test_a_best_between_two_that_were_tried_is_at_no_edge() -> None:
+    """The refinement brackets it, though the best of the grid itself was its last rate."""
+    grid = Grid(RATES, (1.0,), 0)
+    scores, _ = searched(grid, bowl(5.66e-3))
+    assert min(scores, key=scores.__getitem__) == (5.66e-3,)
+    assert not at_edge(scores)
+    assert at_edge({point: loss for point, loss in scores.items() if point[0] < 6e-3})
+
+
+def test_a_last_stage_whose_best_rate_is_the_last_tried_is_at_an_edge() -> None:
+    grid = Grid(RATES, (1.0, 1.0), 0)
+    assert not at_edge(searched(grid, bowl(2e-3, 2e-3))[0])
+    scores, _ = searched(grid, bowl(2e-3, 1e-4))
+    assert at_edge(scores)  # of the last stage, though the first is within the grid
+    assert min(scores, key=scores.__getitem__)[1] == 5e-4
+    confirmed = {(1e-3, 5e-4): 1.0, (2e-3, 1e-3): 2.0, (4e-3, 2e-3): 3.0}
+    assert at_edge(confirmed)
+    assert not at_edge(confirmed | {(1e-3, 5e-4): 2.5})

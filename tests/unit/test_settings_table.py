@@ -28,6 +28,7 @@ VALUES: dict[str, Any] = {  # by path or last name, where a value derived from t
     "merge.copies": 2, "run.threads": 3, "run.launch": "x.yaml", "run.engine": "local",
     "batch_tokens": 64, "sequence_length": 8, "precision": "bf16", "mix": {"math": 1.0, "law": 2.0},
     "soft_first_layer": True, "experts": 4, "top_k": 1, "scratch.shape": "dense",
+    "probes.formats.formats": {"x": "y"},
 }  # fmt: skip
 BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
     "soft_first_layer": {"{}.routing": "sample_top1"},
