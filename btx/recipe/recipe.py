@@ -32,6 +32,7 @@ from btx.recipe.settings import (
     steps_of,
 )
 from btx.recipe.strict_yaml import parse_yaml
+from btx.recipe.task_settings import TaskSettings
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 S = TypeVar("S", bound=TrainSettings)
@@ -123,6 +124,10 @@ class Recipe(Settings):
     finetune: JointSettings = JointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     probes: Settings = Settings()
+    tasks: dict[str, TaskSettings] = Field(
+        default_factory=dict,
+        description="tasks that every model is scored on, by name: items with answers, in local files",
+    )
     export: ExportSettings = ExportSettings()
     compare: CompareSettings | None = None
     run: RunSettings = RunSettings()
@@ -182,6 +187,16 @@ class Recipe(Settings):
                 raise ValueError(f"{name!r} and {folded[name.lower()]!r} differ in case only; choose clearer names")
             folded[name.lower()] = name
         return domains
+
+    @field_validator("tasks")
+    @classmethod
+    def _task_names(cls, tasks: dict[str, TaskSettings]) -> dict[str, TaskSettings]:
+        for name in tasks:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"{name!r} is not a valid name of a task: {SIGNS}")
+        if len({name.lower() for name in tasks}) < len(tasks):
+            raise ValueError("two names differ in case only; choose clearer names")
+        return tasks
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

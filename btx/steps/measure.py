@@ -57,8 +57,7 @@ class Measure(Step):
             {name: step.digest for name, step in self.tokens.items()}, self.length, self.settings.identity(),
             self.rule.identity() if self.rule else None,
         ])  # fmt: skip
-        twin = self._measured(about)
-        if twin:
+        if twin := twin_of(self, about):
             emit(Note(self.label, f"same model as in {read_manifest(twin)['step']}: its result is copied"))
             for file in (NUMBERS, ROWS, TABLES):
                 if (twin / file).is_file():
@@ -68,7 +67,7 @@ class Measure(Step):
         emit(Note(self.label, f"measures {sum(map(len, documents.values()))} documents"))
         found = self._measure(documents)
         write_json(out / NUMBERS, {MISSING: found.missing} if found.missing else found.numbers)
-        _write_rows(out / ROWS, found.rows)
+        write_rows(out / ROWS, found.rows)
         if found.tables:
             write_json(out / TABLES, found.tables)
         return {"measured": about}
@@ -86,10 +85,7 @@ class Measure(Step):
 
     def rows(self) -> list[dict[str, Any]]:
         """The published rows, one per item."""
-        from pyarrow import parquet
-
-        rows: list[dict[str, Any]] = parquet.read_table(self.folder / ROWS).to_pylist()
-        return rows
+        return read_rows(self.folder)
 
     def documents(self) -> dict[str, list[Document]]:
         """The held-out documents to score, by domain: ids and bytes of each; RecipeError for a domain without any."""
@@ -117,13 +113,6 @@ class Measure(Step):
             )
         return found
 
-    def _measured(self, about: str) -> Path | None:
-        """A published measurement by the same probe of the same model bytes on the same documents, if any."""
-        for folder in sorted((self.root / "steps").glob(f"{self.kind}-*")):
-            if is_published(folder) and read_manifest(folder)["facts"].get("measured") == about:
-                return folder
-        return None
-
     def _measure(self, documents: dict[str, list[Document]]) -> Found:
         """Open the model and run the probe; states the reason if the model cannot be measured."""
         from btx.probes.contract import Data, Found
@@ -147,7 +136,23 @@ class Measure(Step):
         return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def twin_of(step: Step, about: str) -> Path | None:
+    """A published measurement of the same kind with the same `measured`, of the same model bytes and data, if any."""
+    for folder in sorted((step.root / "steps").glob(f"{step.kind}-*")):
+        if is_published(folder) and read_manifest(folder)["facts"].get("measured") == about:
+            return folder
+    return None
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a measurement's folder, one per item."""
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = parquet.read_table(folder / ROWS).to_pylist()
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows as Parquet, which every dataframe reads; a table without columns where there are none."""
     import pyarrow
     from pyarrow import parquet

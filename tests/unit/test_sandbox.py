@@ -1,0 +1,252 @@
+"""The sandbox: honest programs pass, attacks do not, and without a sandbox nothing is run.
+
+Only tests that run a program skip where the system gives no namespaces; the refusal is tested everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btx.tasks import canaries, enclosed
+from btx.tasks.enclosed import Limits, NotEnclosedError, run_enclosed
+from btx.tasks.sandbox import run
+
+
+def _why_not() -> str:
+    try:
+        canaries.require()
+    except NotEnclosedError as error:
+        return str(error)
+    return ""
+
+
+WHY_NOT = _why_not()
+held = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+TEST = "assert add(2, 3) == 5"
+WRITES = """
+import os
+def write(data):
+    for n in range(64):
+        try:
+            os.write(n, data)
+        except OSError:
+            pass
+    os._exit(0)
+"""  # to every descriptor
+
+
+@pytest.fixture
+def unproven() -> Iterator[None]:
+    """The canaries as if they had not run yet, and again afterwards."""
+    canaries.require.cache_clear()
+    yield
+    canaries.require.cache_clear()
+
+
+@held
+@pytest.mark.parametrize("parts", [
+    ["", "def add(a, b):\r\n    return a + b", TEST],
+    ["one = 1", "from functools import reduce\ndef add(*a): return reduce(lambda x, y: x + y, a)", TEST],
+    ["", "import heapq, collections, re, math, itertools, ctypes, zlib, random, datetime, decimal", "assert True"],
+    ["", "import tempfile, os\nwith open('mine', 'w') as f: f.write('x')", "assert open('mine').read() == 'x'"],
+    ["", "import sys\nsys.stdout = None", "assert True"],
+    ["", "import os\nopen(os.devnull, 'w').write('x')", "assert 1"],
+])  # fmt: skip
+def test_a_right_program_passes(parts: list[str]) -> None:
+    assert run(parts).how == "passed"
+
+
+@held
+@pytest.mark.parametrize("code", [
+    "def add(a, b): return a - b",
+    "def add(a, b) return a + b",
+    "",
+    "import os\nos._exit(0)",
+    "import sys\nsys.exit(0)",
+    "raise SystemExit",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "import os\nif os.fork(): os._exit(0)",
+    "import os\nos.execv('/bin/true', ['true'])",
+    "import atexit, os\natexit.register(os._exit, 0)",
+    "import threading, os\nthreading.Timer(0, os._exit, [0]).start()\nimport time; time.sleep(5)",
+    "print('passed'); print(chr(10) * 3)",
+    f"{WRITES}write(b'x' * 64)",
+    f"{WRITES}write(b'')",
+    f"import sys\n{WRITES}write(' '.join([*sys.argv, *sys.orig_argv, repr(dict(os.environ))])[-64:].encode())",
+    "import builtins\nbuiltins.AssertionError = builtins.ZeroDivisionError = type('X', (BaseException,), {})",
+    "import builtins\nbuiltins.compile = builtins.exec = lambda *a, **k: None",
+    "import traceback\ntraceback.print_exc = lambda *a: None",
+    "import os\nos.write = os._exit = lambda *a: None",
+    "x = '''",
+    "if False:",
+    "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
+    "import gc, resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+], ids=range(23))  # fmt: skip
+def test_a_wrong_program_does_not(code: str) -> None:
+    assert not run(["", code, TEST], Limits(seconds=5)).passed
+
+
+@held
+def test_the_tests_are_run_after_what_they_test() -> None:
+    seen = run(["order = ['setup']", "order.append('code')", "print(order); assert order == ['setup', 'code']"])
+    assert seen.passed
+    assert seen.said == "['setup', 'code']\n"
+    assert "ZeroDivisionError" in run(["1 / 0"]).said
+
+
+@held
+@pytest.mark.parametrize("code", ["while True: pass", "import time\ntime.sleep(99)", canaries.LINGERS])
+def test_time_is_up_for_all_processes(code: str) -> None:
+    began = time.monotonic()
+    assert run([code], Limits(seconds=0.5)).how == "timed out"
+    assert time.monotonic() - began < 5
+    assert not _processes()
+
+
+def _processes() -> list[str]:
+    """Command lines of all jails of this process, which hold its id."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(file.read_text(encoding="utf-8", errors="replace"))
+    return [line for line in found if f'"parent": {os.getpid()}' in line]
+
+
+@held
+def test_output_is_bounded() -> None:
+    found = run(["import os\nwhile True: os.write(1, b'x' * 4096)"], Limits(output=10_000))
+    assert found.how == "too much output"
+    assert len(found.said) == 10_000
+
+
+@held
+def test_no_descriptor_and_no_variable_is_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTX_SECRET", "canary")
+    with (tmp_path / "secret").open("w+b") as file:
+        os.set_inheritable(file.fileno(), True)
+        code = f"""
+import os
+opened = []
+for n in range(3, 1024):
+    try:
+        opened.append(n * bool(os.fstat(n)))
+    except OSError:
+        pass
+assert len(opened) == 1, opened  # the pipe of the verdict
+assert "BTX_SECRET" not in os.environ
+assert not os.path.exists({str(tmp_path)!r}) and not os.path.exists({str(Path(__file__).parent)!r})
+"""
+        assert run([code]).passed, run([code]).said
+
+
+@held
+@pytest.mark.parametrize("what", ["mount", "umount", "namespace", "trace", "device", "remount"])
+def test_what_the_kernel_must_refuse(what: str) -> None:
+    """Each attack fails with an error; the program passes if it does."""
+    attacks = {
+        "mount": "call(libc.mount, b'none', b'/tmp', b'tmpfs', 0, b'')",
+        "umount": "call(libc.umount2, b'/tmp', 2)",
+        # In a user namespace of its own it may mount again, but neither undo nor write what was mounted read-only.
+        "namespace": "libc.unshare(0x10020000); call(libc.umount2, os.__file__.rpartition('/')[0].encode(), 2)",
+        "remount": "libc.unshare(0x10020000); call(libc.mount, b'none', b'/', b'', 4096 | 32, b'')",
+        "trace": "call(libc.ptrace, 16, 1, 0, 0)",  # PTRACE_ATTACH to process 1
+        "device": "call(libc.mknod, b'/tmp/mem', 0o20666, 0x101)",
+    }
+    code = f"""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def call(function, *args):
+    assert function(*args) < 0, "it was allowed"
+{attacks[what]}
+"""
+    assert run([code]).passed, run([code]).said
+
+
+@held
+def test_a_program_gives_the_same_result_each_time() -> None:
+    said = {run(["print(list({str(n) for n in range(50)}), hash('x'))"]).said for _ in range(3)}
+    assert len(said) == 1
+
+
+def weakened(monkeypatch: pytest.MonkeyPatch, folder: Path, old: str, new: str) -> None:
+    """The jail with a piece of its source replaced."""
+    source = enclosed.JAIL.read_text(encoding="utf-8")
+    assert old in source
+    (folder / "jail.py").write_text(source.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(enclosed, "JAIL", folder / "jail.py")
+
+
+@held
+@pytest.mark.parametrize(("old", "new", "caught"), [
+    ('"network": 0x40000000, ', "", "can reach a listener"),
+    ('"pid": 0x20000000, ', "", "can see or signal a process"),
+    ("    give_up_rights(config, second)\n", "", "it has capabilities"),
+    ('config["environment"]', '{**config["environment"], "SECRET": "1"}', "can write outside"),
+    ('in config["binds"]:', 'in [*config["binds"], "/etc/passwd"]:', "can read a file"),
+], ids=range(5))  # fmt: skip
+def test_canaries_find_a_hole_in_the_jail(
+    old: str, new: str, caught: str, tmp_path: Path, unproven: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weakened(monkeypatch, tmp_path, old, new)
+    with pytest.raises(NotEnclosedError, match=caught):
+        run(["pass"])
+
+
+@held
+@pytest.mark.parametrize(("limit", "caught"), [("NPROC", "any number of processes"), ("AS", "take any memory")])
+def test_canaries_find_a_limit_that_is_missing(
+    limit: str, caught: str, unproven: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = Limits.rlimits
+    monkeypatch.setattr(Limits, "rlimits", lambda self: {k: v for k, v in every(self).items() if k != limit})
+    with pytest.raises(NotEnclosedError, match=caught):
+        run(["pass"])
+
+
+@held
+@pytest.mark.parametrize("ends", ["timed out", "too much output"])
+def test_canaries_that_must_be_ended_find_one_that_ends_itself(
+    ends: str, tmp_path: Path, unproven: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meant = [one for one in canaries.canaries(tmp_path / "x", 1, b"\0x") if one.ends == ends]
+    assert meant
+    idle = [canaries.Canary(one.what, "pass", one.ends, one.limits) for one in meant]
+    monkeypatch.setattr(canaries, "canaries", lambda *_args: idle)
+    with pytest.raises(NotEnclosedError, match=meant[0].what):
+        run(["pass"])
+
+
+def test_without_namespaces_nothing_is_run(unproven: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where unshare is refused, the sentence says what, where and the remedy."""
+    weakened(monkeypatch, tmp_path, "libc.unshare, sum(", "libc.chroot, b'/nowhere' * bool(")
+    marker = tmp_path / "ran"
+    with pytest.raises(NotEnclosedError, match=r"unshare user.*user namespaces.*tasks of kind `code`") as told:
+        run([f"open({str(marker)!r}, 'w')"])
+    assert told.value.exit_code == 5
+    assert str(told.value).endswith(".")
+    assert not marker.exists()
+
+
+def test_another_system_is_refused(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enclosed.sys, "platform", "darwin")
+    with pytest.raises(NotEnclosedError, match="darwin"):
+        run(["pass"])
+
+
+@pytest.mark.parametrize("step", ["binds", "covers", "limits"])
+def test_a_jail_that_cannot_be_built_runs_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before the program starts is the sandbox's, never the program's."""
+    if step == "limits":
+        monkeypatch.setattr(Limits, "rlimits", lambda _self: {"NO_SUCH_LIMIT": 1})
+    else:
+        paths: tuple[Any, Any] = (["/no/such/folder"], []) if step == "binds" else ([], ["/no/such/folder"])
+        monkeypatch.setattr(enclosed, "view", lambda: paths)
+    with pytest.raises(NotEnclosedError, match="gives no sandbox"):
+        run_enclosed(["pass"], Limits())
