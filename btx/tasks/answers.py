@@ -16,7 +16,7 @@ from btx.tasks.sandbox import run
 MARK = "####"
 # A sign counts where no term precedes it (10-5 is no -5), before or after a currency's; commas group by three.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]])[-−])?[$€£¥]?[ ]?(?P<inner>(?<=[$€£¥])[-−])?"
+    r"(?P<sign>(?<![\w)\]])[-−])?(?:[$€£¥] ?(?P<inner>[-−])?)?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
 FENCE = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S)

@@ -13,7 +13,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     share, z2 = right / count, Z * Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z / (1 + z2 / count) * ((share * (1 - share) + z2 / (4 * count)) / count) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if right else 0.0), (middle + half if right < count else 1.0)
 
 
 def paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
