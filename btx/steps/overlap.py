@@ -37,7 +37,8 @@ class Overlap(Step):
         checked: dict[str, int] = {}
         for name, step in self.tokens.items():
             encoder = Encoder(load_tokenizer(step.tokenizer.folder), "all")
-            questions = [inner(encoder.prompt(item.question)) for item in items]
+            led = encoder.start is not None
+            questions = [inner(encoder.prompt(item.question)[led:]) for item in items]
             checked[name] = sum(map(bool, questions))
             found = sorted(found_in(Tokens(step.folder).train, questions))
             rows += [{"domain": name, "item": n, "prompt_sha256": items[n].digest} for n in found]

@@ -91,6 +91,8 @@ def build_root(config: dict[str, Any]) -> None:
     """Mount a file system that has what Python needs, read-only, and leave the old one."""
     mount("none", "/", "", RECURSIVE | PRIVATE)
     mount("tmpfs", NEW, "tmpfs", NOSUID | NODEV, f"size={2**20},mode=755")
+    os.mkdir(NEW + WORK)  # before all else, since an interpreter may lie below it
+    mount("tmpfs", NEW + WORK, "tmpfs", NOSUID | NODEV, f"size={WORK_BYTES},nr_inodes=1024,mode=1777")
     for path in config["binds"]:
         inside = NEW + path
         if os.path.lexists(inside):
@@ -108,8 +110,6 @@ def build_root(config: dict[str, Any]) -> None:
             read_only(inside, recursive=True)
     for path in config["covers"]:
         mount("tmpfs", NEW + path, "tmpfs", READ_ONLY, f"size={2**16},mode=755")
-    os.mkdir(NEW + WORK)
-    mount("tmpfs", NEW + WORK, "tmpfs", NOSUID | NODEV, f"size={WORK_BYTES},nr_inodes=1024,mode=1777")
     os.chdir(NEW)
     call("pivot_root", libc.pivot_root, b".", b".")  # the old root then lies on top of the new one
     call("leave the old root", libc.umount2, b".", DETACH)

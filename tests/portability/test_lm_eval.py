@@ -38,6 +38,8 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from btx.tasks.harness import OpenedLM  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared/data/tasks"
 WHERE = RunSettings(device="cpu")
 TOLERANCE = 1e-4  # nats, of a sum of log-probabilities
 PAIRS = [
@@ -174,6 +176,17 @@ def test_exact_match_is_lm_evals(folder: Path, tasks: Path, tmp_path: Path) -> N
     rows = rows_of(items, made, settings)
     assert [row["right"] for row in rows] == [bool(sample["exact_match"]) for sample in samples]
     assert numbers_of(rows)["accuracy"] == share
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared task files are not beside the project")
+def test_the_shipped_tasks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    long = save_model(tmp_path / "m", config_of("llama", max_position_embeddings=2048))
+    said = CliRunner().invoke(main, ["lm-eval", str(long), "--tasks", "gsm8k_local,mbpp_local", "--device", "cpu",
+                                     "--include", str(ROOT / "pipelines/lm-eval"), "--limit", "1"])  # fmt: skip
+    assert said.exit_code == 0, f"{said.output}\n{said.exception!r}"
+    assert "pass_at_1" in said.output
+    assert "flexible-extract" in said.output
 
 
 def test_numbers_after_the_mark_are_those_that_lm_eval_takes() -> None:

@@ -5,7 +5,10 @@ Only tests that run a program skip where the system gives no namespaces; the ref
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,9 +17,14 @@ from typing import Any
 
 import pytest
 
+from btx.recipe.task_settings import TaskSettings
 from btx.tasks import canaries, enclosed
+from btx.tasks.answers import judge_for
 from btx.tasks.enclosed import Limits, NotEnclosedError, run_enclosed
+from btx.tasks.items import read_items
 from btx.tasks.sandbox import run
+
+SHARED = Path(__file__).resolve().parents[3] / "shared/data/tasks/mbpp_prompt_and_validation.jsonl"
 
 
 def _why_not() -> str:
@@ -102,21 +110,51 @@ def test_the_tests_are_run_after_what_they_test() -> None:
 
 
 @held
+@pytest.mark.skipif(not SHARED.is_file(), reason="the shared task files are not beside the project")
+def test_the_solutions_of_mbpp_pass_their_own_tests_and_no_others() -> None:
+    settings = TaskSettings.model_validate({"file": "x", "kind": "code", "limit": 40})
+    items = read_items(settings, str(SHARED), None)
+    with SHARED.open(encoding="utf-8") as lines:
+        codes = [json.loads(line)["code"] for line in lines][: len(items)]
+    judge = judge_for(settings)
+    assert all(judge(item, code).right for item, code in zip(items, codes, strict=True))
+    assert not any(judge(item, code).right for item, code in zip(items[:5], codes[1:6], strict=True))
+
+
+@held
 @pytest.mark.parametrize("code", ["while True: pass", "import time\ntime.sleep(99)", canaries.LINGERS])
 def test_time_is_up_for_all_processes(code: str) -> None:
     began = time.monotonic()
     assert run([code], Limits(seconds=0.5)).how == "timed out"
     assert time.monotonic() - began < 5
-    assert not _processes()
+    assert not _processes(os.getpid())
 
 
-def _processes() -> list[str]:
-    """Command lines of all jails of this process, which hold its id."""
+@held
+def test_a_program_ends_with_the_process_that_runs_it() -> None:
+    code = "from btx.tasks.enclosed import *; run_enclosed(['import time; time.sleep(60)'], Limits(seconds=60))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]) as runner:
+        for _ in range(200):
+            if len(_processes(runner.pid)) > 1:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the sandbox did not start")
+        runner.kill()
+    for _ in range(100):
+        if not _processes(runner.pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the sandbox outlives who runs it")
+
+
+def _processes(parent: int) -> list[str]:
+    """Command lines of all jails of a process, which hold its id."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             found.append(file.read_text(encoding="utf-8", errors="replace"))
-    return [line for line in found if f'"parent": {os.getpid()}' in line]
+    return [line for line in found if f'"parent": {parent}' in line]
 
 
 @held
