@@ -24,7 +24,7 @@ from btx.errors import ArtifactError, ResourceError
 def lm_eval(
     model: Path, tasks: str, include: Path, limit: int | None, chat: bool, device: str, output: Path | None
 ) -> None:
-    """Score MODEL, an export or a composed model's folder, with lm-eval on local tasks; nothing is downloaded."""
+    """Score MODEL, an export or a composed model's folder, with lm-eval on local tasks, in float32, offline."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         os.environ[name] = "1"  # these packages read it when they are imported
     try:

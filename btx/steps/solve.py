@@ -70,7 +70,13 @@ class Solve(Step):
         from btx.tasks.solve import numbers_of, rows_of
 
         items = self.items()
-        rows = rows_of(items, self._complete(items, emit), self.task)
+        made = self._complete(items, emit)
+
+        def judged(count: int) -> None:
+            if self.task.kind == "code":  # a sign of life, since each program may take its time
+                emit(Progress(self.label, count, len(items), "programs"))
+
+        rows = rows_of(items, made, self.task, judged)
         write_json(out / NUMBERS, numbers_of(rows))
         write_rows(out / ROWS, rows)
         return {"measured": about}

@@ -95,7 +95,10 @@ def _completion(tokenizer: Any, ids: Sequence[int], end: set[int], stops: Sequen
     return Completion(text, until or len(ids), until is not None)
 
 
-def rows_of(items: Sequence[Item], completions: Sequence[Completion], settings: TaskSettings) -> list[dict[str, Any]]:
+def rows_of(
+    items: Sequence[Item], completions: Sequence[Completion], settings: TaskSettings,
+    done: Callable[[int], None] = lambda _count: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row per item: prompt and its digest, completion, the answer as it was read, and whether it is right."""
     judge = judge_for(settings)
     rows = []
@@ -106,6 +109,7 @@ def rows_of(items: Sequence[Item], completions: Sequence[Completion], settings: 
             "tokens": made.tokens, "ended": made.ended, "answer": judged.answer, "wanted": item.answer or item.tests,
             "right": judged.right, "how": judged.how,
         })  # fmt: skip
+        done(len(rows))
     return rows
 
 

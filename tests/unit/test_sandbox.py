@@ -102,6 +102,16 @@ def test_a_wrong_program_does_not(code: str) -> None:
 
 
 @held
+@pytest.mark.parametrize("code", [
+    "class Any(int):\n    __eq__ = lambda *_: True\ndef add(a, b): return Any()",
+    "import os, sys\nheld = sys._getframe(1).f_locals\nos.write(held['verdict'], held['token'])\nos._exit(0)",
+], ids=["equals everything", "reads frames"])  # fmt: skip
+def test_what_remains_is_what_the_module_says(code: str) -> None:
+    """Known, and written down in `btx/tasks/sandbox.py`: whoever closes one of these changes that text too."""
+    assert run(["", code, TEST]).passed
+
+
+@held
 def test_the_tests_are_run_after_what_they_test() -> None:
     seen = run(["order = ['setup']", "order.append('code')", "print(order); assert order == ['setup', 'code']"])
     assert seen.passed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from btx.cli.main import main
 from btx.data.encoder import Encoder, load_tokenizer
 from btx.errors import RecipeError
 from btx.models.opened import Stock, opened_checkpoint
@@ -270,6 +273,16 @@ def test_what_ends_a_text(tmp_path: Path) -> None:
     assert end_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}', encoding="utf-8")
     assert end_ids(tmp_path, tokenizer) == {7, 9, tokenizer.eos_token_id}
+
+
+def test_without_lm_eval_the_verb_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "btx.tasks.harness", raising=False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        monkeypatch.setenv(name, "1")  # so that what the verb sets is undone
+    said = CliRunner().invoke(main, ["lm-eval", str(folder), "--tasks", "x", "--include", str(folder)])
+    assert said.exit_code == 5
+    assert "pip install 'btx[lm-eval]'" in said.output
 
 
 # ---- contamination ----
