@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -279,6 +280,22 @@ def test_without_namespaces_nothing_is_run(unproven: None, monkeypatch: pytest.M
         run([f"open({str(marker)!r}, 'w')"])
     assert told.value.exit_code == 5
     assert str(told.value).endswith(".")
+    assert not marker.exists()
+
+
+def test_where_the_kernel_gives_no_namespace_the_refusal_is_the_same(tmp_path: Path) -> None:
+    """In a user namespace whose root has forbidden further ones."""
+    forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    enter = ["unshare", "-Ur", "sh", "-c", forbid, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*enter, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system has no unshare(1), or does not let it make a user namespace")
+    marker = tmp_path / "ran"
+    code = f"from btx.tasks.sandbox import run\nrun([\"open({str(marker)!r}, 'w')\"])"
+    done = subprocess.run([*enter, sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert "NotEnclosedError: programs of tasks are not run" in done.stderr
+    assert "unshare user" in done.stderr
     assert not marker.exists()
 
 
