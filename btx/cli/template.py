@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from btx.errors import RecipeError
-from btx.recipe.recipe import NAME
+from btx.recipe.fields import NAME
 
 TEMPLATE = """\
 # {name}: from one checkpoint and several domains to a Mixture of Experts.

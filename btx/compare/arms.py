@@ -15,8 +15,9 @@ from btx.conversions.registry import conversions
 from btx.errors import RecipeError, nearest
 from btx.models import flops
 from btx.recipe.compare_settings import Arm
+from btx.recipe.fields import NAME
 from btx.recipe.messages import sentences
-from btx.recipe.recipe import NAME, Recipe
+from btx.recipe.recipe import Recipe
 
 MANY = 10**9  # tokens at which whole steps are no matter
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
 from btx.recipe.compare_settings import CompareSettings
-from btx.recipe.fields import Count, Several, Text
+from btx.recipe.fields import NAME, Count, Several, Text
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.messages import SIGNS, sentences
 from btx.recipe.settings import (
@@ -32,9 +32,8 @@ from btx.recipe.settings import (
     steps_of,
 )
 from btx.recipe.strict_yaml import parse_yaml
-from btx.recipe.task_settings import TaskSettings
+from btx.recipe.task_settings import Tasks
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 S = TypeVar("S", bound=TrainSettings)
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 
@@ -124,7 +123,7 @@ class Recipe(Settings):
     finetune: JointSettings = JointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     probes: Settings = Settings()
-    tasks: dict[str, TaskSettings] = Field(
+    tasks: Tasks = Field(
         default_factory=dict,
         description="tasks that every model is scored on, by name: items with answers, in local files",
     )
@@ -187,16 +186,6 @@ class Recipe(Settings):
                 raise ValueError(f"{name!r} and {folded[name.lower()]!r} differ in case only; choose clearer names")
             folded[name.lower()] = name
         return domains
-
-    @field_validator("tasks")
-    @classmethod
-    def _task_names(cls, tasks: dict[str, TaskSettings]) -> dict[str, TaskSettings]:
-        for name in tasks:
-            if not re.fullmatch(NAME, name):
-                raise ValueError(f"{name!r} is not a valid name of a task: {SIGNS}")
-        if len({name.lower() for name in tasks}) < len(tasks):
-            raise ValueError("two names differ in case only; choose clearer names")
-        return tasks
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from btx.recipe.fields import Count, Positive, Text, Whole, execution
+from btx.recipe.fields import NAME, Count, Positive, Text, Whole, execution
 from btx.recipe.settings import Settings
 
 Template = Annotated[str, Field(min_length=1)]
@@ -84,3 +84,14 @@ class TaskSettings(Settings):
     @property
     def _defaults(self) -> dict[str, Any]:
         return GSM8K if self.kind == "exact_match" else MBPP
+
+
+def _told_apart(tasks: dict[str, TaskSettings]) -> dict[str, TaskSettings]:
+    if len({name.lower() for name in tasks}) < len(tasks):
+        raise ValueError("two names of tasks differ in case only; choose clearer names")
+    return tasks
+
+
+Tasks = Annotated[
+    dict[Annotated[str, Field(pattern=f"^{NAME}$")], TaskSettings], AfterValidator(_told_apart)
+]  # by name
