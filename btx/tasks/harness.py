@@ -143,11 +143,24 @@ def evaluate(
                 nearest(name, manager.all_tasks) if manager.all_tasks else "it has no task's YAML file. Name another."
             )
             raise RecipeError(f"{include} defines no task {name!r}; {known}")
+        _require_loadable(manager, name)
     found: dict[str, Any] = simple_evaluate(
         model=scorer, tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat,
         bootstrap_iters=1000,
     )  # fmt: skip
     return found
+
+
+def _require_loadable(manager: Any, name: str) -> None:
+    """RecipeError for a task whose file or data cannot be loaded here; libraries raise any of a dozen types."""
+    try:
+        manager.load([name])
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise RecipeError(
+            f"the task {name} cannot be loaded: {why:.300}. Its data must lie here: `dataset_path: json`, and a path "
+            "under `dataset_kwargs: data_files`, relative to the working directory."
+        ) from error
 
 
 def table(results: dict[str, Any]) -> str:

@@ -219,6 +219,21 @@ def test_a_composed_model_is_scored_from_its_folder(tmp_path: Path, tasks: Path)
     assert "exact_match" in said.output
 
 
+@pytest.mark.parametrize("change", [
+    {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}},
+    {"dataset_path": "openai/gsm8k", "dataset_kwargs": {}}, {"doc_to_text": "{{"}, {"metric_list": [{"metric": "no_such_metric"}]},
+])  # fmt: skip
+def test_a_task_that_cannot_be_loaded_is_refused(
+    folder: Path, tasks: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    task = yaml.safe_load((tasks / "sums.yaml").read_text(encoding="utf-8")) | change | {"task": "broken"}
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    asking = ["lm-eval", str(folder), "--device", "cpu", "--include", str(tmp_path), "--tasks", "broken"]
+    said = CliRunner().invoke(main, asking)
+    assert said.exit_code == 2, f"{said.output}\n{said.exception!r}"
+    assert "the task broken cannot be loaded" in said.output
+
+
 @pytest.mark.parametrize(("options", "code", "words"), [
     (["--tasks", "summs"], 2, "did you mean 'sums'?"),
     (["--tasks", "sums", "--include", "nowhere"], 2, "nowhere"),

@@ -16,10 +16,13 @@ from pydantic import ValidationError
 
 from btx.errors import RecipeError
 from btx.recipe.task_settings import TaskSettings
+from btx.report.figures import contamination, task_tables
+from btx.report.page import page
 from btx.tasks.answers import line, number, program, require_answers
 from btx.tasks.items import read_items
 from btx.tasks.overlap import EDGE, WINDOW, found_in, inner
 from btx.tasks.statistics import Z, paired, wilson
+from tests.support.reports import REPORTED
 from tests.support.world import write_jsonl
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
@@ -177,6 +180,19 @@ def test_paired_differences(pairs: list[tuple[bool, bool]]) -> None:
     assert -1 <= low <= found["difference"] + 1e-12
     assert found["difference"] - 1e-12 <= high <= 1
     assert low < high
+
+
+def test_the_report_has_every_model_and_says_what_was_seen_in_training() -> None:
+    (head, rows), *_ = task_tables(REPORTED).values()
+    assert rows[0] == ["seed", "4 of 20", "20.0 (10.0 to 55.0)"]
+    assert rows[2] == ["last", "5 of 20", "25.0 (10.0 to 55.0)", "+10.0 (-10.0 to 30.0)", "1", "3"]
+    assert len(head) == len(rows[2])
+    assert contamination(REPORTED) == ["sums <b>: 2 of 20 questions stand word for word in the training text of math."]
+    html = page("t", REPORTED, {})
+    assert "Task sums &lt;b&gt;" in html
+    assert "sums <b>" not in html
+    assert contamination({}) == []
+    assert task_tables({}) == {}
 
 
 # ---- contamination ----
