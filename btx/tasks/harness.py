@@ -164,8 +164,16 @@ def _require_loadable(manager: Any, name: str) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """lm-eval's own table of results, in Markdown."""
-    return str(utils.make_table(results))
+    """The results in Markdown: a line per task, metric and filter."""
+    lines = ["| task | metric | filter | value | standard error |", "|---|---|---|---|---|"]
+    for task, numbers in results["results"].items():
+        for key, value in numbers.items():
+            metric, comma, how = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                error = numbers.get(f"{metric}_stderr,{how}")
+                said = f"{error:.4f}" if isinstance(error, float) else ""
+                lines.append(f"| {task} | {metric} | {how} | {value:.4f} | {said} |")
+    return "\n".join(lines)
 
 
 def as_json(value: Any) -> Any:

@@ -165,6 +165,7 @@ def test_exact_match_is_lm_evals(folder: Path, tasks: Path, tmp_path: Path) -> N
     share = theirs["results"]["sums"]["exact_match,strict-match"]
     assert found["results"]["sums"]["exact_match,strict-match"] == share
     assert 0 < share < 1
+    assert f"| sums | exact_match | strict-match | {share:.4f} | 0." in said.output
 
     settings = TaskSettings.model_validate({"file": "x", "kind": "exact_match", "max_new_tokens": 24})
     items, tokenizer = read_items(settings, str(tasks / "items.jsonl"), None), load_tokenizer(folder)
@@ -221,7 +222,8 @@ def test_a_composed_model_is_scored_from_its_folder(tmp_path: Path, tasks: Path)
 
 @pytest.mark.parametrize("change", [
     {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}},
-    {"dataset_path": "openai/gsm8k", "dataset_kwargs": {}}, {"doc_to_text": "{{"}, {"metric_list": [{"metric": "no_such_metric"}]},
+    {"dataset_path": "openai/gsm8k", "dataset_kwargs": {}}, {"doc_to_text": "{{"},
+    {"metric_list": [{"metric": "no_such_metric"}]},
 ])  # fmt: skip
 def test_a_task_that_cannot_be_loaded_is_refused(
     folder: Path, tasks: Path, tmp_path: Path, change: dict[str, Any]
