@@ -146,6 +146,7 @@ portability: $(SCORE)/.done $(AWAY)/.done
 	@rm -rf $(AWAY)/exports/*-parents
 	@$(AWAY)/bin/python tests/portability/in_transformers_4.py $(AWAY)/exports/*
 	@HF_HUB_OFFLINE=1 $(SCORE)/bin/python tests/portability/in_lm_eval.py $(AWAY)/exports/*
+	@HF_HUB_OFFLINE=1 $(SCORE)/bin/python -m pytest -m engine tests/portability/test_lm_eval.py
 	@$(AWAY)/bin/python tests/portability/in_llama_cpp.py $(AWAY)/$(LLAMA)/vendor/llama.cpp $(AWAY)/gguf $(AWAY)/exports/*
 
 bench: $(VENV)/.run

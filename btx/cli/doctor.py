@@ -9,10 +9,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from btx.graph.step import versions
+from btx.tasks.enclosed import NotEnclosedError
 
 OPTIONAL = {
     "tensorboard": "run.report_to: [tensorboard]",
     "wandb": "run.report_to: [wandb]",
+    "lm-eval": "btx lm-eval",
 }
 
 
@@ -22,6 +24,7 @@ def report() -> Iterator[str]:
 
     from btx.models.kernels import absent, choose, known
     from btx.recipe.precision import automatic
+    from btx.tasks.canaries import require
 
     yield "versions    " + ", ".join(f"{n} {v}" for n, v in versions().items())
     yield f"cpu         {len(os.sched_getaffinity(0))} cores, {_memory()} of memory"
@@ -37,6 +40,11 @@ def report() -> Iterator[str]:
     yield f"kernels     {', '.join(n for n in known() if n not in missing)}; auto is {choose('auto', device)}"
     for name, why in missing.items():
         yield f"  not here  {name}: {why}"
+    try:
+        require()
+        yield "sandbox     holds: tasks of kind code can be run"
+    except NotEnclosedError as error:
+        yield f"sandbox     none: {error}"
     yield f"disk        {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free here"
     there = {found.name for found in distributions()}  # not find_spec: it finds the folders that trackers leave
     for package, use in OPTIONAL.items():

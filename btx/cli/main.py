@@ -1,5 +1,5 @@
 """The command line: one verb per stage, and run, status, path, plan, check, import, doctor, init, schema, text, bench,
-moe.
+moe, lm-eval.
 
 Heavy imports wait until a verb needs them, so that `btx --help` answers at once.
 """
@@ -17,6 +17,7 @@ import click
 from btx import __version__
 from btx.cli.bench import bench
 from btx.cli.command import Command
+from btx.cli.lm_eval import lm_eval
 from btx.cli.moe import moe
 from btx.cli.terminal import plain_where_needed
 from btx.conversions import STAGES
@@ -250,6 +251,7 @@ def text(folder: Path) -> None:
 
 main.add_command(bench)
 main.add_command(moe)
+main.add_command(lm_eval)
 
 
 @main.command("_step", hidden=True)

@@ -13,6 +13,7 @@ from btx.conversions import STAGES, experts
 from btx.conversions.place import check_place
 from btx.conversions.registry import conversions
 from btx.conversions.sources import Model, Sources, Start
+from btx.conversions.tasks import solved
 from btx.errors import RecipeError, nearest
 from btx.graph.digests import Digests
 from btx.graph.step import Step
@@ -83,8 +84,10 @@ class Graph:
 
         always = measured(ALWAYS)
         others = {name: measured(name, settings) for name, settings in recipe.probing.items()}
+        tasks, overlaps = solved(sources, start, models)
         return sources.add(Evaluate(
             seed=start.seed, measures=always, others=others, tokens=start.tokens, settings=recipe.evaluate,
+            tasks=tasks, overlaps=overlaps,
             selected=self._selected(models, always), **sources.place(),
         ))  # fmt: skip
 

@@ -156,6 +156,12 @@ class Template:
         assert unmarked == text
         return Rendered(text, sorted(_without(whole, span) for span in spans), plain)
 
+    def asked(self, messages: Sequence[Message]) -> Rendered:
+        """A conversation up to the answer that is to be generated: it ends with the header of an assistant's turn."""
+        whole = self.render([self._mark_special(m) for m in messages], {}, opened=True)
+        text, plain = _take_out(whole.replace(OPEN, "").replace(CLOSE, ""), TEXT, END)
+        return Rendered(text, [(0, len(text))], plain)
+
     def _mark_special(self, value: Any) -> Any:
         """The same value with the special tokens in its texts marked as text."""
         if isinstance(value, str):

@@ -135,6 +135,20 @@ class Encoder:
             learn = [1] * len(ids) if everything else [int(_overlaps(spans, offset)) for offset in offsets]
             yield self._marked(one, ids, learn, int(everything), int(everything or self._open(one)))
 
+    def prompt(self, text: str, *, chat: bool = False) -> Ids:
+        """Ids of a text to be continued: the start token, if the tokenizer puts one there, and no end token.
+
+        With `chat` it is a user's message in the chat template, and the header of the answer follows.
+        """
+        if not chat:
+            ids = self._encoded([Written(Rendered(text, []), False)], offsets=False)[0][0]
+            return [*([] if self.start is None else [self.start]), *ids]
+        try:
+            made = self._template(None).asked([{"role": "user", "content": text}])
+        except (TemplateError, ValueError, TypeError) as error:
+            raise RecipeError(f"the chat template cannot write a user's message: {error}. Leave `chat` out.") from error
+        return self._encoded([Written(made, True)], offsets=False)[0][0]
+
     def _open(self, one: Written) -> bool:
         """Whether a document ends with an answer that no special token ends yet."""
         spans, text = one.made.learned, one.made.text

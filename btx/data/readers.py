@@ -36,9 +36,15 @@ def packing_of(source: str) -> str | None:
     return next((how for suffix, how in PACKINGS.items() if source.lower().endswith(suffix)), None)
 
 
-def records(source: str) -> Iterator[Record]:
-    """(where, record) pairs of a file; RecipeError when it is damaged."""
+def records(source: str, *, every_column: bool = False) -> Iterator[Record]:
+    """(where, record) pairs of a file; RecipeError when it is damaged.
+
+    Of a Parquet file that has a column `text`, that alone is read unless `every_column` is set.
+    """
     try:
+        if every_column and kind_of(source) == ".parquet":
+            yield from _parquet(source, every_column=True)
+            return
         how = {".jsonl": _json_lines, ".json": _json, ".txt": _text, ".parquet": _parquet}
         yield from how[kind_of(source)](source)
     except (OSError, EOFError, lzma.LZMAError) as error:
@@ -140,7 +146,7 @@ def _cut(text: str, start: int) -> int:
     return start + TEXT_PIECE
 
 
-def _parquet(path: str) -> Iterator[Record]:
+def _parquet(path: str, *, every_column: bool = False) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
@@ -148,7 +154,9 @@ def _parquet(path: str) -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
         names = set(file.schema_arrow.names)
-        columns = ["text"] if "text" in names else None  # beside messages, other columns may be part of the text
+        columns = (
+            ["text"] if "text" in names and not every_column else None
+        )  # beside messages, other columns may be part of the text
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in _rows(batch):
                 number += 1

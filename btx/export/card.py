@@ -75,13 +75,30 @@ def _measured(results: dict[str, Any] | None) -> str:
 Bits per byte on held-out documents ({results["split"]}), lower is better.
 
 {table(rows, "model")}
-{finetuning_note(results)}
+{_tasks(results)}{finetuning_note(results)}
 ## Routing
 
 Share of the token-choices per expert, mean over layers, on held-out text.
 
 {table(shares, "domain")}
 """
+
+
+def _tasks(results: dict[str, Any]) -> str:
+    """The accuracies of the exported model and of the seed on each task, if there are tasks."""
+    said = []
+    for task, found in results.get("tasks", {}).items():
+        rows = ["| model | right | accuracy | 95 % interval |", "|---|---|---|---|"]
+        for name in ("seed", results["exported"]):
+            one = found["models"][name]
+            low, high = one["interval_95"]
+            rows.append(
+                f"| {name} | {one['right']} of {one['items']} | {one['accuracy']:.3f} | {low:.3f} to {high:.3f} |"
+            )
+        seen = sum(about["found"] for about in found["contamination"].values())
+        note = f"\n\nQuestions that stand word for word in the training text: {seen}." if seen else ""
+        said.append(f"\nTask {task}:\n\n" + "\n".join(rows) + note + "\n")
+    return "".join(said)
 
 
 def finetuning_note(results: dict[str, Any]) -> str:

@@ -34,6 +34,11 @@ class Composed(Opened):
         """The device of the first part, and of all."""
         return next(iter(self.parts.values())).device
 
+    @property
+    def positions(self) -> int | None:
+        """The fewest of any part."""
+        return min((part.positions for part in self.parts.values() if part.positions is not None), default=None)
+
     def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:
         """Log-probabilities of the combination."""
         return self._combined({name: part.log_probs(ids_BS, prompt) for name, part in self.parts.items()}, ids_BS)

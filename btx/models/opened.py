@@ -34,6 +34,11 @@ class Opened(ABC):
     capabilities: frozenset[str] = frozenset()
 
     @property
+    def positions(self) -> int | None:
+        """The longest sequence that it takes, in tokens; None if it states none."""
+        return None
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """The device that ids must be on."""
@@ -73,6 +78,12 @@ class Stock(Opened):
     def device(self) -> torch.device:
         """The model's device."""
         return self.net.device  # type: ignore[no-any-return]
+
+    @property
+    def positions(self) -> int | None:
+        """The config's max_position_embeddings."""
+        found = getattr(self.net.config, "max_position_embeddings", None)
+        return None if found is None else int(found)
 
     @torch.inference_mode()
     def log_probs(self, ids_BS: Tensor, prompt: int = 0) -> Tensor:

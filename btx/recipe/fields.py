@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 _SUFFIX = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 _COUNT = r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([kKmMbBgGtT]?)\s*"
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"  # of a run, a domain, an arm: also a folder's
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"  # of a recipe, a domain, an arm, a task: it names folders too
 LARGEST = 2**62  # of any count or seed: what 64-bit arithmetic holds with room to spare
 
 

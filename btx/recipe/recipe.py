@@ -32,6 +32,7 @@ from btx.recipe.settings import (
     steps_of,
 )
 from btx.recipe.strict_yaml import parse_yaml
+from btx.recipe.task_settings import Tasks
 
 S = TypeVar("S", bound=TrainSettings)
 BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
@@ -122,6 +123,10 @@ class Recipe(Settings):
     finetune: JointSettings = JointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     probes: Settings = Settings()
+    tasks: Tasks = Field(
+        default_factory=dict,
+        description="tasks that every model is scored on, by name: items with answers, in local files",
+    )
     export: ExportSettings = ExportSettings()
     compare: CompareSettings | None = None
     run: RunSettings = RunSettings()

@@ -12,7 +12,7 @@ from typing import Any
 from btx.graph.artifact import STATES, locked, read_manifest
 from btx.graph.cost import Cost
 from btx.graph.step import elsewhere, undone
-from btx.report.figures import human, probe_tables
+from btx.report.figures import contamination, human, probe_tables, task_tables
 
 WIDE = 200  # columns, where no terminal limits them
 
@@ -29,6 +29,11 @@ def show(report: Path, export: Path) -> None:
     for probe, (head, rows) in probe_tables(results).items():
         console.print(probe.replace("_", " "))
         console.print(plain_table(head, rows))
+    for task, (head, rows) in task_tables(results).items():
+        console.print(f"Task {task}")
+        console.print(plain_table(head, rows))
+    for sentence in contamination(results):
+        console.print(sentence, highlight=False)
     console.print(f"Routing of the {results['exported']} model, mean of layers")
     console.print(routing(results))
     console.print(f"Report: {near(report)}/report.html", soft_wrap=True, highlight=False)

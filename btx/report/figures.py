@@ -41,6 +41,40 @@ def _turned(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[lis
     return ["number", *columns[0][1:]], [*columns[1:], *([": ".join(row)] for row in rows if row not in whole)]
 
 
+def task_tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """The results of each task as header and rows, in percent: a row per model.
+
+    Lost are the items that the seed has right and the model wrong, won the reverse.
+    """
+    head = ["model", "right", "%, 95 % interval", "less the seed's, paired", "lost", "won"]
+    return {task: (head, _task_rows(found)) for task, found in results.get("tasks", {}).items()}
+
+
+def _task_rows(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for model, numbers in found["models"].items():
+        row = [model, f"{numbers['right']} of {numbers['items']}",
+               f"{100 * numbers['accuracy']:.1f} ({_percents(numbers['interval_95'])})"]  # fmt: skip
+        if change := found["from_seed"].get(model):
+            row += [f"{100 * change['difference']:+.1f} ({_percents(change['interval_95'])})",
+                    str(change["right_to_wrong"]), str(change["wrong_to_right"])]  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _percents(ends: list[float]) -> str:
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+
+
+def contamination(results: dict[str, Any]) -> list[str]:
+    """A sentence for each task and domain with whether its questions stand in the training text."""
+    return [
+        f"{task}: {said['found']} of {said['checked']} questions stand word for word in the training text of {domain}."
+        for task, found in results.get("tasks", {}).items() for domain, said in found["contamination"].items()
+        if said["found"]
+    ]  # fmt: skip
+
+
 def _probe_table(found: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     answered = [numbers for numbers in found.values() if not _missing(numbers)]
     columns = list(dict.fromkeys((domain, name) for one in answered for domain, row in one.items() for name in row))

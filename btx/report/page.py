@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from btx.report.figures import probe_tables
+from btx.report.figures import contamination, probe_tables, task_tables
 from btx.report.html import document, figure, table
 
 
@@ -38,6 +38,10 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str], texts: s
         f"<h2>{escape(probe.replace('_', ' ').capitalize())}</h2>{table(head, rows, probe)}\n"
         for probe, (head, rows) in probe_tables(results).items()
     )
+    tasks = "".join(
+        f"<h2>Task {escape(task)}</h2>{table(head, [row + [''] * (len(head) - len(row)) for row in rows], task)}\n"
+        for task, (head, rows) in task_tables(results).items()
+    ) + "".join(f"<p>{escape(sentence)}</p>\n" for sentence in contamination(results))
     return document(
         title,
         f"""<h1>{escape(title)}</h1>
@@ -46,7 +50,7 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str], texts: s
 {table(["training", "tokens", "steps", "parameters", "FLOPs (6 · active · tokens)"], costs, "what it cost")}
 <h2>95 % intervals, bootstrap over source documents</h2>
 {table(["model", "domain", "bits per byte", "interval", "less the seed's, paired"], intervals, "intervals")}
-{further}{f"<h2>Tokens by expert</h2>{texts}" if texts else ""}
+{tasks}{further}{f"<h2>Tokens by expert</h2>{texts}" if texts else ""}
 <h2>Routing per layer, {escape(results["exported"])}</h2>
 {table(["text", "layer", *results["experts"], "entropy / log E"], layers, "routing per layer")}
 <h2>Lineage</h2>

@@ -16,6 +16,8 @@ from btx.steps.branch import require_positions
 from btx.steps.measure import MISSING, Measure, experts_of
 from btx.steps.merge import SEED
 from btx.steps.model import ModelStep
+from btx.steps.overlap import Overlap
+from btx.steps.solve import Solve
 from btx.steps.tokens import TokensStep
 
 if TYPE_CHECKING:
@@ -31,8 +33,15 @@ class Evaluate(Step):
     measures: dict[str, Measure]  # bits per byte, by the name that results.json gives the model
     others: dict[str, dict[str, Measure]] = Field(default_factory=dict)  # of further probes, by probe and model
     selected: dict[str, Measure] = Field(default_factory=dict)  # a model before and after finetuning, on select
+    tasks: dict[str, dict[str, Solve]] = Field(default_factory=dict)  # by task and model
+    overlaps: dict[str, Overlap] = Field(default_factory=dict)  # by task: its items in the training text
     tokens: dict[str, TokensStep]
     settings: EvaluateSettings
+
+    def identity(self) -> dict[str, Any]:
+        """Without tasks, the key is that of an evaluation before there were any."""
+        found = super().identity()
+        return found if self.tasks else {k: v for k, v in found.items() if k not in ("tasks", "overlaps")}
 
     def check(self, asked: int) -> None:
         """RecipeError if a window is longer than the seed's max_position_embeddings."""
@@ -60,6 +69,8 @@ class Evaluate(Step):
                 probe: {name: found.numbers or {MISSING: found.missing} for name, found in _read(measures).items()}
                 for probe, measures in self.others.items()
             }
+        if self.tasks:
+            results["tasks"] = {task: self._task(task) for task in self.tasks}
         if gain := self._finetuned(emit):
             results["finetuning"] = gain
         write_json(out / "results.json", results)
@@ -68,6 +79,17 @@ class Evaluate(Step):
     def name_of(self, model: Step) -> str:
         """The name that results.json gives a model that was measured."""
         return next(name for name, measure in self.measures.items() if measure.model.key == model.key)
+
+    def _task(self, task: str) -> dict[str, Any]:
+        """Every model's numbers on a task, what changed from the seed item by item, and contamination."""
+        from btx.tasks.statistics import paired
+
+        right = {name: [row["right"] for row in step.rows()] for name, step in self.tasks[task].items()}
+        return {
+            "models": {name: step.numbers() for name, step in self.tasks[task].items()},
+            "from_seed": {name: paired(right[SEED], found) for name, found in right.items() if name != SEED},
+            "contamination": self.overlaps[task].numbers() if task in self.overlaps else {},
+        }
 
     def _finetuned(self, emit: Emit) -> dict[str, Any]:
         """Mean bits per byte on select before and after the finetuning; a warning if it ended worse."""

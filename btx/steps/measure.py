@@ -59,8 +59,7 @@ class Measure(Step):
             {name: step.digest for name, step in self.tokens.items()}, self.length, self.settings.identity(),
             self.rule.identity() if self.rule else None,
         ])  # fmt: skip
-        twin = self._measured(about)
-        if twin:
+        if twin := twin_of(self, about):
             emit(Note(self.label, f"same model as in {read_manifest(twin)['step']}: its result is copied"))
             for file in (NUMBERS, ROWS, TABLES):
                 if (twin / file).is_file():
@@ -80,7 +79,7 @@ class Measure(Step):
                 )
             found = Found({}, found.rows, missing=f"{bad} is not a finite number")
         write_json(out / NUMBERS, {MISSING: found.missing} if found.missing else found.numbers)
-        _write_rows(out / ROWS, found.rows)
+        write_rows(out / ROWS, found.rows)
         if found.tables:
             write_json(out / TABLES, found.tables)
         return {"measured": about}
@@ -98,10 +97,7 @@ class Measure(Step):
 
     def rows(self) -> list[dict[str, Any]]:
         """The published rows, one per item."""
-        from pyarrow import parquet
-
-        rows: list[dict[str, Any]] = parquet.read_table(self.folder / ROWS).to_pylist()
-        return rows
+        return read_rows(self.folder)
 
     def documents(self) -> dict[str, list[Document]]:
         """The held-out documents to score, by domain: ids and bytes of each; RecipeError for a domain without any."""
@@ -128,13 +124,6 @@ class Measure(Step):
                 "seed, so it cannot be scored in both. Remove one-word documents."
             )
         return found
-
-    def _measured(self, about: str) -> Path | None:
-        """A published measurement by the same probe of the same model bytes on the same documents, if any."""
-        for folder in sorted((self.root / "steps").glob(f"{self.kind}-*")):
-            if is_published(folder) and read_manifest(folder)["facts"].get("measured") == about:
-                return folder
-        return None
 
     def _measure(self, documents: dict[str, list[Document]]) -> Found:
         """Open the model and run the probe; states the reason if the model cannot be measured."""
@@ -169,7 +158,23 @@ def not_finite(value: Any, where: str = "") -> str:
     return next((bad for key, one in items if (bad := not_finite(one, f"{where}: {key}" if where else str(key)))), "")
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def twin_of(step: Step, about: str) -> Path | None:
+    """A published measurement of the same kind with the same `measured`, of the same model bytes and data, if any."""
+    for folder in sorted((step.root / "steps").glob(f"{step.kind}-*")):
+        if is_published(folder) and read_manifest(folder)["facts"].get("measured") == about:
+            return folder
+    return None
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a measurement's folder, one per item."""
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = parquet.read_table(folder / ROWS).to_pylist()
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows as Parquet, which every dataframe reads; a table without columns where there are none."""
     import pyarrow
     from pyarrow import parquet

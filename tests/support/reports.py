@@ -17,6 +17,13 @@ REPORTED: dict[str, Any] = {
     "routing": {"last": {"math": {"mean": [0.75, 0.25], **ROUTED}, "prose": {"mean": [0.5, 0.5], **ROUTED}}},
     "cost": {"train:math": {"tokens": 1000, "steps": 10, "parameters": 10**6, "training_flops": 6e9}},
     "lineage": {"train:math": {"folder": "train-math-0", "digest": "0" * 64}},
+    "tasks": {"sums <b>": {
+        "models": {name: {"right": right, "items": 20, "accuracy": right / 20, "interval_95": [0.1, 0.55]}
+                   for name, right in (("seed", 4), ("expert:math", 6), ("last", 5))},
+        "from_seed": {name: {"right_to_wrong": 1, "wrong_to_right": 3, "difference": 0.1, "interval_95": [-0.1, 0.3]}
+                      for name in ("expert:math", "last")},
+        "contamination": {"math": {"checked": 20, "found": 2}, "prose": {"checked": 20, "found": 0}},
+    }},
     "held_out": {"math": {"documents": 3, "sources": 2, "tokens": 100, "bytes": 400}},
 }  # fmt: skip
 

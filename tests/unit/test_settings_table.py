@@ -37,7 +37,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
 }
 SKIPPED = {  # names of files, whose contents count; and layouts that other tests cover
     "seed.checkpoint", "seed.data", "seed.valid", "seed.tokens", "seed.architecture", "domains", "merge.shared",
-    "merge.layers", "merge.shared_expert", "compare",
+    "merge.layers", "merge.shared_expert", "compare", "tasks",
 }  # fmt: skip
 
 

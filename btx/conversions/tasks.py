@@ -1,0 +1,45 @@
+"""The steps that score models on a recipe's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from btx.conversions.sources import Model, Sources, Start
+from btx.data import corpus
+from btx.errors import RecipeError
+from btx.steps.overlap import Overlap
+from btx.steps.solve import Solve
+
+
+def solved(
+    sources: Sources, start: Start, models: Mapping[str, Model]
+) -> tuple[dict[str, dict[str, Solve]], dict[str, Overlap]]:
+    """A step per task and model, and one per task that looks for its items in the training text."""
+    recipe = sources.recipe
+    solves: dict[str, dict[str, Solve]] = {}
+    overlaps = {}
+    for task, settings in recipe.tasks.items():
+        file = _file(sources, f"tasks.{task}.file", settings.file)
+        examples = None if settings.examples is None else _file(sources, f"tasks.{task}.examples", settings.examples)
+        content = [corpus.digest(path, sources.digests) for path in (file, examples) if path is not None]
+        said: dict[str, Any] = {"task": settings, "content": content, "file": file, "examples": examples}
+        solves[task] = {
+            name: sources.add(Solve(
+                model=made.step, rule=made.rule, precision=recipe.evaluate.precision, date=recipe.data.date,
+                batch_tokens=recipe.evaluate.batch_tokens, **said, **sources.place(f"{task}:{name}"),
+            ))
+            for name, made in models.items()
+        }  # fmt: skip
+        overlaps[task] = sources.add(Overlap(tokens=sources.all_data(start), **said, **sources.place(task)))
+    return solves, overlaps
+
+
+def _file(sources: Sources, where: str, path: str) -> str:
+    """The one file that a path names."""
+    found = corpus.resolve([path], sources.texts.base, where)
+    if len(found) != 1 or found[0].startswith(corpus.BUILTIN):
+        raise RecipeError(
+            f"{where}: {path} must name one file, and names {len(found)}: {', '.join(found[:3])}. Name one."
+        )
+    return found[0]

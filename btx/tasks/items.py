@@ -1,0 +1,106 @@
+"""The items of a task, from a local file: prompts, right answers, tests."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from btx.data.readers import kind_of, records
+from btx.errors import RecipeError, nearest
+from btx.recipe.task_settings import TaskSettings
+
+BETWEEN = "\n\n"  # examples and the item; lm-eval's fewshot_delimiter
+READ = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item: the whole prompt, the question alone, the right answer, and the parts of the program around code."""
+
+    where: str
+    prompt: str
+    question: str  # the first column that the prompt names, which a contaminated text would hold
+    answer: str
+    setup: str = ""
+    tests: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the prompt, by which rows of different models are paired."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()
+
+
+class _Lines(list[Any]):
+    """A list whose text in a template is its lines."""
+
+    def __format__(self, how: str) -> str:
+        return "\n".join(map(str, self))
+
+
+def read_items(settings: TaskSettings, file: str, examples: str | None) -> list[Item]:
+    """The items of a task, at most `limit`; RecipeError, with file and line, for one that cannot be used."""
+    shots = []
+    if examples is not None:
+        for where, row in islice(_rows(examples), settings.few_shot):
+            shots.append(_filled(settings.prompt_template, row, where) + settings.joint
+                         + _filled(settings.answer_template, row, where))  # fmt: skip
+        if len(shots) < settings.few_shot:
+            raise RecipeError(f"{examples} has {len(shots)} examples, and few_shot is {settings.few_shot}. Lower it.")
+    found = [_item(settings, shots, where, row) for where, row in islice(_rows(file), settings.limit)]
+    if not found:
+        raise RecipeError(f"{file} has no items. Name a file that has some.")
+    if examples is not None and (known := {*shots} & {_shot(settings, item) for item in found}):
+        raise RecipeError(
+            f"{examples}: an example is also an item that is scored ({known.pop()[:60]!r}...). Take it out of one file."
+        )
+    return found
+
+
+def _shot(settings: TaskSettings, item: Item) -> str:
+    """An item as it would be written as an example."""
+    return item.prompt.rpartition(BETWEEN)[2] + settings.joint + item.answer
+
+
+def _item(settings: TaskSettings, shots: list[str], where: str, row: dict[str, Any]) -> Item:
+    prompt = _filled(settings.prompt_template, row, where)
+    first = next((name for _, name, _, _ in string.Formatter().parse(settings.prompt_template) if name), None)
+    code = settings.kind == "code"
+    needs_answer = not code  # the tests judge code, so its items need no solution
+    return Item(
+        where, BETWEEN.join([*shots, prompt]),
+        _filled(f"{{{first}}}", row, where) if first else prompt,
+        _filled(settings.answer_template, row, where) if needs_answer else "",
+        _filled(settings.setup, row, where, optional="test_setup_code") if code else "",
+        _filled(settings.tests, row, where) if code else "",
+    )  # fmt: skip
+
+
+def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if kind_of(file) not in READ:
+        raise RecipeError(f"{file}: items are read from {', '.join(READ)}. Name such a file.")
+    for where, row in records(file, every_column=True):
+        if isinstance(row, Exception):
+            raise RecipeError(f"{where}: {row}. Fix the line.") from row
+        if not isinstance(row, dict):
+            raise RecipeError(f"{where}: an item must be an object, found {type(row).__name__}. Fix the line.")
+        yield where, row
+
+
+def _filled(template: str, row: dict[str, Any], where: str, optional: str = "") -> str:
+    """A template with an item's columns in it; RecipeError for a column that the item lacks."""
+    columns = {name: _Lines(value) if isinstance(value, list) else value for name, value in row.items()}
+    if optional:
+        columns = {optional: "", **columns}
+    try:
+        return template.format_map(columns)
+    except KeyError as error:
+        name = str(error.args[0])
+        raise RecipeError(
+            f"{where}: there is no column {name!r} for {template[:60]!r}; {nearest(name, row)}"
+        ) from error
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise RecipeError(f"{where}: {template[:60]!r} cannot be filled: {error}. Correct the template.") from error
