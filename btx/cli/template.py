@@ -55,6 +55,7 @@ finetune:                         # optimiser settings that are not given here a
 # dense: {{}}                      # the control: continued pretraining of the dense seed on as many tokens
 # upcycle: {{}}                    # sparse upcycling: copies of the seed as experts, also on as many tokens
 # probes: {{kl_to_seed: {{}}}}       # measured besides bits per byte: each model's KL divergence from the seed
+# tasks: {{gsm8k: {{file: gsm8k.jsonl, kind: exact_match}}}}    # items with answers, which every model is asked
 
 # data:
 #   holdout: 0.05                 # share of each domain's documents held out for reports (test), by hash
