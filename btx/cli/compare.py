@@ -24,10 +24,11 @@ def compare_recipe(recipe: Path, overrides: tuple[str, ...]) -> None:
     from btx.report.comparison_console import show
     from btx.report.progress import for_person
 
-    rounds = Rounds(resolved(load_recipe(recipe, list(overrides))), recipe.absolute().parent)
+    rounds = Rounds(load_recipe(recipe, list(overrides)), recipe.absolute().parent)
     rounds.check()
     check_arms(rounds)
-    click.echo(compared(rounds.recipe, rounds.base, sustained(rounds.recipe, rounds.base, None, here=False)), err=True)
+    speed = sustained(resolved(rounds.recipe), rounds.base, None, here=False)
+    click.echo(compared(rounds.recipe, rounds.base, speed), err=True)
 
     def carry(title: str, steps: list[Step]) -> None:
         todo = undone(steps)

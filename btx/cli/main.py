@@ -180,12 +180,16 @@ def path(recipe: Path, step: str, overrides: tuple[str, ...]) -> None:
 @click.option("--here", is_flag=True, help="Measure this machine's TFLOP/s instead of --tflops (a second).")
 def plan(recipe: Path, overrides: tuple[str, ...], tflops: float | None, devices: int, here: bool) -> None:
     """Estimate tokens, FLOPs, time, memory and disk before anything runs."""
-    from btx.cli.plan import show_plan, sustained
+    from btx.cli.plan import compared, show_plan, sustained
     from btx.conversions.pipeline import resolved
     from btx.conversions.registry import load_recipe
 
-    read, base = resolved(load_recipe(recipe, list(overrides))), recipe.absolute().parent
-    show_plan(read, base, tflops=sustained(read, base, tflops, here=here), devices=devices)
+    said, base = load_recipe(recipe, list(overrides)), recipe.absolute().parent
+    read = resolved(said)
+    speed = sustained(read, base, tflops, here=here)
+    show_plan(read, base, tflops=speed, devices=devices)
+    if said.compare:
+        click.echo(compared(said, base, speed))
 
 
 @main.command()

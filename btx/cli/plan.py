@@ -124,13 +124,15 @@ def show_plan(recipe: Recipe, base: Path, *, tflops: float, devices: int) -> Non
         )  # fmt: skip
     Console(soft_wrap=True).print(table)
     console = Console()
-    told = [compared(recipe, base, tflops)] if recipe.compare else []
-    for line in [*warnings(recipe, base), *notes(recipe, found, tflops, devices), *told]:
+    for line in [*warnings(recipe, base), *notes(recipe, found, tflops, devices)]:
         console.print(line, soft_wrap=True, highlight=False)
 
 
 def compared(recipe: Recipe, base: Path, tflops: float) -> str:
-    """What the recipe's comparison costs at least and at most, at so many sustained TFLOP/s."""
+    """What the recipe's comparison costs at least and at most, at so many sustained TFLOP/s.
+
+    The recipe is as it was read: its arms may change what decides a setting that is `auto`.
+    """
     from btx.compare.price import bounds
     from btx.compare.rounds import Rounds
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from btx.cli.main import main
 from btx.compare.arms import Trial, flops_of
 from btx.compare.checks import check_arms
 from btx.compare.price import bounds
@@ -53,6 +55,16 @@ def test_settings_with_an_effect_pass_also_where_one_needs_the_other(tmp_path: P
         "slow": {"conversion": "btx", "set": {"finetune.learning_rate": 1e-4}},
         "half": {"conversion": "btx", "after_merge": 0.5},
     }))  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [{"merge.experts": "blend"}, {"merge.copies": 2, "finetune.top_k": 3}])
+def test_an_arm_may_change_what_decides_an_automatic_setting(tmp_path: Path, said: dict[str, Any]) -> None:
+    """Blended experts belong to no domain, so that their routers cannot start from activations as the others' do."""
+    rounds = rounds_of(tmp_path, {"btx": {}, "other": {"conversion": "btx", "set": said}})
+    check_arms(rounds)
+    plan = CliRunner().invoke(main, ["plan", str(tmp_path / "recipe.yaml"), "--tflops", "1"])
+    assert plan.exit_code == 0, plan.output
+    assert "btx compare: " in plan.output
 
 
 def test_a_seed_that_an_arm_sets_counts_on_from_block_to_block(tmp_path: Path) -> None:
