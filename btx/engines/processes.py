@@ -97,7 +97,7 @@ class Server:
         asked = (dict(env), tuple(imports))
         if self.serves is None:
             self.serves = asked
-            multiprocessing.set_forkserver_preload(list(imports))
+            multiprocessing.set_forkserver_preload([*imports, "btx.engines.ends_at_once"])
         if self.failed or self.serves != asked or not _repeatable():
             return None
         context = multiprocessing.get_context("forkserver")

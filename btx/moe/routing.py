@@ -138,14 +138,24 @@ def logit_std(entropy: float, *, experts: int) -> float:
         raise ValueError(f"{experts} expert leaves nothing to route; at least 2 are needed")
     if entropy == 1.0:
         return 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a sum's last bits depend on how many share it, and routers must not
+    try:
+        return _solved(entropy * math.log(experts), experts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _solved(entropy: float, experts: int) -> float:
+    """`logit_std` for an entropy in nats."""
     rows = min(65536, max(4096, 2**20 // experts))
     sample = torch.randn(rows, experts, generator=torch.Generator().manual_seed(2403_07816))
     low, high = 0.0, 1.0
-    while mean_entropy(sample * high) > entropy * math.log(experts):
+    while mean_entropy(sample * high) > entropy:
         low, high = high, 2.0 * high
     for _ in range(24):  # to 1e-7 of the bracket, past what float32 logits can tell apart
         middle = 0.5 * (low + high)
-        above = mean_entropy(sample * middle) > entropy * math.log(experts)
+        above = mean_entropy(sample * middle) > entropy
         low, high = (middle, high) if above else (low, middle)
     return 0.5 * (low + high)
 

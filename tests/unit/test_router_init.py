@@ -72,6 +72,20 @@ def test_the_solved_deviation_is_free_of_the_global_random_state_and_falls_with_
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_solved_deviation_does_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    found = set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logit_std.cache_clear()
+            found.add(tuple(logit_std(0.99, experts=experts) for experts in (2, 3, 4)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 def test_full_entropy_is_a_router_of_zeros() -> None:
     assert not init_router(torch.ones(16), experts=4, entropy=1.0, generator=seeded()).any()
 
