@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from btx.errors import DivergedError
 from btx.moe.hooks import find_routers
 from btx.moe.routing import mean_entropy
 
@@ -153,11 +154,16 @@ def fresh_routers(
 
     `entropy` is the mean one as a share of log E; None: the scale of the greatest likelihood. `together`: experts of
     one owner get identical rows, as chunks of one model must.
-    ValueError when fewer than two domains have data.
+    ValueError when fewer than two domains have data, DivergedError for a model whose hidden states are not finite.
     """
     if len(batches) < 2:
         raise ValueError(f"routers from {how} need data of two domains or more, not {len(batches)}")
     seen, names = observe(model, batches), list(batches)
+    if not all(torch.isfinite(torch.as_tensor(layer.gram_DD)).all() for layers in seen.values() for layer in layers):
+        raise DivergedError(
+            f"merge.router: {how} finds router inputs of the merged model that are NaN or infinite, so a training before "
+            "the merge diverged. Lower its learning rate."
+        )
     embedded = from_embeddings(model, batches) if how == "embeddings" else None
     own = [[e for e, owner in enumerate(owners) if owner == name] for name in names]
     routers = []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from btx.checkpoints.reader import opened
 from btx.checkpoints.writer import overwrite
+from btx.errors import DivergedError
 from btx.merge.router_fit import RIDGE
 from btx.merge.router_init import Seen, calibrated, fresh_routers, from_activations, scaled
 from btx.models.families import DENSE
@@ -164,6 +165,15 @@ def own_shares(model: Any) -> dict[str, float]:
             first = torch.cat([layer.index_TK[:, 0] for layer in routed.layers])
             found[domain] = float((first == number).float().mean())
     return found
+
+
+@pytest.mark.parametrize("how", ["activations", "embeddings"])
+def test_a_model_that_diverged_is_called_so(tmp_path: Path, how: str) -> None:
+    """Finite weights may still give hidden states that are not."""
+    model = load(merge(tmp_path / "moe", [save_model(tmp_path / "seed", config_of("llama"))] * 2, top_k=1))
+    model.model.layers[0].self_attn.o_proj.weight.data.fill_(3e38)
+    with pytest.raises(DivergedError, match=f"merge.router: {how} finds router inputs .* NaN or infinite"):
+        fresh_routers(model, batches(), DOMAINS[:2], how=how, entropy=None)
 
 
 def test_one_domain_alone_makes_no_router(tmp_path: Path) -> None:
