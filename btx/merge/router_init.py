@@ -159,11 +159,13 @@ def fresh_routers(
     if len(batches) < 2:
         raise ValueError(f"routers from {how} need data of two domains or more, not {len(batches)}")
     seen, names = observe(model, batches), list(batches)
-    if not all(torch.isfinite(torch.as_tensor(layer.gram_DD)).all() for layers in seen.values() for layer in layers):
-        raise DivergedError(
-            f"merge.router: {how} finds router inputs of the merged model that are NaN or infinite, so a training before "
-            "the merge diverged. Lower its learning rate."
-        )
+    for layer, inputs in enumerate(zip(*seen.values(), strict=True)):
+        size = sum(float(torch.as_tensor(one.gram_DD).trace()) for one in inputs)
+        if not 0.0 < size < math.inf:  # RMS norms turn what overflows in their squares into zeros
+            raise DivergedError(
+                f"merge.router: {how} finds inputs of router {layer} of the merged model that are all zero, NaN or "
+                "infinite, so a training before the merge diverged. Lower its learning rate."
+            )
     embedded = from_embeddings(model, batches) if how == "embeddings" else None
     own = [[e for e, owner in enumerate(owners) if owner == name] for name in names]
     routers = []

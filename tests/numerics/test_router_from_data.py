@@ -168,12 +168,15 @@ def own_shares(model: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("how", ["activations", "embeddings"])
-def test_a_model_that_diverged_is_called_so(tmp_path: Path, how: str) -> None:
-    """Finite weights may still give hidden states that are not."""
+@pytest.mark.parametrize("weight", [3e38, 1e25])
+def test_a_model_that_diverged_is_called_so(tmp_path: Path, how: str, weight: float) -> None:
+    """Finite weights may give hidden states that are not, or whose norms overflow so that nothing is left of them."""
     model = load(merge(tmp_path / "moe", [save_model(tmp_path / "seed", config_of("llama"))] * 2, top_k=1))
-    model.model.layers[0].self_attn.o_proj.weight.data.fill_(3e38)
-    with pytest.raises(DivergedError, match=f"merge.router: {how} finds router inputs .* NaN or infinite"):
-        fresh_routers(model, batches(), DOMAINS[:2], how=how, entropy=None)
+    model.model.layers[0].self_attn.o_proj.weight.data.fill_(weight)
+    with pytest.raises(
+        DivergedError, match=f"merge.router: {how} finds inputs of router 0 .* all zero, NaN or infinite"
+    ):
+        fresh_routers(model, dict(list(batches().items())[:2]), DOMAINS[:2], how=how, entropy=None)
 
 
 def test_one_domain_alone_makes_no_router(tmp_path: Path) -> None:
