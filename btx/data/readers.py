@@ -154,9 +154,8 @@ def _parquet(path: str, *, every_column: bool = False) -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
         names = set(file.schema_arrow.names)
-        columns = (
-            ["text"] if "text" in names and not every_column else None
-        )  # beside messages, other columns may be part of the text
+        alone = "text" in names and not every_column  # beside messages, other columns may be part of the text
+        columns = ["text"] if alone else None
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in _rows(batch):
                 number += 1

@@ -1,7 +1,8 @@
 """Starts a process for a command line: a new interpreter, or a fork of one that has already imported what it needs.
 
 Importing torch and a model class takes seconds; a fork of a process that has done it once starts in milliseconds. The
-standard library's fork server is that process: it never computes, so a fork inherits no threads and no device.
+standard library's fork server is that process: it never computes, so it holds no device, and a fork lacks no threads
+but idle ones of libraries, which start them anew.
 """
 
 from __future__ import annotations

@@ -115,8 +115,9 @@ class Step(BaseModel):
         """Everything that decides the result."""
         fields = {}
         for name, info in type(self).model_fields.items():
-            extra = info.json_schema_extra
-            if not (isinstance(extra, dict) and extra.get("execution")):
+            extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+            unused = extra.get("later") and getattr(self, name) == info.default
+            if not (extra.get("execution") or unused):
                 fields[name] = _encode(getattr(self, name))
         return {"kind": self.kind, "version": self.version, **fields}
 

@@ -9,6 +9,7 @@ arXiv 2106.09647): knowledge that sits in lower layers shows as a smaller one.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from btx.probes.contract import Data, Document, Found, Probe
 from btx.recipe.fields import Count
 from btx.recipe.settings import Settings
 
-LN2 = 0.6931471805599453
 COLUMNS = ("bits_per_token", "accuracy", "nats_to_last", "agreement")
 
 
@@ -86,7 +86,7 @@ def _of_window(model: Stock, states: list[Tensor], targets_S: Tensor) -> tuple[T
             log_p = last if final else model.through_head(state_SD[part], normalise=True).log_softmax(-1)
             best = log_p.argmax(-1)
             rows.append(torch.stack([
-                functional.nll_loss(log_p, targets_S[part], reduction="none") / LN2,
+                functional.nll_loss(log_p, targets_S[part], reduction="none") / math.log(2),
                 (best == targets_S[part]).float(),
                 functional.kl_div(log_p, last, reduction="none", log_target=True).sum(-1),
                 (best == last.argmax(-1)).float(),

@@ -59,6 +59,11 @@ def execution(default: Any, **more: Any) -> Any:
     return Field(default, json_schema_extra={"execution": True}, **more)
 
 
+def later(default: Any) -> Any:
+    """A step's field that is no part of its identity at this default, so that steps without it keep their keys."""
+    return Field(default, json_schema_extra={"later": True})
+
+
 def environment(default: Any, **more: Any) -> Any:
     """An execution field that may change a result within rounding, as versions and processors do."""
     return Field(default, json_schema_extra={"execution": True, "environment": True}, **more)

@@ -11,6 +11,7 @@ from btx.data.heldout import LEAST
 from btx.events import Emit, Warned
 from btx.graph.artifact import write_json
 from btx.graph.step import Step
+from btx.recipe.fields import later
 from btx.recipe.settings import EvaluateSettings
 from btx.steps.branch import require_positions
 from btx.steps.measure import MISSING, Measure, experts_of
@@ -33,15 +34,10 @@ class Evaluate(Step):
     measures: dict[str, Measure]  # bits per byte, by the name that results.json gives the model
     others: dict[str, dict[str, Measure]] = Field(default_factory=dict)  # of further probes, by probe and model
     selected: dict[str, Measure] = Field(default_factory=dict)  # a model before and after finetuning, on select
-    tasks: dict[str, dict[str, Solve]] = Field(default_factory=dict)  # by task and model
-    overlaps: dict[str, Overlap] = Field(default_factory=dict)  # by task: its items in the training text
+    tasks: dict[str, dict[str, Solve]] = later({})  # by task and model
+    overlaps: dict[str, Overlap] = later({})  # by task: its items in the training text
     tokens: dict[str, TokensStep]
     settings: EvaluateSettings
-
-    def identity(self) -> dict[str, Any]:
-        """Without tasks, the key is that of an evaluation before there were any."""
-        found = super().identity()
-        return found if self.tasks else {k: v for k, v in found.items() if k not in ("tasks", "overlaps")}
 
     def check(self, asked: int) -> None:
         """RecipeError if a window is longer than the seed's max_position_embeddings."""

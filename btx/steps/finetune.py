@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.errors import RecipeError
 from btx.events import Emit, Warned
+from btx.recipe.fields import later
 from btx.recipe.settings import FinetuneSettings
 from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
-from btx.steps.train import Train, fit, memory_of, without
+from btx.steps.train import Train, fit, memory_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +37,7 @@ class Finetune(ModelStep):
     tokens: dict[str, TokensStep]
     weights: dict[str, float]
     settings: FinetuneSettings
-    moments: bool = False  # whether the optimiser starts from those of the experts
-
-    def identity(self) -> dict[str, Any]:
-        """Without `moments` where there are none, so that they change no other key."""
-        return without(super().identity(), "moments", unless=self.moments)
+    moments: bool = later(False)  # whether the optimiser starts from those of the experts
 
     @property
     def needs(self) -> int:

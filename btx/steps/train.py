@@ -14,6 +14,7 @@ from btx.errors import DivergedError, ResourceError
 from btx.events import Emit, Note
 from btx.graph.artifact import LOGS
 from btx.graph.step import Step
+from btx.recipe.fields import later
 from btx.recipe.settings import ExpertSettings, TrainSettings, steps_of, torch_dtype
 from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.model import ModelStep
@@ -38,11 +39,7 @@ class Train(ModelStep):
     budget: int
     train: ExpertSettings
     part: tuple[int, int] = (0, 1)  # index and number of the experts that share the domain's sequences
-    moments: bool = False  # whether the optimiser's moments are published too
-
-    def identity(self) -> dict[str, Any]:
-        """Without `moments` where there are none, so that they change no other key."""
-        return without(super().identity(), "moments", unless=self.moments)
+    moments: bool = later(False)  # whether the optimiser's moments are published too
 
     @property
     def needs(self) -> int:
@@ -65,11 +62,6 @@ class Train(ModelStep):
             weights={OWN: 1.0}, budget=self.budget, settings=self.train, out=out, work=work, emit=emit,
             part=self.part, prepare=feed_forward_alone if self.train.trainable == "ffn" else None, keep=self.moments,
         )  # fmt: skip
-
-
-def without(identity: dict[str, Any], name: str, *, unless: bool) -> dict[str, Any]:
-    """An identity without the field `name`, unless that is in use."""
-    return identity if unless else {field: value for field, value in identity.items() if field != name}
 
 
 def feed_forward_alone(model: Any) -> None:

@@ -10,10 +10,10 @@ Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 def wilson(right: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share (J. Am. Stat. Assoc. 22, 1927)."""
-    share, z2 = right / count, Z * Z
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z / (1 + z2 / count) * ((share * (1 - share) + z2 / (4 * count)) / count) ** 0.5
-    return (middle - half if right else 0.0), (middle + half if right < count else 1.0)
+    from scipy.stats import binomtest
+
+    found = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:

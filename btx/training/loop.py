@@ -96,10 +96,10 @@ class Loop:
                 f"batch_tokens gives {self.batch} sequences a step, which {self.accelerator.num_processes} "
                 "processes cannot share evenly. Choose a multiple, or fewer processes."
             )
-        if moments:
-            moments.carry(model, optimizer)
         model.train()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if moments:  # now that parameters are on their device
+            moments.carry(model, self.optimizer.optimizer)
         whole = self.accelerator.distributed_type.value in WHOLE
         self.head = output_head(model) if whole else None
         self.cast = self._cast_once(model) if alone else None

@@ -19,6 +19,7 @@ from btx.tasks import canaries
 from btx.tasks.enclosed import NotEnclosedError
 from btx.tasks.solve import numbers_of
 from btx.tasks.statistics import paired
+from tests.support.sandbox import WHY_NOT
 from tests.support.world import World, refused, setting, write_jsonl
 
 QUESTION = "Tom has {n} apples and buys some more than that, how many has he got?"
@@ -44,17 +45,6 @@ def invoke(world: World) -> Result:
     done = CliRunner().invoke(main, ["run", str(world.write())])
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     return done
-
-
-def _without_sandbox() -> str:
-    try:
-        canaries.require()
-    except NotEnclosedError as error:
-        return str(error)
-    return ""
-
-
-WHY_NOT = _without_sandbox()
 
 
 def test_every_model_is_scored_and_reported(tmp_path: Path) -> None:

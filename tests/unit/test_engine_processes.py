@@ -91,7 +91,8 @@ def _refuse(_self: object) -> None:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_fork_ends_with_the_run_that_started_it(tmp_path: Path, killed: bool) -> None:
-    """Also when the run is killed: the server sees that its pipe has closed, and the job asked to end with it."""
+    """Also when the run is killed: the server sees that its pipe has closed, and ends before it tidies anything up."""
+    (tmp_path / "tidies.py").write_text("import atexit, pathlib\natexit.register(pathlib.Path('tidied').touch)\n")
     (tmp_path / "job.py").write_text(
         "import os, time\nfrom btx.graph.launch import die_with_parent\ndie_with_parent()\n"
         "open('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
@@ -99,13 +100,14 @@ def test_a_fork_ends_with_the_run_that_started_it(tmp_path: Path, killed: bool) 
     (tmp_path / "run.py").write_text(
         "import sys, threading, time, os, pathlib\nfrom btx.engines.local import Job, Local\n"
         f"if __name__ == '__main__':\n    job = Job('job', [sys.executable, '-m', 'job'], pathlib.Path('log'), "
-        f"imports={IMPORTS})\n    Local(1).run([job], lambda event: None)\n"
+        f"imports={(*IMPORTS, 'tidies')})\n    Local(1).run([job], lambda event: None)\n"
     )
     run = subprocess.Popen([sys.executable, "-m", "run"], cwd=tmp_path)
     pid = _number(tmp_path / "pid")
     run.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
     run.wait(timeout=30)
     _gone(pid)
+    assert not (tmp_path / "tidied").exists()
 
 
 def _number(file: Path) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from btx.cli.main import graph_of
+from btx.events import Emit
+from btx.graph.step import Step
+from btx.recipe.fields import later
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.settings import EvaluateSettings, RunSettings, Settings, TrainSettings
 from tests.support.world import World
@@ -162,6 +165,30 @@ def test_nested_execution_settings_are_no_identity() -> None:
         n: int = 0
 
     assert Outer(where=RunSettings(threads=3)).identity() == Outer().identity() == {"where": {}, "n": 0}
+
+
+class Grown(Step):
+    """A step that got two fields after its first keys."""
+
+    kind: ClassVar[str] = "grown"
+    number: int
+    more: bool = later(False)
+    tasks: dict[str, int] = later({})
+
+    def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+def test_a_later_field_re_keys_only_where_it_is_used(tmp_path: Path) -> None:
+    def grown(**more: Any) -> Grown:
+        return Grown(number=1, root=tmp_path, where=RunSettings(), name="", **more)
+
+    assert "more" not in grown().identity()
+    assert grown(more=False, tasks={}).key == grown().key
+    assert (
+        len({grown().key, grown(more=True).key, grown(tasks={"a": 1}).key, grown(more=True, tasks={"a": 1}).key}) == 4
+    )
 
 
 def test_what_a_domain_is_called_decides_neither_its_experts_key_nor_the_order_of_its_data(
