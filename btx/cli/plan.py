@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from btx.checkpoints.validate import read_config, require_size
@@ -16,7 +17,7 @@ from btx.models.native import native_config
 from btx.models.target import warnings_of
 from btx.recipe.mixing import mix
 from btx.recipe.recipe import Recipe
-from btx.recipe.settings import FinetuneSettings, TrainSettings, steps_of
+from btx.recipe.settings import FinetuneSettings, RunSettings, TrainSettings, steps_of
 from btx.report.figures import human, human_count
 
 GPU = 400.0  # TFLOP/s that training in bf16 sustains on a current GPU
@@ -61,11 +62,11 @@ def merged_config(recipe: Recipe, dense: Config) -> Config:
     return config.to_dict()  # type: ignore[no-any-return]
 
 
-def _row(label: str, config: Config, tokens: int, settings: TrainSettings, dtype: str) -> Row:
+def _row(label: str, config: Config, tokens: int, settings: TrainSettings, *, dtype: str, where: RunSettings) -> Row:
     count = flops.parameters(config)
     steps = steps_of(tokens, settings)
     seen = steps * settings.batch_tokens
-    memory = flops.training_memory(config, settings)
+    memory = flops.training_memory(config, settings, where)
     total = flops.training_flops(config, seen) + flops.attention_flops(config, seen, sequence=settings.sequence_length)
     return Row(
         label, count.total, count.active, seen, steps, total, memory.total, flops.checkpoint_bytes(config, dtype)
@@ -85,25 +86,26 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
     family_of(dense, "the seed")
     dense = native_config(dense, "the seed").to_dict()
     dtype = str(dense.get("dtype") or dense.get("torch_dtype") or "float32")
+    row = partial(_row, dtype=dtype, where=recipe.run)
     found: list[Row] = []
     if recipe.seed.is_builtin:
         shape = recipe.seed.builtin
         settings = recipe.train.model_copy(update={"batch_tokens": shape.batch_tokens})
-        found.append(_row("seed", dense, shape.tokens, settings, dtype))
+        found.append(row("seed", dense, shape.tokens, settings))
     kept = recipe.finetune.moments == "experts"
     for name, domain in recipe.domains.items():
         if domain.tokens and not domain.checkpoint:
-            trained = [_row(f"train:{n}", dense, domain.tokens, recipe.train, dtype) for n in domain.names(name)]
-            found += [replace(row, disk=row.disk + MOMENTS * row.parameters * kept) for row in trained]
+            trained = [row(f"train:{n}", dense, domain.tokens, recipe.train) for n in domain.names(name)]
+            found += [replace(one, disk=one.disk + MOMENTS * one.parameters * kept) for one in trained]
     moe = merged_config(recipe, merged_shape(recipe, base, dense))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))
     if not any(domain.data for domain in recipe.domains.values()):
         return found  # without data only the merge can run
-    found.append(_row("finetune", moe, recipe.finetune.tokens, recipe.finetuning, dtype))
+    found.append(row("finetune", moe, recipe.finetune.tokens, recipe.finetuning))
     for name, said in recipe.sections.items():
         planned = conversions()[name].plan(recipe, said, dense)
-        found += [_row(t.label, t.config, t.tokens, t.settings, dtype) for t in planned]
+        found += [row(t.label, t.config, t.tokens, t.settings) for t in planned]
     return found
 
 

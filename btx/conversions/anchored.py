@@ -89,7 +89,7 @@ class Pair(ModelStep):
     @property
     def needs(self) -> int:
         """Weights, gradients, optimiser state and activations of the pair."""
-        return memory_of(self.merge.folder, self.train)
+        return memory_of(self.merge.folder, self.train, self.where)
 
     @property
     def asks(self) -> dict[str, int]:

@@ -57,7 +57,7 @@ class Dense(ModelStep):
     @property
     def needs(self) -> int:
         """Weights, gradients, optimiser state and activations of the seed's shape."""
-        return memory_of(self.branch.seed.folder, self.train)
+        return memory_of(self.branch.seed.folder, self.train, self.where)
 
     @property
     def asks(self) -> dict[str, int]:

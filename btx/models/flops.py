@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from btx.models.families import DENSE, MOE, WITH_ATTENTION, Family
-from btx.recipe.settings import TrainSettings
+from btx.recipe.settings import RunSettings, TrainSettings
 
 Config = Mapping[str, Any]
 Precision = Literal["bf16", "fp32"]
@@ -179,10 +179,18 @@ def memory(config: Config, *, batch: int, sequence: int, precision: Precision, c
     )
 
 
-def training_memory(config: Config, settings: TrainSettings) -> Memory:
-    """`memory` of a training by its settings, in passes of 16k tokens, with which the loop starts."""
+def sequences_per_pass(settings: TrainSettings, where: RunSettings, processes: int = 1) -> int:
+    """Sequences of a step that one process takes through the model at once: what run.micro_batch says, by default about
+    16k tokens, whose hidden states are a few GB in a model of usual width; and never more than its part of the step."""
+    auto = where.micro_batch == "auto"
+    wanted = max(1, PASS // settings.sequence_length) if auto else int(where.micro_batch)
+    return min(wanted, max(1, settings.batch_tokens // settings.sequence_length // processes))
+
+
+def training_memory(config: Config, settings: TrainSettings, where: RunSettings) -> Memory:
+    """`memory` of a training by its settings, on one device, in the passes that the loop takes."""
     return memory(
-        config, batch=max(1, PASS // settings.sequence_length), sequence=settings.sequence_length,
+        config, batch=sequences_per_pass(settings, where), sequence=settings.sequence_length,
         precision="bf16" if settings.precision == "bf16" else "fp32", checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
 

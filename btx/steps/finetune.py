@@ -42,7 +42,7 @@ class Finetune(ModelStep):
     @property
     def needs(self) -> int:
         """Weights, gradients, optimiser state and activations of the merged model."""
-        return memory_of(self.merge.folder, self.settings)
+        return memory_of(self.merge.folder, self.settings, self.where)
 
     @property
     def asks(self) -> dict[str, int]:

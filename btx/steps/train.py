@@ -15,7 +15,7 @@ from btx.events import Emit, Note
 from btx.graph.artifact import LOGS
 from btx.graph.step import Step
 from btx.recipe.fields import later
-from btx.recipe.settings import ExpertSettings, TrainSettings, steps_of, torch_dtype
+from btx.recipe.settings import ExpertSettings, RunSettings, TrainSettings, steps_of, torch_dtype
 from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
@@ -44,7 +44,7 @@ class Train(ModelStep):
     @property
     def needs(self) -> int:
         """Weights, gradients, optimiser state and activations of the seed's shape."""
-        return memory_of(self.branch.seed.folder, self.train)
+        return memory_of(self.branch.seed.folder, self.train, self.where)
 
     @property
     def asks(self) -> dict[str, int]:
@@ -73,13 +73,13 @@ def feed_forward_alone(model: Any) -> None:
         parameter.requires_grad_(match is not None and match[2] in (GATE, UP, DOWN))
 
 
-def memory_of(folder: Path, settings: TrainSettings) -> int:
+def memory_of(folder: Path, settings: TrainSettings, where: RunSettings) -> int:
     """Estimated memory for training a checkpoint, in bytes."""
     from btx.checkpoints.validate import read_config
     from btx.models import flops
     from btx.models.native import native_config
 
-    return flops.training_memory(native_config(read_config(folder), str(folder)).to_dict(), settings).total
+    return flops.training_memory(native_config(read_config(folder), str(folder)).to_dict(), settings, where).total
 
 
 def fit(

@@ -23,6 +23,7 @@ from btx.data.sampler import IGNORED, Batch, Stream
 from btx.errors import DivergedError, InterruptedRunError, RecipeError
 from btx.events import Emit
 from btx.models.families import MOE
+from btx.models.flops import sequences_per_pass
 from btx.moe.hooks import find_routers
 from btx.recipe.precision import automatic
 from btx.recipe.settings import RunSettings, TrainSettings
@@ -193,7 +194,7 @@ class Loop:
     def _batches(self) -> list[Batch]:
         """This process's micro-batches of the step."""
         numbers = range(self.step * self.batch, (self.step + 1) * self.batch)
-        size = self.where.micro_batch if self.where.micro_batch != "auto" else self._fitting()
+        size = sequences_per_pass(self.settings, self.where, self.accelerator.num_processes)
         mine = share(numbers, self.accelerator.process_index, self.accelerator.num_processes)
         return [self.stream.batch(part) for part in micro_batches(mine, size)]
 
@@ -203,10 +204,6 @@ class Loop:
             return float(self.settings.batch_tokens)
         mine = torch.tensor(float(sum(int((b.targets != IGNORED).sum()) for b in batches)))
         return max(1.0, float(self.accelerator.reduce(mine.to(self.accelerator.device), "sum")))
-
-    def _fitting(self) -> int:
-        """Sequences per pass: about 16k tokens, whose hidden states are a few GB in a model of usual width."""
-        return max(1, 16_384 // self.settings.sequence_length)
 
     def _survey(self, hook: TrainingHook, batches: list[Batch]) -> None:
         """Run all passes of the step without gradients, for losses that need means over the whole step."""
