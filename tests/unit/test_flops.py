@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btx.models import flops
+from btx.recipe.settings import RunSettings, TrainSettings
 from btx.report.figures import human, human_count
 
 torch.set_num_threads(1)
@@ -210,6 +211,19 @@ def test_training_state_is_sixteen_bytes_a_parameter_and_eighteen_with_bf16_copi
         assert state.activations == flops.activation_bytes(
             LLAMA2_7B, tokens=128, precision=precision, checkpointing=True
         )
+
+
+def test_a_pass_is_16k_tokens_or_the_part_of_the_step_or_what_the_recipe_says() -> None:
+    step = TrainSettings(sequence_length=256, batch_tokens=2048)
+    assert flops.sequences_per_pass(step, RunSettings()) == 8  # not 64: a step has no more
+    assert flops.sequences_per_pass(step, RunSettings(), processes=4) == 2
+    assert flops.sequences_per_pass(step, RunSettings(micro_batch=3)) == 3
+    large = step.model_copy(update={"batch_tokens": 2**20})
+    assert flops.sequences_per_pass(large, RunSettings()) == 64
+    assert flops.sequences_per_pass(large, RunSettings(micro_batch=100)) == 100
+    small, big = (flops.training_memory(LLAMA2_7B, one, RunSettings()) for one in (step, large))
+    assert 8 * small.activations == big.activations
+    assert small.total - small.activations == big.total - big.activations
 
 
 def saved_bytes(model: Any, ids: torch.Tensor, *, bf16: bool) -> int:
