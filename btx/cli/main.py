@@ -1,5 +1,5 @@
-"""The command line: one verb per stage, and run, status, path, plan, check, import, doctor, init, schema, text, bench,
-moe, lm-eval.
+"""The command line: one verb per stage, and run, compare, status, path, plan, check, import, doctor, init, schema,
+text, bench, moe, lm-eval, chat.
 
 Heavy imports wait until a verb needs them, so that `btx --help` answers at once.
 """
@@ -16,6 +16,7 @@ import click
 
 from btx import __version__
 from btx.cli.bench import bench
+from btx.cli.chat import chat
 from btx.cli.command import Command
 from btx.cli.lm_eval import lm_eval
 from btx.cli.moe import moe
@@ -256,6 +257,7 @@ def text(folder: Path) -> None:
 main.add_command(bench)
 main.add_command(moe)
 main.add_command(lm_eval)
+main.add_command(chat)
 
 
 @main.command("_step", hidden=True)

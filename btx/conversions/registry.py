@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ import btx.steps
 from btx.conversions.contract import Conversion
 from btx.errors import ArtifactError, nearest
 from btx.graph.step import Step
-from btx.models.composed import FILE, Composed, described
+from btx.models.composed import FILE, described
 from btx.models.opened import Opened, opened_checkpoint
 from btx.probes.registry import ALWAYS, probes
 from btx.recipe.recipe import Recipe, read_recipe
@@ -106,4 +106,4 @@ def open_model(folder: Path, *, where: RunSettings, dtype: torch.dtype = torch.f
     assert issubclass(settings, Settings)
     with ExitStack() as stack:
         opened = {n: stack.enter_context(open_model(path, where=where, dtype=dtype)) for n, path in parts.items()}
-        yield Composed(opened, partial(kinds[kind].combine, kinds[kind].state(folder, settings.model_validate(said))))
+        yield kinds[kind].compose(folder, settings.model_validate(said), opened)

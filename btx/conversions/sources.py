@@ -87,7 +87,7 @@ class Sources:
         """The seed's step, and the step whose folder has its tokenizer."""
         seed = self.recipe.seed
         if not seed.is_builtin:
-            given = self.given("seed", seed.checkpoint)
+            given = self.given("seed", seed.checkpoint, "seed.checkpoint")
             return given, given
         plain = self.recipe.data.model_copy(update={"loss_mask": "all"})  # pretraining learns every token
         read = {"data": DataSettings(**plain.model_dump(exclude={"valid_bytes", "date"}))}  # for training a tokenizer
@@ -100,11 +100,10 @@ class Sources:
             Pretrain(tokenizer=tokenizer, tokens=tokens, shape=seed.builtin, train=train, **self.place())
         ), tokenizer
 
-    def given(self, name: str, checkpoint: str, domain: str | None = None) -> ExternalCheckpoint:
-        """A checkpoint folder of the recipe, its header and config checked, its content hashed."""
+    def given(self, name: str, checkpoint: str, key: str) -> ExternalCheckpoint:
+        """A checkpoint folder that the recipe names at a key, its header and config checked, its content hashed."""
         from btx.checkpoints.reader import Checkpoint
 
-        key = f"domains.{domain}.checkpoint" if domain else "seed.checkpoint"
         try:
             path = (self.base / Path(checkpoint).expanduser()).resolve()
             found, hint = path.is_dir(), corpus.hint(path)
@@ -129,7 +128,7 @@ class Sources:
         except (OSError, RuntimeError):
             found = False
         if not found:
-            return self.given(name, checkpoint, domain)
+            return self.given(name, checkpoint, f"domains.{domain}.checkpoint")
         files = [path / file for file in (CONFIG, WEIGHTS) if (path / file).is_file()]
         content = fingerprint([[file.name, self.digests(file)] for file in files])
         return self.add(MergedLora(seed=seed, content=content, path=path, **self.place(name)))

@@ -8,7 +8,7 @@ the tokenizer and its chat template write are special.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,13 +140,20 @@ class Encoder:
 
         With `chat` it is a user's message in the chat template, and the header of the answer follows.
         """
-        if not chat:
-            ids = self._encoded([Written(Rendered(text, []), False)], offsets=False)[0][0]
-            return [*([] if self.start is None else [self.start]), *ids]
+        if chat:
+            return self.conversation([{"role": "user", "content": text}])
+        ids = self._encoded([Written(Rendered(text, []), False)], offsets=False)[0][0]
+        return [*([] if self.start is None else [self.start]), *ids]
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> Ids:
+        """Ids of messages in the chat template, and of the header of the assistant's answer that follows."""
         try:
-            made = self._template(None).asked([{"role": "user", "content": text}])
+            made = self._template(None).asked(messages)
         except (TemplateError, ValueError, TypeError) as error:
-            raise RecipeError(f"the chat template cannot write a user's message: {error}. Leave `chat` out.") from error
+            roles = ", ".join(message["role"] for message in messages)
+            raise RecipeError(
+                f"the chat template cannot write messages ({roles}) to be answered: {error}. Leave `chat` out."
+            ) from error
         return self._encoded([Written(made, True)], offsets=False)[0][0]
 
     def _open(self, one: Written) -> bool:

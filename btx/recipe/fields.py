@@ -51,6 +51,7 @@ Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Part = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Weight = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Factor = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]  # of either sign
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*\S[^\x00]*$")]
 
 

@@ -237,6 +237,10 @@ class Recipe(Settings):
         """ValueError for a name that is neither a domain's nor `seed`."""
         _refuse_unknown(where, "domain", names, [*self.domains, "seed"])
 
+    def require_experts(self, where: str, names: Iterable[str]) -> None:
+        """ValueError for a name that no expert has."""
+        _refuse_unknown(where, "expert", names, [*self.domain_of])
+
 
 def require_whole_batches(where: str, settings: TrainSettings) -> None:
     """ValueError unless batch_tokens is a multiple of sequence_length."""

@@ -35,7 +35,8 @@ class ComposedStep(ModelStep):
     """Publishes a small file that refers to other models, which stay as they are: see `btx/models/composed.py`.
 
     A subclass declares its settings, and in `combine` how the parts' log-probabilities are combined. One that needs
-    more than its settings writes a file in `run` and reads it in `state`.
+    more than its settings writes a file in `run` and reads it in `state`. One that is no function of log-probabilities
+    overrides `compose`.
     """
 
     parts: dict[str, ModelStep]  # the composed model has the first part's tokenizer
@@ -51,6 +52,13 @@ class ComposedStep(ModelStep):
         """Scores (B, K, V) of the next token, as `btx.models.composed.Combine` says."""
         raise NotImplementedError
 
+    @classmethod
+    def compose(cls, folder: Path, settings: Any, parts: dict[str, Opened]) -> Opened:
+        """The model over its opened parts, by the files in its folder."""
+        from btx.models.composed import Composed
+
+        return Composed(parts, partial(cls.combine, cls.state(folder, settings)))
+
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Write the file, and the tokenizer beside it."""
         from btx.checkpoints.reader import carry_files
@@ -64,8 +72,6 @@ class ComposedStep(ModelStep):
     @contextmanager
     def open(self, *, where: RunSettings, dtype: torch.dtype, rule: RoutingRule | None = None) -> Iterator[Opened]:
         """The composed model over its opened parts."""
-        from btx.models.composed import Composed
-
         with ExitStack() as stack:
             parts = {n: stack.enter_context(p.open(where=where, dtype=dtype)) for n, p in self.parts.items()}
-            yield Composed(parts, partial(self.combine, self.state(self.folder, self.settings)))
+            yield self.compose(self.folder, self.settings, parts)
