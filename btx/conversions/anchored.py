@@ -36,9 +36,10 @@ from btx.steps.merge import SEED, Merge
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 from btx.steps.train import OWN, fit, memory_of
+from btx.training.hook import TrainingHook
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 ROWS = "router.safetensors"  # an expert's row of every router, in the model's order
 ANCHOR, OWN_EXPERT = 0, 1  # places in the pair
@@ -116,10 +117,10 @@ class Pair(ModelStep):
         return facts
 
 
-class Beside:
+class Beside(TrainingHook):
     """The hook of a pair: the seed's blocks, its row and all shared tensors keep every bit."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, _stream: Any) -> None:
         from btx.models.flops import experts_in
         from btx.moe.hooks import find_routers, route_in_float32
 
@@ -134,23 +135,6 @@ class Beside:
             parameter.requires_grad_(True)
         self.kept = [parameter.data[ANCHOR].clone() for parameter in self.halves]
         route_in_float32(model)
-
-    def begin(self, step: int) -> None:
-        """Nothing depends on the step."""
-
-    def sequences(self, numbers: range, length: int) -> None:
-        """Nor on which sequences it has."""
-
-    def surveys(self, passes: int) -> bool:
-        """No loss spans the step."""
-        return False
-
-    def survey(self, share: float) -> None:
-        """Never called."""
-
-    def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """None but cross-entropy."""
-        return self.halves[0].new_zeros(()), {}
 
     def gradients(self) -> None:
         """Take those of the frozen half away, before they count into the norm that is clipped."""

@@ -20,6 +20,7 @@ from btx.data.packed import Tokens
 from btx.errors import RecipeError
 
 IGNORED = -100  # the target that cross-entropy ignores
+FAR = 4096  # tokens
 _ROUNDS = 6
 
 
@@ -110,21 +111,55 @@ class Stream:
         targets = torch.from_numpy(np.stack([t for _, t in rows]))
         return Batch(inputs, targets, numbers)
 
+    def prompts(self, numbers: range) -> torch.Tensor:
+        """Places (sequences, sequence_length, 2) of the inputs in their prompts: how many tokens of the prompt come
+        before, and how many after, each -1 outside of prompts. A prompt is a run of tokens without a loss, of which
+        a sequence may hold a part."""
+        found = []
+        for place in permuted(np.arange(numbers.start, numbers.stop), self.sequences, key_of(self.seed, "mixture")):
+            name, draw = self._drawn(int(place))
+            mask = self.tokens[name].mask
+            outside = np.full((self.length, 2), -1)
+            found.append(outside if mask is None else places_in_runs(mask, self._start(name, draw), self.length))
+        return torch.from_numpy(np.stack(found))
+
     def _row(self, place: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self._sequence(*self._drawn(place))
+
+    def _drawn(self, place: int) -> tuple[str, int]:
+        """The domain of a place in the run, and which of its draws it is."""
         for name, count in self.counts.items():
             if place < count:
-                return self._sequence(name, place)
+                return name, place
             place -= count
         raise AssertionError("a place outside of the run")
 
-    def _sequence(self, name: str, draw: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _start(self, name: str, draw: int) -> int:
+        """Where the sequence of a draw begins in its domain's tokens."""
         number = self.available[name]
         epoch, place = divmod(draw, number)
         drawn = int(permuted(np.array([place]), number, key_of(self.seed, name, epoch))[0])
-        at = (self.part[0] + drawn * self.part[1]) * self.length
+        return (self.part[0] + drawn * self.part[1]) * self.length
+
+    def _sequence(self, name: str, draw: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        at = self._start(name, draw)
         ids = self.tokens[name].train[at : at + self.length + 1].astype(np.int64)
         targets = ids[1:].copy()
         mask = self.tokens[name].mask
         if mask is not None:
             targets[mask[at + 1 : at + self.length + 1] == 0] = IGNORED
         return ids, targets
+
+
+def places_in_runs(mask: NDArray[np.uint8], at: int, length: int) -> NDArray[np.int64]:
+    """Places (length, 2) of the tokens from `at` on in their runs of zeros: zeros before and after, -1 where not 0.
+
+    Runs are looked at beyond the window, as far as `FAR` tokens.
+    """
+    first = max(0, at - FAR)
+    zero = np.asarray(mask[first : at + length + FAR]) == 0
+    index = np.arange(len(zero))
+    before = index - np.maximum.accumulate(np.where(zero, -1, index)) - 1
+    after = np.minimum.accumulate(np.where(zero, len(zero), index)[::-1])[::-1] - index - 1
+    found = np.where(zero[:, None], np.stack([before, after], axis=1), -1)
+    return found[at - first : at - first + length]

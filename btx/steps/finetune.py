@@ -15,6 +15,7 @@ from btx.steps.merge import Merge
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 from btx.steps.train import Train, fit, memory_of
+from btx.training.hook import TrainingHook
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class Finetune(ModelStep):
         facts = fit(
             self, **source, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
             budget=self.settings.tokens, settings=self.settings, out=out, work=work, emit=emit,
-            prepare=lambda model: Balanced(model, self.settings, self.label, emit, names),
+            prepare=lambda model, _stream: Balanced(model, self.settings, self.label, emit, names),
             experts_per_token=chosen, moments=self._carried() if self.moments else None,
         )  # fmt: skip
         (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
@@ -117,7 +118,7 @@ def freeze(model: Any, trainable: str) -> None:
         parameter.requires_grad_(kept[trainable])
 
 
-class Balanced:
+class Balanced(TrainingHook):
     """The training hook of finetuning: the recipe's routing rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, emit: Emit, names: list[str]) -> None:
@@ -180,9 +181,6 @@ class Balanced:
         self.totals.add(self.routed.layers)
         self.window.add(self.routed.layers)
         return self.settings.balance.weight * raw, {"balance": float(raw.detach())}
-
-    def gradients(self) -> None:
-        """They are left as they are."""
 
     def figures(self) -> dict[str, Any]:
         """Load and entropy of each layer in the step, and the experts found dead when that was last judged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     import torch
 
     from btx.training.hook import TrainingHook
+    from btx.training.loop import Loop, Outcome
     from btx.training.moments import Moments
+
+    Prepare = Callable[[Any, Any], TrainingHook | None]
+    Publish = Callable[[Any, Mapping[str, torch.Tensor], Path], None]
 
 OWN = "own"  # the sampler's name for an expert's data: the order depends on it, not on the label
 
@@ -64,7 +68,7 @@ class Train(ModelStep):
         )  # fmt: skip
 
 
-def feed_forward_alone(model: Any) -> None:
+def feed_forward_alone(model: Any, _stream: Any) -> None:
     """Leave gradients to the feed-forward blocks of a dense model, which become experts, and to nothing else."""
     from btx.models.families import DOWN, GATE, LAYER, UP
 
@@ -85,13 +89,14 @@ def memory_of(folder: Path, settings: TrainSettings, where: RunSettings) -> int:
 def fit(
     step: Step, *, like: Path, tokens: dict[str, TokensStep], weights: dict[str, float], budget: int,
     settings: TrainSettings, out: Path, work: Path, emit: Emit, folder: Path | None = None, config: Any = None,
-    prepare: Any = None, part: tuple[int, int] = (0, 1), experts_per_token: int | None = None,
-    moments: Moments | None = None, keep: bool = False,
+    prepare: Prepare | None = None, part: tuple[int, int] = (0, 1), experts_per_token: int | None = None,
+    moments: Moments | None = None, keep: bool = False, publish: Publish | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a model, from a checkpoint folder or from random weights of a config, and write it; returns the facts.
 
-    `prepare(model)` may freeze parameters and return a hook (`btx.training.hook.TrainingHook`). The optimiser starts
-    from `moments`, if there are any, and with `keep` its own are written too. The tokenizer's files come from `like`.
+    `prepare(model, stream)` may freeze parameters, add some and return a hook. The optimiser starts from `moments`, if
+    there are any, and with `keep` its own are written too. What is written is the whole model, with the tokenizer's
+    files of `like`, unless `publish(model, state, out)` writes something else.
     """
     import torch
 
@@ -111,10 +116,10 @@ def fit(
         else model.fresh(config, where=step.where)
     )
     dtype = torch_dtype(settings.dtype, Checkpoint(folder).dtype if folder else torch.float32)
-    hook: TrainingHook | None = prepare(net) if prepare else None
     count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)
     stream = Stream({n: Tokens(t.folder) for n, t in tokens.items()}, weights=weights, sequences=count,
                     length=settings.sequence_length, seed=settings.seed, part=part)  # fmt: skip
+    hook = prepare(net, stream) if prepare else None
     kernel = kernel_of(net.config.model_type, step.where.kernel, device)
     if kernel:
         emit(Note(step.label, f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"))
@@ -122,17 +127,14 @@ def fit(
                 moments=moments)  # fmt: skip
     emit(Note(step.label, f"computes in {loop.precision} on {device}"))
     with closing(loop):
-        try:
-            outcome = loop.run()
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{step.label} ran out of memory on {device}. Set run.micro_batch to a smaller number (the result "
-                "stays the same but for rounding), or gradient_checkpointing: true."
-            ) from error
+        outcome = _ran(loop)
         state = loop.state_dict()
         require_finite(step.label, outcome.loss, state, dtype)
         if loop.accelerator.is_main_process:
-            model.save(out, config=net.config, state=state, dtype=dtype, like=like)
+            if publish:
+                publish(net, state, out)
+            else:
+                model.save(out, config=net.config, state=state, dtype=dtype, like=like)
             if keep:
                 loop.save_moments(out)
             (out / LOGS).mkdir()
@@ -140,6 +142,19 @@ def fit(
         loop.accelerator.wait_for_everyone()
     spent = flops.training_flops(net.config.to_dict(), outcome.tokens)
     return {**asdict(outcome), "kernel": kernel, "training_flops": spent, "parameters": model.count_parameters(net)}
+
+
+def _ran(loop: Loop) -> Outcome:
+    """The loop, run to its end; ResourceError where memory does not suffice."""
+    import torch
+
+    try:
+        return loop.run()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{loop.label} ran out of memory on {loop.accelerator.device}. Set run.micro_batch to a smaller number "
+            "(the result stays the same but for rounding), or gradient_checkpointing: true."
+        ) from error
 
 
 def require_finite(label: str, loss: float, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -114,7 +114,9 @@ class Loop:
         embedding = model.get_input_embeddings()
         embed_in_bfloat16(embedding)
         routers = find_routers(model).values() if model.config.model_type in MOE else ()
-        return CastOnce(model, kept={id(m) for m in (embedding, *([self.head] if self.head else []), *routers)})
+        precise = [module for module in model.modules() if getattr(module, "in_float32", False)]
+        kept = (embedding, *([self.head] if self.head else []), *routers, *precise)
+        return CastOnce(model, kept={id(module) for module in kept})
 
     def run(self) -> Outcome:
         """Train to the end; InterruptedRunError (state saved) on a signal, DivergedError on non-finite steps."""

@@ -28,12 +28,16 @@ VALUES: dict[str, Any] = {  # by path or last name, where a value derived from t
     "merge.copies": 2, "run.threads": 3, "run.launch": "x.yaml", "run.engine": "local",
     "batch_tokens": 64, "sequence_length": 8, "precision": "bf16", "mix": {"math": 1.0, "law": 2.0},
     "soft_first_layer": True, "experts": 4, "top_k": 1, "scratch.shape": "dense",
-    "probes.formats.formats": {"x": "y"},
+    "probes.formats.formats": {"x": "y"}, "proxy.base": "law", "proxy.antiexpert": "law",
+    "proxy.weights": {"math": 0.5}, "reft.layers": [0],
 }  # fmt: skip
 BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
     "soft_first_layer": {"{}.routing": "sample_top1"},
     "merge.chunks": {"merge.experts": "split"},
     "merge.router_tokens": {"merge.router": "activations"},
+    "reft.positions": {"data.loss_mask": "completion"},
+    "prefix": {"{}.positions": "prompt", "data.loss_mask": "completion"},
+    "suffix": {"{}.positions": "prompt", "data.loss_mask": "completion"},
 }
 SKIPPED = {  # names of files, whose contents count; and layouts that other tests cover
     "seed.checkpoint", "seed.data", "seed.valid", "seed.tokens", "seed.architecture", "domains", "merge.shared",
