@@ -30,6 +30,7 @@ VALUES: dict[str, Any] = {  # by path or last name, where a value derived from t
     "soft_first_layer": True, "experts": 4, "top_k": 1, "scratch.shape": "dense",
     "probes.formats.formats": {"x": "y"}, "proxy.base": "law", "proxy.antiexpert": "law",
     "proxy.weights": {"math": 0.5}, "reft.layers": [0],
+    "adapter.method": "dora", "adapter.options": {"r": 4},
 }  # fmt: skip
 BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
     "soft_first_layer": {"{}.routing": "sample_top1"},

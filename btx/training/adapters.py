@@ -1,0 +1,151 @@
+"""Adapters of the library peft around a native model, for training, and as saved by peft for its users.
+
+Only methods that change what modules compute are taken, since the result is a model like any other: those that add
+tokens to prompts (prompt, prefix, P-tuning) or parts of an input of their own are refused by name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btx.errors import ArtifactError, RecipeError, nearest
+
+ALL = "all-linear"  # peft's word for every linear layer but the head
+TARGETS = "target_modules"
+FEED_FORWARD = "feedforward_modules"  # a method with these (IA3) has defaults by family for both
+SAME = 1e-4  # as a share of the largest logit
+
+
+def methods() -> dict[str, Any]:
+    """The config class of every method of the installed peft, by its name in lower case."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def config_of(method: str, options: Mapping[str, Any], where: str) -> Any:
+    """peft's config of a method with options of that class; RecipeError, naming `where`, for what peft does not take.
+
+    `dora` is LoRA with `use_dora`. By default all linear layers but the head are adapted.
+    """
+    known = methods()
+    said = dict(options)
+    if method.lower() == "dora":
+        method, said = "lora", {"use_dora": True, **said}
+    if method.lower() not in known:
+        raise RecipeError(f"{where}.method: peft has no {method!r}; {nearest(method.lower(), ['dora', *known])}")
+    kind = known[method.lower()]
+    for name in said:
+        if name not in kind.__dataclass_fields__:
+            raise RecipeError(f"{where}.options: {kind.__name__} has no {name!r}; {nearest(name, _own(kind))}")
+    if TARGETS in _own(kind) and FEED_FORWARD not in _own(kind) and "target_parameters" not in said:
+        said.setdefault(TARGETS, ALL)
+    try:
+        config = kind(task_type="CAUSAL_LM", **said)
+    except Exception as error:  # each method has checks of its own
+        why = " ".join(str(error).split())
+        raise RecipeError(f"{where}.options: peft refuses them for {method} ({why}). Correct them.") from error
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        raise RecipeError(
+            f"{where}.method: {method} learns parts of an input, not changes of modules, so that nothing can be merged "
+            "or scored token by token. Use lora, dora or another."
+        )
+    return config
+
+
+def _own(kind: Any) -> list[str]:
+    return [name for name in kind.__dataclass_fields__ if name not in ("task_type", "peft_type", "peft_version")]
+
+
+def wrapped(net: Any, config: Any, where: str) -> Any:
+    """peft's model over a network, whose modules are changed in place; only the adapter has gradients.
+
+    RecipeError for a method that cannot adapt this network, or that the training loop would train in part only.
+    """
+    from peft import get_peft_model
+
+    try:
+        with _undeprecated():
+            found = get_peft_model(net, config)
+        probed(net)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise RecipeError(f"{where}: peft cannot adapt this model so ({why}). Correct method and options.") from error
+    kind = config.peft_type.value.lower()
+    if hasattr(found.base_model, "update_and_allocate"):
+        raise RecipeError(f"{where}.method: {kind} has to be told of every step of the training. Use another method.")
+    inside = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}
+    if not inside:
+        raise RecipeError(f"{where}: the adapter leaves nothing to train in this model. Name other {TARGETS}.")
+    if inside != {id(parameter) for parameter in found.parameters() if parameter.requires_grad}:
+        raise RecipeError(f"{where}.method: {kind} keeps weights outside of the modules. Use another method.")
+    return found
+
+
+@contextmanager
+def _undeprecated() -> Iterator[None]:
+    """Without the warnings that peft gets for old names of transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@torch.no_grad()
+def probed(net: Any) -> Tensor:
+    """Logits of a few fixed ids, for telling whether two networks compute the same."""
+    training = net.training
+    ids = torch.arange(1, 9, device=net.device)[None] % net.config.vocab_size
+    found: Tensor = net.eval()(input_ids=ids, use_cache=False).logits.float()
+    net.train(training)
+    return found
+
+
+def save(model: Any, out: Path) -> None:
+    """Write an adapter as peft does, without the path of the model that it was trained on."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = None
+    model.save_pretrained(str(out))
+    (out / "README.md").unlink(missing_ok=True)  # peft's card is a form to fill in
+
+
+def require_saved(net: Any, folder: Path, wanted: Tensor, where: str) -> None:
+    """RecipeError unless a saved adapter, on a plain network, gives the logits that it had (`probed`)."""
+    try:
+        load(net, folder)
+        far = float((probed(net) - wanted.to(net.device)).abs().max())
+    except ArtifactError as error:
+        why = str(error.__cause__)
+        raise RecipeError(f"{where}: peft cannot load what it saved ({why}). Use another method.") from error
+    if not far <= SAME * max(1.0, float(wanted.abs().max())):
+        raise RecipeError(
+            f"{where}: what peft saved is another adapter than the one that was trained (logits differ by {far:.2g}). "
+            "Use another method or other options."
+        )
+
+
+def load(net: nn.Module, folder: Path) -> Any:
+    """A network with a saved adapter, its modules changed in place."""
+    from peft import PeftModel
+
+    try:
+        with _undeprecated():
+            return PeftModel.from_pretrained(net, str(folder)).eval()
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ArtifactError(f"the adapter in {folder} does not fit the model ({why}). Make it again.") from error
+
+
+def merged(net: nn.Module, folder: Path) -> Any:
+    """The plain network that a saved adapter makes of a network, by the method's own merge."""
+    try:
+        return load(net, folder).merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise RecipeError(f"peft cannot merge the adapter in {folder} ({why}). Use another method.") from error
