@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from btx.checkpoints.validate import read_config, require_size
+from btx.conversions import experts
 from btx.conversions.planned import Config, seed_config
 from btx.conversions.registry import conversions
 from btx.errors import RecipeError
@@ -93,10 +94,9 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
         settings = recipe.train.model_copy(update={"batch_tokens": shape.batch_tokens})
         found.append(row("seed", dense, shape.tokens, settings))
     kept = recipe.finetune.moments == "experts"
-    for name, domain in recipe.domains.items():
-        if domain.tokens and not domain.checkpoint:
-            trained = [row(f"train:{n}", dense, domain.tokens, recipe.train) for n in domain.names(name)]
-            found += [replace(one, disk=one.disk + MOMENTS * one.parameters * kept) for one in trained]
+    for one in experts.plan(recipe, None, dense):
+        made = row(one.label, one.config, one.tokens, one.settings)
+        found.append(replace(made, disk=made.disk + MOMENTS * made.parameters * kept))
     moe = merged_config(recipe, merged_shape(recipe, base, dense))
     count = flops.parameters(moe)
     found.append(Row("merge", count.total, count.active, 0, 0, 0, 0, flops.checkpoint_bytes(moe, dtype)))

@@ -5,24 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
 from btx.conversions.contract import Conversion, spends_at_once
 from btx.conversions.dense import DenseSettings
 from btx.conversions.experts import Experts
 from btx.conversions.planned import Config, Training
-from btx.conversions.sources import Model, Sources, Start
+from btx.conversions.sources import Branch, Model, Sources, Start
 from btx.errors import RecipeError
 from btx.events import Emit
-from btx.recipe.fields import Text
+from btx.recipe.joint_settings import AdapterRule
+from btx.recipe.makers import Maker
 from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe
-from btx.recipe.settings import Settings, TrainSettings
+from btx.recipe.settings import TrainSettings
 from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.model import ComposedStep, ModelStep
 from btx.steps.tokens import TokensStep
-from btx.steps.train import fit, memory_of, require_finite
-from btx.training.hook import TrainingHook
+from btx.steps.train import OWN, fit, memory_of, require_finite
 
 if TYPE_CHECKING:
     from btx.models.opened import Opened
@@ -30,20 +28,8 @@ if TYPE_CHECKING:
 SEED = "seed"
 
 
-class AdapterSettings(DenseSettings):
+class AdapterSettings(AdapterRule, DenseSettings):
     """An adapter of the frozen seed, trained on the data of the whole conversion; defaults are those of train."""
-
-    method: Text = Field("lora", description="lora, dora, or another method of peft that changes modules")
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="of peft's config for the method: r, lora_alpha, target_modules, ..."
-    )
-
-
-class AdapterRule(Settings):
-    """What kind of adapter it is."""
-
-    method: str
-    options: dict[str, Any]
 
 
 class Adapter(ComposedStep):
@@ -83,9 +69,9 @@ class Adapter(ComposedStep):
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train the adapter, write it and the file that names the seed, and load it again."""
         from btx.models import model
-        from btx.training.adapters import require_saved
+        from btx.training.adapters import Held, require_saved
 
-        seed, held = self.branch.seed.folder, Held(self.settings)
+        seed, held = self.branch.seed.folder, Held(self.settings, "adapter")
         facts = fit(
             self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,
             settings=self.train, out=out, work=work, emit=emit, prepare=held.prepare, publish=held.publish,
@@ -105,29 +91,6 @@ class Adapter(ComposedStep):
         found = Stock(seed.net)
         found.capabilities = frozenset({HIDDEN_STATES})
         return found
-
-
-class Held:
-    """peft's model between the two ends of a training."""
-
-    def __init__(self, rule: AdapterRule) -> None:
-        self.rule = rule
-        self.model: Any = None
-        self.logits: Any = None  # of the trained model, on a few ids
-
-    def prepare(self, net: Any, _stream: Any) -> TrainingHook | None:
-        """Put the adapter around the network."""
-        from btx.training.adapters import config_of, wrapped
-
-        self.model = wrapped(net, config_of(self.rule.method, self.rule.options, "adapter"), "adapter")
-        return None
-
-    def publish(self, net: Any, _state: Any, out: Path) -> None:
-        """Write the adapter."""
-        from btx.training.adapters import probed, save
-
-        self.logits = probed(net).cpu()
-        save(self.model, out)
 
 
 class MergedAdapter(ModelStep):
@@ -153,14 +116,34 @@ class MergedAdapter(ModelStep):
 def build(sources: Sources, start: Start, _experts: Experts, settings: AdapterSettings) -> dict[str, Model]:
     """The seed with its adapter."""
     recipe, tokens = sources.recipe, sources.all_data(start)
-    filled = recipe.filled(settings)
     step = sources.add(Adapter(
         parts={SEED: start.seed}, settings=AdapterRule(method=settings.method, options=settings.options),
         branch=start.branch, tokens=tokens, weights=shares_in_all(recipe, list(tokens), settings.mix, "adapter.mix"),
         budget=settings.tokens or recipe.tokens_in_all,
-        train=TrainSettings(**{name: getattr(filled, name) for name in TrainSettings.model_fields}), **sources.place(),
+        train=_training(recipe.filled(settings)), **sources.place(),
     ))  # fmt: skip
     return {"adapter": Model(step)}
+
+
+def expert(sources: Sources, start: Start, branch: Branch, settings: AdapterSettings) -> MergedAdapter:
+    """A domain's expert: the seed with an adapter trained on the domain, merged."""
+    if branch.part != (0, 1):
+        raise RecipeError(f"domains: {branch.name} is one of several experts of a domain, which only `train` makes.")
+    adapter = sources.add(Adapter(
+        parts={SEED: start.seed}, settings=AdapterRule(method=settings.method, options=settings.options),
+        branch=start.branch, tokens={OWN: branch.text}, weights={OWN: 1.0}, budget=branch.tokens,
+        train=_training(settings), **sources.place(branch.name),
+    ))  # fmt: skip
+    return sources.add(MergedAdapter(adapter=adapter, **sources.place(branch.name)))
+
+
+def expert_plan(settings: AdapterSettings, seed: Config, name: str, tokens: int) -> Training:
+    """The training, which computes the seed forwards and backwards."""
+    return Training(f"adapter:{name}", seed, tokens, settings)
+
+
+def _training(settings: AdapterSettings) -> TrainSettings:
+    return TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
 
 
 def plan(recipe: Recipe, settings: AdapterSettings, seed: Config) -> list[Training]:
@@ -175,4 +158,5 @@ CONVERSION = Conversion(
     plan=plan,
     rates=("adapter.learning_rate",),
     spend=spends_at_once("adapter"),
+    maker=Maker(section=AdapterSettings, build=expert, plan=expert_plan),
 )

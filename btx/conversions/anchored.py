@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from btx.conversions.contract import Conversion
 from btx.conversions.experts import Experts
 from btx.conversions.planned import Config, Training
-from btx.conversions.sources import Model, Sources, Start
+from btx.conversions.sources import Branch, Model, Sources, Start
 from btx.conversions.upcycle import Upcycle
 from btx.errors import RecipeError
 from btx.events import Emit
@@ -26,6 +26,7 @@ from btx.graph.step import HASHED
 from btx.merge.layout import layout
 from btx.recipe.compare_settings import Arm
 from btx.recipe.fields import Count, Part
+from btx.recipe.makers import Maker
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.mixing import both_stages
 from btx.recipe.recipe import Recipe, Section, require_whole_batches
@@ -223,14 +224,10 @@ def build(sources: Sources, start: Start, _experts: Experts, settings: AnchoredS
     filled = recipe.filled(settings)
     train = TrainSettings(**{name: getattr(filled, name) for name in TrainSettings.model_fields})
     budgets, last = settings.budgets(recipe)
-    copies = MergeSettings(copies=2, router="random", seed=recipe.merge.seed, dtype=recipe.merge.dtype)
-    two = sources.add(Upcycle(branch=start.branch, descent=None, experts={}, settings=copies, **sources.place("pair")))
-    steps: dict[str, ModelStep] = {}
-    for name, tokens in budgets.items():
-        pair = sources.add(
-            Pair(merge=two, tokens=start.tokens[name], budget=tokens, train=train, **sources.place(name))
-        )
-        steps[name] = sources.add(AnchoredExpert(pair=pair, **sources.place(name)))
+    two = _pair_of(sources, start)
+    steps: dict[str, ModelStep] = {
+        name: _branched(sources, two, name, start.tokens[name], tokens, train) for name, tokens in budgets.items()
+    }
     merge = sources.add(AnchoredMerge(
         branch=start.branch, descent=None, experts=steps, settings=_laid_out(recipe, list(steps)), **sources.place()
     ))  # fmt: skip
@@ -247,15 +244,41 @@ def build(sources: Sources, start: Start, _experts: Experts, settings: AnchoredS
     return {"anchored": Model(step, said.rule)}
 
 
+def expert(sources: Sources, start: Start, branch: Branch, settings: AnchoredSettings) -> AnchoredExpert:
+    """A domain's expert: blocks trained beside the seed's own, in the seed."""
+    if branch.part != (0, 1):
+        raise RecipeError(f"domains: {branch.name} is one of several experts of a domain, which only `train` makes.")
+    train = TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
+    return _branched(sources, _pair_of(sources, start), branch.name, branch.text, branch.tokens, train)
+
+
+def expert_plan(settings: AnchoredSettings, seed: Config, name: str, tokens: int) -> Training:
+    """The training of the pair."""
+    two = layout(MergeSettings(copies=2), [SEED], seed, "the seed").config(seed, 2, "the seed").to_dict()
+    return Training(f"anchored-pair:{name}", two, tokens, settings)
+
+
+def _pair_of(sources: Sources, start: Start) -> Upcycle:
+    """The seed beside itself."""
+    copies = MergeSettings(copies=2, router="random", seed=sources.recipe.merge.seed, dtype=sources.recipe.merge.dtype)
+    return sources.add(Upcycle(branch=start.branch, descent=None, experts={}, settings=copies, **sources.place("pair")))
+
+
+def _branched(
+    sources: Sources, two: Upcycle, name: str, text: TokensStep, tokens: int, train: TrainSettings
+) -> AnchoredExpert:
+    pair = sources.add(Pair(merge=two, tokens=text, budget=tokens, train=train, **sources.place(name)))
+    return sources.add(AnchoredExpert(pair=pair, **sources.place(name)))
+
+
 def plan(recipe: Recipe, settings: AnchoredSettings, seed: Config) -> list[Training]:
     """The pairs, and the routers."""
     filled, (budgets, last) = recipe.filled(settings), settings.budgets(recipe)
-    two = layout(MergeSettings(copies=2), [SEED], seed, "the seed").config(seed, 2, "the seed").to_dict()
     names = list(budgets)
     whole = layout(_laid_out(recipe, names), [*names, SEED], seed, "the seed")
     config = whole.config(seed, settings.top_k, "the seed").to_dict()
     routers = [Training("anchored", config, last, filled)] if last else []
-    return [*(Training(f"anchored-pair:{name}", two, count, filled) for name, count in budgets.items()), *routers]
+    return [*(expert_plan(filled, seed, name, count) for name, count in budgets.items()), *routers]
 
 
 def spend(_recipe: Recipe, tokens: int, _arm: Arm) -> dict[str, Any]:
@@ -264,5 +287,11 @@ def spend(_recipe: Recipe, tokens: int, _arm: Arm) -> dict[str, Any]:
 
 
 CONVERSION = Conversion(
-    build, models=("anchored",), section=AnchoredSettings, plan=plan, rates=("anchored.learning_rate",), spend=spend
+    build,
+    models=("anchored",),
+    section=AnchoredSettings,
+    plan=plan,
+    rates=("anchored.learning_rate",),
+    spend=spend,
+    maker=Maker(section=AnchoredSettings, build=expert, plan=expert_plan),
 )

@@ -36,7 +36,7 @@ def build(sources: Sources, start: Start, experts: Experts, _settings: None) -> 
     if start.tokens:  # without data, experts trained elsewhere can only be merged
         finetune = sources.add(
             Finetune(merge=merge, tokens=tokens, weights=mix(recipe, list(tokens)), settings=settings.plain,
-                     moments=settings.moments == "experts", **sources.place())
+                     moments=settings.moments == "experts", adapter=settings.adapter, **sources.place())
         )  # fmt: skip
         models["finetuned"] = Model(finetune, settings.rule, own, exported=True, before="merged")
     return models

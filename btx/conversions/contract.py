@@ -10,6 +10,7 @@ from btx.conversions.experts import Experts
 from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Model, Sources, Start
 from btx.recipe.compare_settings import Arm
+from btx.recipe.makers import Maker
 from btx.recipe.mixing import both_stages
 from btx.recipe.recipe import Recipe, Section
 
@@ -46,6 +47,8 @@ class Conversion:
     on that many tokens in all. The last of its models is compared, or the first if `after_merge` is 0, which is the
     share of the tokens that the training with the label `finishing` takes. `on_the_way` names the models between the
     seed and the one that is compared, in order: their scores tell where its gain comes from.
+
+    With a `maker` it can make a domain's expert too (`domains.NAME.expert`).
     """
 
     build: Callable[[Sources, Start, Experts, Any], dict[str, Model]]
@@ -56,3 +59,4 @@ class Conversion:
     spend: Callable[[Recipe, int, Arm], Mapping[str, Any]] | None = None
     finishing: str = ""
     on_the_way: tuple[str, ...] = ()
+    maker: Maker | None = None

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from btx.conversions.planned import Config, Training
-from btx.conversions.sources import Model, Sources, Start
+from btx.conversions.sources import Branch, Model, Sources, Start
 from btx.recipe.compare_settings import Arm
+from btx.recipe.makers import Maker
 from btx.recipe.recipe import Recipe
+from btx.recipe.settings import ExpertSettings
 from btx.steps.branch import VerifyExperts
 from btx.steps.given import ExternalCheckpoint
 from btx.steps.model import ModelStep
@@ -59,12 +61,29 @@ def spend(recipe: Recipe, tokens: int, _arm: Arm | None = None) -> dict[str, Any
 
 
 def plan(recipe: Recipe, _settings: None, seed: Config) -> list[Training]:
-    """The trainings of the experts, each of the seed's shape."""
-    return [
-        Training(f"train:{expert}", seed, domain.tokens, recipe.train)
-        for name, domain in recipe.domains.items() if domain.tokens and domain.checkpoint is None
-        for expert in domain.names(name)
-    ]  # fmt: skip
+    """The trainings of the experts."""
+    found = []
+    for domain, said in recipe.domains.items():
+        if said.tokens and said.checkpoint is None:
+            how, settings = recipe.making(domain)
+            found += [recipe.makers[how].plan(settings, seed, name, said.tokens) for name in said.names(domain)]
+    return found
+
+
+def trained(sources: Sources, start: Start, branch: Branch, settings: ExpertSettings) -> Train:
+    """The seed, trained on the domain."""
+    return sources.add(Train(
+        branch=start.branch, tokens=branch.text, budget=branch.tokens, train=settings, part=branch.part,
+        moments=sources.recipe.finetune.moments == "experts", **sources.place(branch.name),
+    ))  # fmt: skip
+
+
+def trained_plan(settings: ExpertSettings, seed: Config, name: str, tokens: int) -> Training:
+    """A training of the seed's shape."""
+    return Training(f"train:{name}", seed, tokens, settings)
+
+
+TRAIN = Maker(section=ExpertSettings, build=trained, plan=trained_plan)
 
 
 def build(sources: Sources, start: Start) -> Experts:
@@ -79,10 +98,12 @@ def build(sources: Sources, start: Start) -> Experts:
     descent = sources.add(VerifyExperts(seed=start.seed, given=given, **sources.place("given"))) if given else None
     steps: dict[str, ModelStep] = {}
     for expert, name in recipe.domain_of.items():
-        domain = recipe.domains[name]
-        steps[expert] = elsewhere.get(expert) or sources.add(
-            Train(branch=start.branch, tokens=start.tokens[name], budget=domain.tokens, train=recipe.train,
-                  part=(domain.names(name).index(expert), domain.experts),
-                  moments=recipe.finetune.moments == "experts", **sources.place(expert))
-        )  # fmt: skip
+        if expert in elsewhere:
+            steps[expert] = elsewhere[expert]
+            continue
+        domain, (how, settings) = recipe.domains[name], recipe.making(name)
+        branch = Branch(
+            expert, start.tokens[name], domain.tokens or 0, (domain.names(name).index(expert), domain.experts)
+        )
+        steps[expert] = recipe.makers[how].build(sources, start, branch, settings)
     return Experts(steps, descent, sources.vocabulary(start.seed, given))

@@ -21,6 +21,7 @@ from btx.probes.registry import ALWAYS, probes
 from btx.recipe.paths import expanded
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import Settings
+from btx.steps.adapted import MergedLora
 from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.given import ExternalCheckpoint
@@ -28,7 +29,6 @@ from btx.steps.measure import Measure
 from btx.steps.merge import SEED, Merge
 from btx.steps.report import Report
 from btx.steps.tokens import Reads
-from btx.steps.train import Train
 
 SELECTED = 4  # the select split is scored on a quarter of the tokens: enough to see a harm, and it costs little
 
@@ -48,6 +48,9 @@ class Graph:
         sources, recipe = self.sources, self.recipe
         start = sources.start()
         made = experts.build(sources, start)
+        self.branches = {
+            s.label: n for n, s in made.steps.items() if not isinstance(s, ExternalCheckpoint | MergedLora)
+        }
         models = {SEED: Model(start.seed), **made.models(sources, start)}
         for name, conversion in conversions().items():
             settings = recipe.sections.get(name)
@@ -119,12 +122,13 @@ class Graph:
         """Labels of a stage, such as train (one per expert trained here); RecipeError for an unknown one."""
         if domain is not None and domain not in {**self.recipe.domains, **self.recipe.domain_of}:
             raise RecipeError(f"there is no domain {domain!r}; {nearest(domain, self.recipe.domains)}")
+        if stage == "train":
+            names = self.recipe.domains[domain].names(domain) if domain in self.recipe.domains else [domain]
+            return [label for label, name in self.branches.items() if not domain or name in names]
         wanted = f"{stage}:{domain}" if domain else stage
         several = self.recipe.domains[domain].names(domain) if domain in self.recipe.domains else [domain]
         mine = {f"{stage}:{name}" for name in several}
         found = [label for label in self.steps if label in mine or (not domain and label.split(":")[0] == stage)]
-        if not found and stage == "train":
-            return []  # every expert was trained elsewhere: checked and merged, not trained
         if not found and stage in STAGES and "finetune" not in self.steps:
             raise RecipeError(
                 "no domain has `data`, so there is nothing to finetune or evaluate on. Give a domain some, or stop "
@@ -156,7 +160,8 @@ class Graph:
         merge = self.steps["merge"]
         assert isinstance(merge, Merge)
         labels = {step.label for step in steps}
-        if merge.label not in labels and any(isinstance(step, Train) for step in steps):
+        branches = {self.steps[label].key for label in self.branches}
+        if merge.label not in labels and any(step.key in branches for step in steps):
             merge.check_layout()  # an impossible merge is refused before experts are trained for it
         asked: dict[str, int] = {}
         for step in steps:

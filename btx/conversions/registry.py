@@ -21,6 +21,7 @@ from pydantic import Field, create_model
 import btx.conversions
 import btx.steps
 from btx.conversions.contract import Conversion
+from btx.conversions.experts import TRAIN
 from btx.errors import ArtifactError, nearest
 from btx.graph.step import Step
 from btx.models.composed import FILE, described
@@ -53,6 +54,7 @@ def recipe_model() -> type[Recipe]:
     fields: dict[str, Any] = {**_optional(owned), "probes": (further, further())}
     made = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **fields)
     made.conversions = tuple(owned)
+    made.makers = {"train": TRAIN, **{name: found.maker for name, found in conversions().items() if found.maker}}
     made.reserved = ("seed", *(model for found in conversions().values() for model in found.models))
     return made
 

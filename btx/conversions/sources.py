@@ -39,6 +39,16 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """One expert that is to be made: its name, its domain's text, its tokens, and its part (n, N) of the sequences."""
+
+    name: str
+    text: TokensStep
+    tokens: int
+    part: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Model:
     """A model that a conversion makes: the step that publishes it, its routing rule, the domains in its tokenizer."""
 

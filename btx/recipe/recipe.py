@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -15,17 +15,18 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from btx.errors import RecipeError, nearest
 from btx.recipe.compare_settings import CompareSettings
-from btx.recipe.fields import NAME, Count, Several, Text
+from btx.recipe.fields import NAME
+from btx.recipe.inputs import DomainRecipe, SeedRecipe
+from btx.recipe.joint_settings import JointSettings
+from btx.recipe.makers import APART, Maker
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.messages import SIGNS, sentences
 from btx.recipe.settings import (
-    BuiltinSeed,
     DataSettings,
     EvaluateSettings,
     ExpertSettings,
     ExportSettings,
     FinetuneSettings,
-    JointSettings,
     RunSettings,
     Settings,
     TrainSettings,
@@ -35,71 +36,6 @@ from btx.recipe.strict_yaml import parse_yaml
 from btx.recipe.task_settings import Tasks
 
 S = TypeVar("S", bound=TrainSettings)
-BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
-
-
-class SeedRecipe(Settings):
-    """The checkpoint that everything starts from."""
-
-    checkpoint: Text = Field(description="a local Hugging Face folder, or `builtin`: a small Llama that btx pretrains")
-    data: list[Text] = Field(default_factory=list, description="text like the seed's training data, for the finetuning")
-    valid: list[Text] = Field(default_factory=list)
-    tokens: Count | None = Field(None, description="its weight in the finetuning mix; default: the domains' mean")
-    builtin: BuiltinSeed = BuiltinSeed()
-    architecture: dict[str, Any] | None = Field(
-        None, description="the seed's config.json, for `btx plan` where the checkpoint is not at hand"
-    )
-
-    @property
-    def is_builtin(self) -> bool:
-        """Whether btx makes the seed itself."""
-        return self.checkpoint == "builtin"
-
-    @property
-    def sources(self) -> list[str]:
-        """Its data; by default the builtin texts for a builtin seed, none for others."""
-        return self.data or (list(BUILTIN_DATA) if self.is_builtin else [])
-
-    @model_validator(mode="after")
-    def _used(self) -> SeedRecipe:
-        idle = "tokens" if self.tokens is not None else "valid" if self.valid else None
-        if idle and not self.sources:
-            raise ValueError(f"`{idle}` applies to the seed's `data`, and there is none")
-        return self
-
-
-class DomainRecipe(Settings):
-    """One domain: text to train an expert on, or an expert that exists."""
-
-    data: list[Text] = Field(default_factory=list)
-    valid: list[Text] = Field(default_factory=list, description="held-out files; default: a share of the documents")
-    tokens: Count | None = Field(None, description="training tokens of the expert, of each if there are several")
-    experts: Several = Field(1, description="how many to train; the sequences of the data are dealt to them in turn")
-    checkpoint: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="an expert trained elsewhere: a model, or a LoRA adapter; a list of them for several"
-    )
-
-    @property
-    def checkpoints(self) -> list[str]:
-        """The checkpoints of experts trained elsewhere."""
-        return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint or []
-
-    def names(self, domain: str) -> list[str]:
-        """The names of its experts: the domain's, numbered if there are several."""
-        count = len(self.checkpoints) or self.experts
-        return [domain] if count == 1 else [f"{domain}.{n}" for n in range(count)]
-
-    @model_validator(mode="after")
-    def _enough(self) -> DomainRecipe:
-        if self.checkpoint is None and not self.data:
-            raise ValueError("a domain needs `data` to train on, or the `checkpoint` of an expert")
-        if self.checkpoint is None and self.tokens is None:
-            raise ValueError("say how many `tokens` this expert is trained on, such as 400k")
-        if self.valid and not self.data:
-            raise ValueError("`valid` holds documents out of `data`, and there is none")
-        if self.checkpoint is not None and "experts" in self.model_fields_set:
-            raise ValueError("`experts` counts those that are trained here; name several under `checkpoint` as a list")
-        return self
 
 
 class Section(Settings):
@@ -113,6 +49,7 @@ class Recipe(Settings):
     """A whole run: BTX, the conversions beside it and the probes, whose sections are fields of a subclass."""
 
     conversions: ClassVar[tuple[str, ...]] = ()  # the keys of those sections
+    makers: ClassVar[Mapping[str, Maker]] = {}  # the ways to make a domain's expert
     reserved: ClassVar[tuple[str, ...]] = ("seed",)  # names of models in a report, which no domain may have
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     seed: SeedRecipe
@@ -164,13 +101,37 @@ class Recipe(Settings):
         if isinstance(section, FinetuneSettings):
             rules = set(FinetuneSettings.model_fields) - set(TrainSettings.model_fields) - {"tokens", "mix"}
             found |= {name: getattr(self.finetune, name) for name in rules - section.model_fields_set}
+        if isinstance(section, ExpertSettings) and "trainable" not in section.model_fields_set:
+            found["trainable"] = self.train.trainable
         return type(section).model_validate({**dict(section), **found})
+
+    def making(self, domain: str) -> tuple[str, TrainSettings]:
+        """How a domain's expert is made, and the settings of that, unset ones filled from `train`; ValueError for what
+        there is not."""
+        said = self.domains[domain].expert
+        [(name, settings)] = said.items() if isinstance(said, dict) else [(said, {})]
+        where = f"domains.{domain}.expert"
+        _refuse_unknown(where, "way", [name], [*self.makers])
+        section = self.makers[name].section
+        if idle := [key for key in settings if key in APART]:
+            raise ValueError(f"{where}.{name}: {idle[0]} does not apply to one expert; domains.{domain} has its tokens")
+        try:
+            found = self.filled(section.model_validate(settings))
+        except ValidationError as error:
+            wrong = " ".join(sentences(error, section, NAME))
+            raise ValueError(f"{where}.{name}: {wrong}") from error
+        if found.precision == "auto":
+            found = found.model_copy(update={"precision": self.train.precision})
+        return name, found
 
     @property
     def tokens_in_all(self) -> int:
         """The tokens of the experts trained here and of the finetuning together, in whole steps."""
-        trained = [d for d in self.domains.values() if d.tokens and d.checkpoint is None]
-        apart = sum(steps_of(d.tokens or 0, self.train) * d.experts for d in trained) * self.train.batch_tokens
+        apart = 0
+        for name, domain in self.domains.items():
+            if domain.tokens and domain.checkpoint is None:
+                _, settings = self.making(name)
+                apart += steps_of(domain.tokens, settings) * domain.experts * settings.batch_tokens
         return apart + steps_of(self.finetune.tokens, self.finetuning) * self.finetuning.batch_tokens
 
     @field_validator("domains")
@@ -200,6 +161,8 @@ class Recipe(Settings):
         self._enough_experts()
         self._whole_batches()
         for name, domain in self.domains.items():
+            if self.makers:
+                require_whole_batches(f"domains.{name}.expert, with what it takes from train", self.making(name)[1])
             if domain.data and not (domain.valid or self.data.holdout):
                 raise ValueError(
                     f"data.holdout is 0 and domains.{name} has no `valid` files, so there is nothing to "

@@ -212,19 +212,6 @@ class FinetuneSettings(TrainSettings):
         return self
 
 
-class JointSettings(FinetuneSettings):
-    """The finetuning of merged experts."""
-
-    moments: Literal["fresh", "experts"] = Field(
-        "fresh", description="the optimiser's at the start; experts: their own, averaged over those that share a tensor"
-    )
-
-    @property
-    def plain(self) -> FinetuneSettings:
-        """What decides the training of any Mixture of Experts."""
-        return FinetuneSettings(**{name: getattr(self, name) for name in FinetuneSettings.model_fields})
-
-
 class RoutingRule(Settings):
     """How tokens are routed when a Mixture of Experts is measured; `experts_per_token` None stands for all."""
 

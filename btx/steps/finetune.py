@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btx.errors import RecipeError
 from btx.events import Emit, Warned
 from btx.recipe.fields import later
-from btx.recipe.settings import FinetuneSettings
+from btx.recipe.joint_settings import AdapterRule
+from btx.recipe.settings import FinetuneSettings, torch_dtype
 from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
 from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
-from btx.steps.train import Train, fit, memory_of
+from btx.steps.train import Train, fit, memory_of, require_finite
 from btx.training.hook import TrainingHook
 
 if TYPE_CHECKING:
     import torch
 
     from btx.moe.balance import StepMeans
+    from btx.training.adapters import Held
     from btx.training.moments import Moments
 
 
@@ -39,6 +42,7 @@ class Finetune(ModelStep):
     weights: dict[str, float]
     settings: FinetuneSettings
     moments: bool = later(False)  # whether the optimiser starts from those of the experts
+    adapter: AdapterRule | None = later(None)  # trained instead of the weights, and merged
 
     @property
     def needs(self) -> int:
@@ -56,6 +60,8 @@ class Finetune(ModelStep):
         require_positions(self.merge.branch.seed, f"{self.section}.sequence_length", self.settings.sequence_length)
         if self.moments:
             self._require_moments()
+        if self.adapter:
+            self._require_adapter(self.adapter)
         if not self.merge.settings.attention:
             return
         why = f"merge.experts: {self.merge.settings.experts} makes a model whose class"
@@ -69,27 +75,62 @@ class Finetune(ModelStep):
         names: list[str] = json.loads((self.merge.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
         chosen = self.settings.experts_per_token or len(names)
         source = {"config": self._shape(chosen)} if self.fresh else {"folder": self.merge.folder}
+        held = self._held() if self.adapter else None
+
+        def prepare(net: Any, _stream: Any) -> TrainingHook:
+            hook = Balanced(net, self.settings, self.label, emit, names)
+            if held:
+                held.prepare_mixture(net)
+            return hook
+
         facts = fit(
             self, **source, like=self.merge.folder, tokens=self.tokens, weights=self.weights,
-            budget=self.settings.tokens, settings=self.settings, out=out, work=work, emit=emit,
-            prepare=lambda model, _stream: Balanced(model, self.settings, self.label, emit, names),
+            budget=self.settings.tokens, settings=self.settings, out=out, work=work, emit=emit, prepare=prepare,
             experts_per_token=chosen, moments=self._carried() if self.moments else None,
+            publish=partial(self._publish, held) if held else None,
         )  # fmt: skip
         (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
         return facts
+
+    def _held(self) -> Held:
+        from btx.training.adapters import Held
+
+        assert self.adapter
+        return Held(self.adapter, f"{self.section}.adapter")
+
+    def _publish(self, held: Held, net: Any, _state: Any, out: Path) -> None:
+        """Write the mixture that the adapter makes."""
+        from btx.checkpoints.reader import Checkpoint
+        from btx.models import model
+
+        like = self.merge.folder
+        state, dtype = held.merge(net).state_dict(), torch_dtype(self.settings.dtype, Checkpoint(like).dtype)
+        require_finite(self.label, 0.0, state, dtype)
+        model.save(out, config=net.config, state=state, dtype=dtype, like=like)
 
     def _require_moments(self) -> None:
         """RecipeError where moments cannot be carried over exactly."""
         asked, merge = "finetune.moments: experts", self.merge.settings
         if elsewhere := [name for name, step in self.merge.experts.items() if not isinstance(step, Train)]:
-            raise RecipeError(f"{asked} needs the optimiser's moments of every expert, and {elsewhere[0]} was trained "
-                              "elsewhere. Use moments: fresh, or train it here.")  # fmt: skip
+            raise RecipeError(f"{asked} needs the optimiser's moments of every expert, and {elsewhere[0]} was made "
+                              "elsewhere, or not by `train`. Use moments: fresh.")  # fmt: skip
         if merge.experts != "per_model" or merge.reinitialize or merge.shared_expert != "none":
             raise RecipeError(f"{asked} is for experts that are whole feed-forward blocks of the models: merge.experts "
                               "per_model, nothing reinitialised, no shared expert. Use moments: fresh.")  # fmt: skip
         if self.where.launch:
             raise RecipeError(f"{asked} was not tried on shards, as run.launch may make. Use moments: fresh, or leave "
                               "run.launch out.")  # fmt: skip
+
+    def _require_adapter(self, adapter: AdapterRule) -> None:
+        """RecipeError for an adapter that peft does not know, or where it was not tried."""
+        from btx.training.adapters import config_of
+
+        asked = f"{self.section}.adapter"
+        config_of(adapter.method, adapter.options, asked)
+        if self.merge.settings.attention:
+            raise RecipeError(f"{asked} was not tried on experts of attention. Leave it, or merge.experts, out.")
+        if self.where.launch:
+            raise RecipeError(f"{asked} was not tried on shards, as run.launch may make. Leave one of them out.")
 
     def _carried(self) -> Moments:
         from btx.training.moments import Moments

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from btx.errors import ArtifactError, RecipeError, nearest
+from btx.models.flops import experts_in
+from btx.moe.hooks import find_routers
+from btx.recipe.joint_settings import AdapterRule
 
 ALL = "all-linear"  # peft's word for every linear layer but the head
 TARGETS = "target_modules"
@@ -72,7 +75,7 @@ def wrapped(net: Any, config: Any, where: str) -> Any:
     from peft import get_peft_model
 
     try:
-        with _undeprecated():
+        with _quietly():
             found = get_peft_model(net, config)
         probed(net)
     except Exception as error:
@@ -90,10 +93,11 @@ def wrapped(net: Any, config: Any, where: str) -> Any:
 
 
 @contextmanager
-def _undeprecated() -> Iterator[None]:
-    """Without the warnings that peft gets for old names of transformers."""
+def _quietly() -> Iterator[None]:
+    """Without the warnings that peft causes itself: old names of transformers, and patterns that it adds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern", RuntimeWarning)
         yield
 
 
@@ -135,7 +139,7 @@ def load(net: nn.Module, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        with _undeprecated():
+        with _quietly():
             return PeftModel.from_pretrained(net, str(folder)).eval()
     except Exception as error:
         why = " ".join(str(error).split())
@@ -149,3 +153,76 @@ def merged(net: nn.Module, folder: Path) -> Any:
     except (AttributeError, NotImplementedError, ValueError) as error:
         why = " ".join(str(error).split())
         raise RecipeError(f"peft cannot merge the adapter in {folder} ({why}). Use another method.") from error
+
+
+class Held:
+    """peft's model between the two ends of a training."""
+
+    def __init__(self, rule: AdapterRule, where: str) -> None:
+        self.rule, self.where = rule, where
+        self.model: Any = None
+        self.logits = torch.zeros(0)  # of the trained model, on a few ids
+
+    def prepare(self, net: Any, _stream: Any) -> None:
+        """Put the adapter around a network."""
+        config = config_of(self.rule.method, self.rule.options, self.where)
+        self.model = wrapped(net, config, self.where)
+
+    def prepare_mixture(self, net: Any) -> None:
+        """Put the adapter around a Mixture of Experts; its routers are trained as they are.
+
+        By default the experts are adapted too, of which `all-linear` would adapt none: they are not linear layers, but
+        tensors that hold them all.
+        """
+        routers, own = find_routers(net), {"target_modules", "target_parameters"}
+        options = dict(self.rule.options)
+        config = config_of(self.rule.method, options, self.where)
+        if not own & options.keys():
+            if not hasattr(config, "target_parameters"):
+                raise RecipeError(
+                    f"{self.where}.method: {self.rule.method} cannot adapt experts, which are tensors, not layers. "
+                    f"Use lora, or name {TARGETS} to leave the experts as they are."
+                )
+            options |= {TARGETS: ALL, "target_parameters": sorted(_of_experts(net))}
+            if inner := _linear_in(net, routers):
+                options["exclude_modules"] = inner
+            config = config_of(self.rule.method, options, self.where)
+        self.model = wrapped(net, config, self.where)
+        for router in routers.values():
+            router.requires_grad_(True)
+
+    def publish(self, net: Any, _state: Any, out: Path) -> None:
+        """Write the adapter."""
+        self.logits = probed(net).cpu()
+        save(self.model, out)
+
+    def merge(self, net: Any) -> Any:
+        """The plain network; RecipeError unless it computes what the adapted one did."""
+        wanted = probed(net)
+        try:
+            plain = self.model.merge_and_unload()
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise RecipeError(f"{self.where}: peft cannot merge this adapter ({why}). Use another method.") from error
+        far = float((probed(plain) - wanted).abs().max())
+        if not far <= SAME * max(1.0, float(wanted.abs().max())):
+            raise RecipeError(
+                f"{self.where}: what peft merged is not what was trained (logits differ by {far:.2g}). Use another "
+                "method or other options."
+            )
+        return plain
+
+
+def _linear_in(net: Any, routers: Mapping[str, nn.Module]) -> list[str]:
+    """The linear layers that are a router's, by name."""
+    mine = {id(module) for router in routers.values() for module in router.modules()}
+    return [name for name, module in net.named_modules() if id(module) in mine and isinstance(module, nn.Linear)]
+
+
+def _of_experts(net: Any) -> set[str]:
+    """The stacked tensors of experts, by their names below a layer."""
+    inside = {id(parameter) for module in experts_in(net) for parameter in module.parameters()}
+    return {
+        name.split(".layers.")[-1].partition(".")[2] for name, parameter in net.named_parameters()
+        if id(parameter) in inside
+    }  # fmt: skip

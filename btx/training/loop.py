@@ -103,6 +103,7 @@ class Loop:
             moments.carry(model, self.optimizer.optimizer)
         whole = self.accelerator.distributed_type.value in WHOLE
         self.head = output_head(model) if whole else None
+        self.lookup: Any = None  # the handle of a hook, while the embedding gives bfloat16
         self.cast = self._cast_once(model) if alone else None
         self.step = self.bad = self.bad_in_a_row = 0
         self.loss = float("nan")
@@ -112,7 +113,7 @@ class Loop:
         if self.precision != "bf16":
             return None
         embedding = model.get_input_embeddings()
-        embed_in_bfloat16(embedding)
+        self.lookup = embed_in_bfloat16(embedding)
         routers = find_routers(model).values() if model.config.model_type in MOE else ()
         precise = [module for module in model.modules() if getattr(module, "in_float32", False)]
         kept = (embedding, *([self.head] if self.head else []), *routers, *precise)
@@ -139,6 +140,8 @@ class Loop:
                         f"{self.label} was asked to stop ({asked}); its state at step "
                         f"{self.step} is saved. Run the same command again to go on."
                     )
+        if self.lookup:
+            self.lookup.remove()  # the weights are float32, and whoever looks at the model computes in that
         return Outcome(
             steps=self.steps,
             tokens=self.steps * self.settings.batch_tokens,

@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from btx.conversions.adapter import AdapterRule, Held
 from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe, open_model
 from btx.errors import RecipeError
+from btx.recipe.joint_settings import AdapterRule
 from btx.recipe.settings import RunSettings, TrainSettings
 from btx.training import adapters
+from btx.training.adapters import Held
 from btx.training.loop import Loop
 from tests.support.command import btx
 from tests.support.loops import SETTINGS, stop_after, stream, weights
@@ -114,11 +115,11 @@ def loop_of(folder: Path, work: str, method: str, precision: str) -> tuple[Loop,
     """The training of an adapter of a pico model."""
     net, made = net_of(), stream(folder / "data")
     torch.manual_seed(1)
-    held = Held(AdapterRule(method=method, options={"r": 4}))
-    hook = held.prepare(net, made)
+    held = Held(AdapterRule(method=method, options={"r": 4}), "adapter")
+    held.prepare(net, made)
     settings = TrainSettings(**{**SETTINGS, "precision": precision})
     loop = Loop(net, made, settings, where=WHERE.model_copy(update={"checkpoint_steps": 4}), work=folder / work,
-                label="x", emit=lambda _e: None, hook=hook)  # fmt: skip
+                label="x", emit=lambda _e: None)  # fmt: skip
     return loop, held
 
 

@@ -1,0 +1,98 @@
+"""Each domain's expert made its own way, and the mixture of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from btx.checkpoints.reader import opened
+from btx.cli.plan import rows
+from btx.conversions.pipeline import Graph
+from btx.conversions.registry import load_recipe
+from btx.errors import RecipeError
+from tests.support.command import btx
+from tests.support.project import write_project
+
+MANY = [
+    "domains.math.expert={adapter: {method: dora, options: {r: 4}, learning_rate: 1e-2}}",
+    "domains.code.expert=anchored",
+]
+
+
+def graph_of(folder: Path, *said: str) -> Graph:
+    """The graph of the recipe in a folder."""
+    where = f"run.directory={folder / 'runs'}"
+    return Graph(load_recipe(folder / "recipe.yaml", [*said, where, "train.precision=fp32"]), folder)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    with opened(folder) as found:
+        return {name: found.read(name).clone() for name in found.entries}
+
+
+def test_the_plain_way_is_what_it_was_before_there_were_others(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    plain = graph_of(tmp_path).steps
+    for said in ("train", "{train: {}}", "{train: {trainable: all}}"):
+        assert graph_of(tmp_path, f"domains.math.expert={said}").steps["train:math"].key == plain["train:math"].key
+    own = graph_of(tmp_path, "domains.math.expert={train: {trainable: ffn}}").steps
+    whole = graph_of(tmp_path, "train.trainable=ffn").steps
+    assert own["train:math"].key == whole["train:math"].key != plain["train:math"].key
+    assert own["train:code"].key == plain["train:code"].key
+
+
+def test_a_mixture_of_experts_that_were_made_in_two_ways(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    flags = [part for one in (*MANY, "train.precision=fp32") for part in ("--set", one)]
+    btx("run", "recipe.yaml", *flags, cwd=tmp_path)
+    graph = graph_of(tmp_path, *MANY)
+    assert graph.labels("train") == ["adapter-merged:math", "anchored-expert:code"]
+    assert graph.labels("train", "code") == ["anchored-expert:code"]
+    seed, math, code = (
+        tensors(folder) for folder in
+        (tmp_path / "seed", graph.steps["adapter-merged:math"].folder, graph.steps["anchored-expert:code"].folder)
+    )  # fmt: skip
+    assert seed.keys() == math.keys() == code.keys()
+    moved = {name for name in seed if not torch.equal(seed[name], code[name])}
+    assert moved
+    assert all(".mlp." in name for name in moved)  # beside the frozen seed nothing else is trained
+    adapted = {name for name in seed if not torch.equal(seed[name], math[name])}
+    assert adapted == {name for name in seed if name.endswith("proj.weight")}
+    results = json.loads((tmp_path / "runs/pico/report/results.json").read_text())
+    assert {"expert:math", "expert:code", "merged", "finetuned"} <= results["bits_per_byte"].keys()
+    cost = results["cost"]
+    assert cost["adapter:math"]["tokens"] == cost["anchored-pair:code"]["tokens"] == 3072
+    planned = {row.label: row.tokens for row in rows(graph.recipe, tmp_path)}
+    assert {name: planned[name] for name in ("adapter:math", "anchored-pair:code")} == {
+        "adapter:math": 3072, "anchored-pair:code": 3072,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("expert=adaptor", "domains.math.expert: there is no way 'adaptor'; did you mean 'adapter'?"),
+        ("expert={adapter: {methd: dora}}", "domains.math.expert.adapter: methd: there is no such key; did you mean"),
+        ("expert={adapter: {tokens: 5}}", "domains.math.expert.adapter: tokens does not apply to one expert"),
+        ("expert={train: {batch_tokens: 100}}", "batch_tokens (100) must be a multiple of sequence_length"),
+        ("expert={train: {}, adapter: {}}", "`expert` names one way to make it"),
+    ],
+)
+def test_what_cannot_be_made_so_is_refused(tmp_path: Path, said: str, why: str) -> None:
+    write_project(tmp_path)
+    with pytest.raises(RecipeError) as told:
+        graph_of(tmp_path, f"domains.math.{said}")
+    assert why in str(told.value)
+
+
+@pytest.mark.parametrize("how", ["adapter", "anchored"])
+def test_one_of_several_experts_is_made_by_train_alone(tmp_path: Path, how: str) -> None:
+    write_project(tmp_path)
+    said: list[Any] = [f"domains.math.expert={how}", "domains.math.experts=2"]
+    with pytest.raises(RecipeError, match=r"math\.0 is one of several experts of a domain"):
+        graph_of(tmp_path, *said)
