@@ -1,10 +1,12 @@
 """Initialises routers from data, in closed form: rows that send each domain to its expert, without any training.
 
-Both ways run the merged model, for each router's real inputs (after the norm, with the averaged shared tensors):
+All run the merged model, for each router's real inputs (after the norm, with the averaged shared tensors):
 
 - `activations`: ridge regression from a token's router input x to its domain, all domains weighted equally: targets are
   1 for its own domain and 0 for the others, less their mean, W = (Σ_d E_d[x xᵀ] + λ I)⁻¹ (E_d[x] − mean over d).
 - `embeddings`: each domain's mean input embedding, less the mean over the domains.
+- `arrow`: each expert's own direction (`btx.merge.arrow`), with the sign that makes its mean logit on its domain's
+  inputs positive: a router of these classes is linear, where the paper takes the product's size.
 
 One factor then scales a layer's rows: so that their softmax has the requested mean entropy over the tokens, or so that
 it gives the tokens' own domains the greatest likelihood (a temperature, as in arXiv 1706.04599). An expert
@@ -146,14 +148,21 @@ def apart(owners: Sequence[str], rows_ND: Tensor, layer: int) -> Tensor:
     return made * shared[:, None] * (APART * rows_ND.square().mean().sqrt())
 
 
+def _oriented(rows: Sequence[Tensor], seen: Mapping[str, Seen], owners: Sequence[str]) -> Tensor:
+    """Rows (E, D), each with the sign that makes its logits positive on average on its owner's tokens."""
+    means = {name: torch.as_tensor(one.sum_D).float() for name, one in seen.items()}
+    against = [owner in means and float(row @ means[owner]) < 0 for row, owner in zip(rows, owners, strict=True)]
+    return torch.stack([-row if turned else row for row, turned in zip(rows, against, strict=True)])
+
+
 def fresh_routers(
     model: Any, batches: Mapping[str, Sequence[Tensor]], owners: Sequence[str], *, how: str, entropy: float | None,
-    together: bool = False,
+    together: bool = False, directions: Sequence[Sequence[Tensor]] = (),
 ) -> list[Tensor]:  # fmt: skip
     """Router weights (E, D) in float32 for every layer; `owners` names each expert's domain, `batches` those with data.
 
     `entropy` is the mean one as a share of log E; None: the scale of the greatest likelihood. `together`: experts of
-    one owner get identical rows, as chunks of one model must.
+    one owner get identical rows, as chunks of one model must. `directions` are each expert's by layer, for arrow.
     ValueError when fewer than two domains have data, DivergedError for a model whose hidden states are not finite.
     """
     if len(batches) < 2:
@@ -171,10 +180,13 @@ def fresh_routers(
     routers = []
     for layer in range(len(next(iter(seen.values())))):
         here = [seen[name][layer] for name in names]
-        rows_ND = from_activations(here) if embedded is None else embedded
-        nothing = torch.zeros_like(rows_ND[0])
-        rows_ED = torch.stack([rows_ND[names.index(o)] if o in names else nothing for o in owners])
-        if not together:
-            rows_ED = rows_ED + apart(owners, rows_ND, layer)
+        if how == "arrow":
+            rows_ED = _oriented([one[layer] for one in directions], dict(zip(names, here, strict=True)), owners)
+        else:
+            rows_ND = from_activations(here) if embedded is None else embedded
+            nothing = torch.zeros_like(rows_ND[0])
+            rows_ED = torch.stack([rows_ND[names.index(o)] if o in names else nothing for o in owners])
+            if not together:
+                rows_ED = rows_ED + apart(owners, rows_ND, layer)
         routers.append(calibrated(rows_ED, here, own) if entropy is None else scaled(rows_ED, here, entropy))
     return routers

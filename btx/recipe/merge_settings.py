@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]
 Group = Literal["attention", "norms", "embeddings", "head"]
-Router = Literal["auto", "random", "orthogonal", "activations", "embeddings"]
+Router = Literal["auto", "random", "orthogonal", "activations", "embeddings", "arrow"]
 ATTENTION = "ffn+attention"
 RANDOM_ENTROPY = 0.99
-FROM_DATA = ("activations", "embeddings")
+FROM_DATA = ("activations", "embeddings", "arrow")
 GROUPS: tuple[str, ...] = get_args(Group)
 WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that use model weights
 FROM_SEED = ("task_arithmetic", "ties", "dare_ties", "model_stock")  # methods that add up differences from the seed
@@ -122,8 +122,9 @@ class MergeSettings(Settings):
     router: Router = Field(
         "auto",
         description="initial router: random or orthogonal rows; or from each domain's data, by regression on router "
-        "inputs (activations) or as mean input embedding (embeddings): both load the merged model once, in fp32. auto: "
-        "activations where two domains have data and each expert is a model's, else random",
+        "inputs (activations), as mean input embedding (embeddings), or as the input that the expert's change answers "
+        "to most, data saying its sign and scale (arrow): these load the merged model once, in fp32. auto: activations "
+        "where two domains have data and each expert is a model's, else random",
     )
     layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
         "all",
@@ -143,7 +144,7 @@ class MergeSettings(Settings):
         description="one more expert that every token visits, half of each block's output: the models' average, or the "
         "seed's own block (Qwen2 seeds only: the others' classes have none)",
     )
-    router_tokens: Count = Field(20_000, description="activations, embeddings: tokens of each domain")
+    router_tokens: Count = Field(20_000, description="activations, embeddings, arrow: tokens of each domain")
     router_entropy: Annotated[Share, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="mean entropy of the initial router, as a share of log(experts); auto: 0.99 for random and "
@@ -156,6 +157,8 @@ class MergeSettings(Settings):
     def _owned(self) -> MergeSettings:
         if self.router in FROM_DATA and self.experts == "blend":
             raise ValueError(f"router: {self.router} needs experts that belong to a domain, which blended ones do not")
+        if self.router == "arrow" and self.experts == ATTENTION:
+            raise ValueError(f"router: arrow makes rows for feed-forward experts, and experts are {ATTENTION}")
         return self
 
     @model_validator(mode="after")

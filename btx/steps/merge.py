@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +26,7 @@ from btx.steps.vocabulary import VocabularyStep
 if TYPE_CHECKING:
     import torch
 
+    from btx.checkpoints.reader import Checkpoint
     from btx.checkpoints.writer import Meter, Resume
     from btx.merge.layout import Experts
     from btx.merge.vocabulary import JointVocabulary
@@ -193,15 +195,27 @@ class Merge(Models):
             known = self.descent.distances() if self.descent else {}
             new = distances(seed, {n: m for n, m in models.items() if n != SEED and n not in known})
             far = {n: known.get(n) or new[n] for n in models if n != SEED}
+            rows = self._directions(models, seed, experts)
         names = list(experts.owners)
         if self.settings.router in FROM_DATA:
             emit(Note(self.label, f"initialises the routers from {self.settings.router}"))
-            changed = self._route(out, experts)
+            changed = self._route(out, experts, rows)
             hashed = {file: digest for file, digest in hashed.items() if file not in changed}
         write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})
         return {"experts": names, "distance": far, HASHED: hashed}
 
-    def _route(self, out: Path, experts: Experts) -> set[str]:
+    def _directions(
+        self, models: Mapping[str, Checkpoint], seed: Checkpoint, experts: Experts
+    ) -> list[list[torch.Tensor]]:
+        """Each expert's direction by layer, for a router of those."""
+        if self.settings.router != "arrow":
+            return []
+        from btx.merge.arrow import directions
+
+        found = {name: directions(seed, one, experts.layers) for name, one in models.items()}
+        return [found[model] for model in experts.owners.values()]
+
+    def _route(self, out: Path, experts: Experts, directions: list[list[torch.Tensor]]) -> set[str]:
         """Initialise the routers of the merged model in `out` from the domains' data; returns the changed files."""
         from btx.checkpoints.writer import overwrite
         from btx.merge.router_init import fresh_routers
@@ -215,7 +229,7 @@ class Merge(Models):
         routers = fresh_routers(
             net, batches, owners, how=self.settings.router,
             entropy=None if self.settings.router_entropy == "auto" else self.settings.router_entropy,
-            together=self.settings.experts == "split",
+            together=self.settings.experts == "split", directions=directions,
         )  # fmt: skip
         family = MOE[net.config.model_type]
         return overwrite(out, dict(zip(experts.routers(family), routers, strict=True)))

@@ -1,0 +1,39 @@
+"""Arrow (arXiv 2405.11157): an expert's row of a router from its weights, without any data or training.
+
+It is the input direction that the expert's change answers to most: the first right singular vector of ΔW, its gate and
+up projections less the seed's, one upon the other. The paper has it of LoRA experts, where ΔW is B A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import svds
+from torch import Tensor
+
+from btx.checkpoints.reader import Checkpoint
+from btx.models.families import GATE, UP
+
+
+def directions(seed: Checkpoint, other: Checkpoint, layers: Sequence[int]) -> list[Tensor]:
+    """Unit vectors (D,) in float32, one for each layer; zeros where nothing was changed. Their sign is arbitrary."""
+    return [
+        _first(torch.cat([_change(seed, other, f"model.layers.{n}.{kind}") for kind in (GATE, UP)])) for n in layers
+    ]
+
+
+def _change(seed: Checkpoint, other: Checkpoint, name: str) -> Tensor:
+    shape = seed.entries[name].shape
+    before, after = (one.flat(name, 0, shape[0] * shape[1]).float() for one in (seed, other))
+    return (after - before).view(shape)
+
+
+def _first(change_FD: Tensor) -> Tensor:
+    """The first right singular vector (D,) of a matrix; zeros for zeros."""
+    if not change_FD.any():
+        return torch.zeros(change_FD.shape[1])
+    start = np.ones(min(change_FD.shape))  # fixed, so that the same weights give the same row
+    *_, found_1D = svds(change_FD.double().numpy(), k=1, v0=start, return_singular_vectors="vh")
+    return torch.from_numpy(found_1D[0].copy()).float()
