@@ -10,6 +10,7 @@ from btx.data import corpus
 from btx.errors import RecipeError
 from btx.steps.overlap import Overlap
 from btx.steps.solve import Solve
+from btx.steps.tokens import TokensStep
 
 
 def solved(
@@ -19,6 +20,11 @@ def solved(
     recipe = sources.recipe
     solves: dict[str, dict[str, Solve]] = {}
     overlaps = {}
+    trained = sources.all_data(start) | {
+        step.label: step
+        for step in sources.steps.values()
+        if isinstance(step, TokensStep) and step.kind != TokensStep.kind
+    }
     for task, settings in recipe.tasks.items():
         file = _file(sources, f"tasks.{task}.file", settings.file)
         examples = None if settings.examples is None else _file(sources, f"tasks.{task}.examples", settings.examples)
@@ -31,7 +37,7 @@ def solved(
             ))
             for name, made in models.items()
         }  # fmt: skip
-        overlaps[task] = sources.add(Overlap(tokens=sources.all_data(start), **said, **sources.place(task)))
+        overlaps[task] = sources.add(Overlap(tokens=trained, **said, **sources.place(task)))
     return solves, overlaps
 
 

@@ -108,17 +108,48 @@ def rows_of(
             "item": n, "prompt_sha256": item.digest, "prompt": item.prompt, "completion": made.text,
             "tokens": made.tokens, "ended": made.ended, "answer": judged.answer, "wanted": item.answer or item.tests,
             "right": judged.right, "how": judged.how,
+            **({"task": item.task, "compliant": judged.answer in item.labels, "chance": 1 / len(item.labels)}
+               if settings.kind == "label" else {}),
         })  # fmt: skip
         done(len(rows))
     return rows
 
 
 def numbers_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy with Wilson's interval, items, how many completions ended by themselves, how many held an answer."""
+    """Accuracy with Wilson's interval, items, how many completions ended by themselves, how many held an answer.
+
+    Of items with label spaces also compliance, and what `compliance` says.
+    """
     right, count = sum(row["right"] for row in rows), len(rows)
+    by_task = sorted({row["task"] for row in rows if "task" in row})
+    labelled = (
+        compliance(rows)
+        | {"by_task": {task: compliance([row for row in rows if row["task"] == task]) for task in by_task}}
+        if by_task
+        else {}
+    )
     return {
         "accuracy": right / count, "interval_95": list(wilson(right, count)), "right": right, "items": count,
         "ended": sum(row["ended"] for row in rows), "answered": sum(row["answer"] is not None for row in rows),
+        **labelled,
+    }  # fmt: skip
+
+
+def compliance(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of answers to items with label spaces (arXiv 2305.11383): how many are labels, and how many of those are right.
+
+    Accuracy is the product of `compliance` and `accuracy_of_compliant` (None where no answer is a label). `chance` is
+    what a random guess in the label spaces has right, the mean of 1 / k; `chance_of_compliant` is what the model would
+    have right if it guessed wherever it complies.
+    """
+    labels, count = [row for row in rows if row["compliant"]], len(rows)
+    right = sum(row["right"] for row in labels)
+    return {
+        "compliance": len(labels) / count, "compliance_interval_95": list(wilson(len(labels), count)),
+        "compliant": len(labels), "accuracy_of_compliant": right / len(labels) if labels else None,
+        "accuracy_of_compliant_interval_95": list(wilson(right, len(labels))) if labels else None,
+        "chance": sum(row["chance"] for row in rows) / count,
+        "chance_of_compliant": sum(row["chance"] for row in labels) / count,
     }  # fmt: skip
 
 
