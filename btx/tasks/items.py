@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from btx.data.arithmetic import problems
 from btx.data.instructions import Controlled, Instruction, instruction_of
 from btx.data.readers import kind_of, records
 from btx.errors import RecipeError, nearest
 from btx.recipe.task_settings import TaskSettings
 
 BETWEEN = "\n\n"  # examples and the item; lm-eval's fewshot_delimiter
+ARITHMETIC, GENERATED = "builtin:arithmetic", 2400  # items that are made and not read
 READ = (".jsonl", ".json", ".parquet")
 
 
@@ -114,6 +116,10 @@ def _item(settings: TaskSettings, shots: list[str], where: str, row: dict[str, A
 
 
 def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if file == ARITHMETIC:
+        for n, (question, answer) in enumerate(problems(GENERATED), 1):
+            yield f"{file}#{n}", {"question": question, "answer": answer}
+        return
     if kind_of(file) not in READ:
         raise RecipeError(f"{file}: items are read from {', '.join(READ)}. Name such a file.")
     for where, row in records(file, every_column=True):

@@ -28,6 +28,7 @@ class Completion:
     text: str
     tokens: int
     ended: bool
+    ids: tuple[int, ...] = ()  # of those tokens
 
 
 def end_ids(folder: Path, tokenizer: Any) -> set[int]:
@@ -56,9 +57,10 @@ def require_room(prompts: Sequence[Sequence[int]], most: int, positions: int | N
 
 def complete(
     model: Opened, tokenizer: Any, prompts: Sequence[Sequence[int]], *, most: int, stops: Sequence[str],
-    end: set[int], batch_tokens: int, done: Callable[[int], None] = lambda _count: None,
+    end: set[int], batch_tokens: int, done: Callable[[int], None] = lambda _count: None, temperature: float = 0.0,
+    random: torch.Generator | None = None,
 ) -> list[Completion]:  # fmt: skip
-    """Greedy completions of prompts (ids), in their order.
+    """Completions of prompts (ids), in their order: greedy, or sampled at a temperature.
 
     Prompts of equal length are generated together, since nothing is padded then: `batch_tokens` of prompts and
     completions at most, and one prompt at least.
@@ -70,7 +72,7 @@ def complete(
         for batch in (same[at : at + rows] for at in range(0, len(same), rows)):
             ids_BS = torch.tensor([list(prompts[n]) for n in batch], device=model.device)
             made = generate(
-                model, ids_BS, most=most, end=end,
+                model, ids_BS, most=most, end=end, temperature=temperature, random=random,
                 stopped=lambda ids: cut(text_of(tokenizer, ids, end), stops)[1] if stops else False,
             ).tolist()  # fmt: skip
             found |= {n: _completion(tokenizer, ids, end, stops) for n, ids in zip(batch, made, strict=True)}
@@ -90,9 +92,9 @@ def _completion(tokenizer: Any, ids: Sequence[int], end: set[int], stops: Sequen
     if stopped:  # by the first token with which the text holds a stop
         lengths = range(1, len(ids) + 1)
         most = lengths[bisect_left(lengths, True, key=lambda n: cut(text_of(tokenizer, ids[:n], end), stops)[1])]
-        return Completion(text, most, True)
+        return Completion(text, most, True, tuple(ids[:most]))
     until = next((n + 1 for n, one in enumerate(ids) if one in end), None)
-    return Completion(text, until or len(ids), until is not None)
+    return Completion(text, until or len(ids), until is not None, tuple(ids[:until]))
 
 
 def rows_of(

@@ -29,19 +29,27 @@ VALUES: dict[str, Any] = {  # by path or last name, where a value derived from t
     "batch_tokens": 64, "sequence_length": 8, "precision": "bf16", "mix": {"math": 1.0, "law": 2.0},
     "soft_first_layer": True, "experts": 4, "top_k": 1, "scratch.shape": "dense",
     "probes.formats.formats": {"x": "y"}, "sft.controls": ["shuffled"], "sft.control": "delusive",
+    "grpo.mark_every": 6, "grpo.sequence_length": 600, "grpo.confidence": "s: (.)", "grpo.formats": {"x": "y"},
+    "grpo.bands": ["easy"],
 }  # fmt: skip
 BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
     "soft_first_layer": {"{}.routing": "sample_top1"},
     "merge.chunks": {"merge.experts": "split"},
+    "grpo.bands": {"grpo.mark_every": 5, "grpo.bands": ["hard"]},
+    "grpo.mark_every": {"grpo.mark_every": 5, "grpo.bands": ["hard"]},
     "merge.router_tokens": {"merge.router": "activations"},
 }
 SKIPPED = {  # names of files, whose contents count; and layouts that other tests cover
     "seed.checkpoint", "seed.data", "seed.valid", "seed.tokens", "seed.architecture", "domains", "merge.shared",
-    "merge.layers", "merge.shared_expert", "compare", "tasks", "sft.data",
+    "merge.layers", "merge.shared_expert", "compare", "tasks", "sft.data", "grpo.task",
+    "grpo.passrate",
 }  # fmt: skip
 
 
-SECTIONS: dict[str, Any] = {"sft": {"data": ["data/items.jsonl"], "controls": ["empty"]}}  # that need something
+SECTIONS: dict[str, Any] = {  # that need something
+    "sft": {"data": ["data/items.jsonl"], "controls": ["empty"]},
+    "grpo": {"task": {"file": "builtin:arithmetic", "kind": "exact_match"}},
+}
 
 
 def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
