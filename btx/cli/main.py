@@ -1,5 +1,5 @@
 """The command line: one verb per stage, and run, status, path, plan, check, import, doctor, init, schema, text, bench,
-moe, lm-eval.
+moe, lm-eval, passrate.
 
 Heavy imports wait until a verb needs them, so that `btx --help` answers at once.
 """
@@ -19,6 +19,7 @@ from btx.cli.bench import bench
 from btx.cli.command import Command
 from btx.cli.lm_eval import lm_eval
 from btx.cli.moe import moe
+from btx.cli.passrate import passrate
 from btx.cli.terminal import plain_where_needed
 from btx.conversions import STAGES
 from btx.errors import BtxError, full_disks_told
@@ -256,6 +257,7 @@ def text(folder: Path) -> None:
 main.add_command(bench)
 main.add_command(moe)
 main.add_command(lm_eval)
+main.add_command(passrate)
 
 
 @main.command("_step", hidden=True)

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,14 @@ class Asker:
     batch_tokens: int = 8192
     date: str | None = None
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded once."""
+        return load_tokenizer(self.folder)
+
     def prompts(self, items: Sequence[Item], positions: int | None, where: str) -> list[list[int]]:
         """The ids of the items' prompts; RecipeError for one that leaves no room for an answer."""
-        found = prompts_of(Encoder(load_tokenizer(self.folder), "all", date=self.date), items, self.task)
+        found = prompts_of(Encoder(self.tokenizer, "all", date=self.date), items, self.task)
         require_room(found, self.task.max_new_tokens, positions, where)
         return found
 
@@ -48,12 +54,11 @@ class Asker:
         self, model: Opened, prompts: Sequence[Sequence[int]], seed: int, done: Callable[[int], None] = lambda _n: None
     ) -> list[Completion]:
         """One sampled completion of each prompt, a function of the model, the prompts and the seed."""
-        tokenizer = load_tokenizer(self.folder)
         chance = torch.Generator(device=model.device).manual_seed(seed)
         try:
             return complete(
-                model, tokenizer, prompts, most=self.task.max_new_tokens, stops=self.task.stops,
-                end=end_ids(self.folder, tokenizer), batch_tokens=self.batch_tokens, temperature=self.temperature,
+                model, self.tokenizer, prompts, most=self.task.max_new_tokens, stops=self.task.stops,
+                end=end_ids(self.folder, self.tokenizer), batch_tokens=self.batch_tokens, temperature=self.temperature,
                 random=chance, done=done,
             )  # fmt: skip
         except RuntimeError as error:
