@@ -21,13 +21,14 @@ def binary(right: bool) -> float:
 
 
 def calibrated(right: bool, stated: float | None, unstated: float) -> float:
-    """1[right] − (q − 1[right])²; an answer without a stated confidence counts as one of confidence `unstated`.
+    """1[right] − (q − 1[right])²; `unstated` takes the place of the squared error of an answer that states no q.
 
-    At `unstated` = 0.5 such an answer is a quarter below what is right or wrong, not the 1 of a confidently wrong one
-    (the authors' code); to state the true chance p gains (p − 0.5)² over it, so silence never pays.
+    Stating the true chance p costs p (1 − p), a quarter at most; a q drawn at random costs a third. At less than that,
+    here `unstated` = 0.25 as if q were one half, a policy that has not learned what to state first learns to be silent,
+    and then stays so (seen). At 1 it counts as a confident mistake, as the authors' code has it.
     """
-    confidence = unstated if stated is None else stated
-    return float(right) - (confidence - float(right)) ** 2
+    lost = unstated if stated is None else (stated - float(right)) ** 2
+    return float(right) - lost
 
 
 def confidence(text: str, pattern: str) -> float | None:

@@ -27,7 +27,11 @@ class PolicySettings(Settings):
     confidence: Text = Field(
         STATED, description="calibrated: a regular expression whose first group is the stated confidence"
     )
-    unstated: Share = Field(0.5, description="calibrated: the confidence of an answer that states none; 1: certain")
+    unstated: Share = Field(
+        0.5,
+        description="calibrated: the Brier loss of an answer that states no confidence; 0.25 is that of one half, 1 of "
+        "a confident mistake",
+    )
     steps: Count = 100
     prompts: Count = Field(8, description="items asked in one step")
     generations: Annotated[Count, Field(ge=2)] = Field(8, description="answers to each, which are compared")

@@ -94,7 +94,7 @@ def _without(trainer: Any, name: str) -> None:
 
 
 def arguments(policy: Policy, where: RunSettings, work: Path) -> Any:
-    """trl's settings of a run in one process."""
+    """trl's settings of a run in one process; the gradient of the KL term is the unbiased one."""
     from trl import GRPOConfig
 
     settings, cpu = policy.settings, device_of(where).type == "cpu"
@@ -104,7 +104,7 @@ def arguments(policy: Policy, where: RunSettings, work: Path) -> Any:
         max_steps=settings.steps, per_device_train_batch_size=size, gradient_accumulation_steps=settings.group // size,
         num_generations=settings.generations, max_completion_length=settings.task.max_new_tokens,
         temperature=settings.temperature, shuffle_dataset=False, beta=settings.kl, loss_type=settings.loss,
-        scale_rewards=settings.scale_rewards, max_grad_norm=settings.max_grad_norm,
+        use_bias_correction_kl=True, scale_rewards=settings.scale_rewards, max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing, router_aux_loss_coef=0.0,
         learning_rate=settings.learning_rate, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False, logging_nan_inf_filter=False,

@@ -113,6 +113,26 @@ def test_no_item_that_is_looked_at_is_trained_on_and_each_is_asked_once_an_epoch
     assert [made.item(slot) for slot in range(54)] != [made.item(slot) for slot in range(54, 108)]
 
 
+def test_a_policy_can_be_a_domain_s_expert(tmp_path: Path) -> None:
+    step = trained(tmp_path)
+    world = World.__new__(World)
+    world.root, world.runs = tmp_path, tmp_path / "runs"
+    world.recipe = {**world_recipe(step), "name": "merged"}
+    done = CliRunner().invoke(main, ["run", str(world.write()), "--until", "merge"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+
+
+def world_recipe(step: Grpo) -> dict[str, Any]:
+    """A recipe that merges a policy with an expert that is trained."""
+    return {
+        "seed": {"checkpoint": "seed"},
+        "domains": {"math": {"data": ["data/math.jsonl"], "tokens": 64},
+                    "asked": {"checkpoint": str(step.folder), "data": ["data/law.jsonl"]}},
+        "train": {"sequence_length": 16, "batch_tokens": 32}, "finetune": {"tokens": 64},
+        "run": {"directory": str(step.root.parent), "device": "cpu", "threads": 1},
+    }  # fmt: skip
+
+
 # ---- trl does what the settings say ----
 
 

@@ -29,19 +29,21 @@ def test_the_confidence_that_pays_most_is_the_chance_of_being_right(chance: floa
     assert expected(chance, chance) - expected(chance, stated) == pytest.approx((chance - stated) ** 2, abs=1e-12)
 
 
-@given(CHANCE, CHANCE, CHANCE)
+@given(CHANCE, CHANCE, st.floats(0.25, 1))
 def test_a_likelier_answer_pays_more_when_both_are_honest(one: float, other: float, unstated: float) -> None:
     assert (expected(one, one, unstated) - expected(other, other, unstated)) * (one - other) >= -1e-12
 
 
-@given(CHANCE, CHANCE)
+@given(CHANCE, st.floats(0.25, 1))
 def test_silence_never_pays(chance: float, unstated: float) -> None:
     assert expected(chance, None, unstated) <= expected(chance, chance, unstated) + 1e-12
 
 
 def test_an_answer_without_confidence_is_no_confidently_wrong_one_unless_that_is_said() -> None:
-    assert calibrated(False, None, 0.5) == -0.25 > calibrated(False, 1.0, 0.5) == -1
+    unstated = PolicySettings.model_fields["unstated"].default
+    assert calibrated(False, 1.0, unstated) == -1 < calibrated(False, None, unstated) == -0.5
     assert calibrated(False, None, 1.0) == -1
+    assert calibrated(True, None, 0.25) == calibrated(True, 0.5, 0.25)
     assert (binary(True), binary(False)) == (1, 0)
 
 
