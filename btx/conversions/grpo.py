@@ -12,7 +12,7 @@ import shutil
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from btx.conversions.contract import Conversion
 from btx.conversions.experts import Experts
@@ -24,21 +24,17 @@ from btx.errors import RecipeError
 from btx.events import Emit, Note
 from btx.graph.artifact import LOGS, write_json
 from btx.recipe.fields import environment, execution
+from btx.recipe.paths import expanded
 from btx.recipe.recipe import Recipe, Section
 from btx.recipe.settings import torch_dtype
 from btx.rl.passrate import chosen, read_marks, require_same
+from btx.rl.policy import STATE, Policy, held_out
+from btx.rl.sampling import Asker
 from btx.rl.settings import PolicySettings
 from btx.steps.branch import VerifySeed, require_positions
 from btx.steps.model import ModelStep
 from btx.steps.train import memory_of, require_finite
 from btx.tasks.items import Item, read_items
-
-if TYPE_CHECKING:
-    from btx.rl.policy import Policy
-    from btx.rl.sampling import Asker
-
-NUMBERS = "policy.json"
-SHAPE = "a dense checkpoint"
 
 
 class GrpoSettings(PolicySettings, Section):
@@ -102,7 +98,6 @@ class Grpo(ModelStep):
         from btx.checkpoints.reader import Checkpoint
         from btx.data.encoder import load_tokenizer
         from btx.models import flops, model
-        from btx.rl.policy import STATE
         from btx.rl.trainer import METRICS, require_trl, train
 
         require_trl()
@@ -117,8 +112,7 @@ class Grpo(ModelStep):
         state, dtype = net.state_dict(), torch_dtype(self.policy.dtype, Checkpoint(seed).dtype)
         require_finite(self.label, facts["loss"], state, dtype)
         model.save(out, config=config, state=state, dtype=dtype, like=seed)
-        assert STATE == NUMBERS
-        write_json(out / NUMBERS, made.numbers)
+        write_json(out / STATE, made.numbers)
         made.write(out)
         (out / LOGS).mkdir()
         shutil.copyfile(work / METRICS, out / LOGS / METRICS)
@@ -128,22 +122,20 @@ class Grpo(ModelStep):
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """What was seen of the held-out items, by step."""
-        found: dict[str, dict[str, float]] = json.loads((self.folder / NUMBERS).read_text(encoding="utf-8"))
+        found: dict[str, dict[str, float]] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         return found
 
     def _asker(self) -> Asker:
-        from btx.rl.sampling import Asker
-
         said = self.policy
         return Asker(self.branch.seed.folder, said.task, said.confidence, said.formats, said.temperature,
                      self.batch_tokens, self.date)  # fmt: skip
 
     def _made(self, items: list[Item]) -> Policy:
         """The run before its first step; RecipeError for prompts that are too long, or marks that do not fit."""
-        from btx.rl.policy import Policy, held_out
-
         trained, held = held_out(items, self.policy.held_out)
         asker = self._asker()
+        if asker.tokenizer.eos_token_id is None:
+            raise RecipeError("grpo: the tokenizer has no end token, by which an answer ends. Give it an eos_token.")
         ids = asker.prompts(items, self.policy.sequence_length, self.label)
         prompts = {item.digest: one for item, one in zip(items, ids, strict=True)}
         return Policy(self.policy, asker, trained, held, prompts, self._pool(trained))
@@ -167,13 +159,27 @@ def expert(sources: Sources, start: Start, domain: str | None, settings: PolicyS
     task, recipe = settings.task, sources.recipe
     file = items_file(sources, "grpo.task.file", task.file)
     examples = None if task.examples is None else items_file(sources, "grpo.task.examples", task.examples)
-    marks = None if settings.passrate is None else str(sources.texts.base / settings.passrate)
+    marks = None
+    if settings.passrate is not None:
+        marks = str(sources.texts.base / expanded(settings.passrate, "grpo.passrate"))
     content = [corpus.digest(path, sources.digests) for path in (file, examples, marks) if path is not None]
+    _require_unasked(sources, file, content[0])
     policy = PolicySettings(**{name: getattr(settings, name) for name in PolicySettings.model_fields})
     return sources.add(Grpo(
         branch=start.branch, policy=policy, content=content, file=file, examples=examples, passrate=marks,
         date=recipe.data.date, batch_tokens=recipe.evaluate.batch_tokens, **sources.place(domain),
     ))  # fmt: skip
+
+
+def _require_unasked(sources: Sources, file: str, content: str) -> None:
+    """RecipeError for a task that asks the items which are trained on."""
+    for name, task in sources.recipe.tasks.items():
+        asked = items_file(sources, f"tasks.{name}.file", task.file)
+        if corpus.digest(asked, sources.digests) == content:
+            raise RecipeError(
+                f"tasks.{name} asks the items of {file}, which grpo trains on, so its score would be no measure of "
+                "ability. Give them different items; those that grpo holds out are asked along its run."
+            )
 
 
 def build(sources: Sources, start: Start, _experts: Experts, settings: GrpoSettings) -> dict[str, Model]:

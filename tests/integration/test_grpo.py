@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +19,13 @@ from btx.cli.main import graph_of, main
 from btx.cli.plan import rows as planned
 from btx.conversions.grpo import Grpo
 from btx.conversions.registry import load_recipe, open_model
-from btx.errors import DivergedError, InterruptedRunError
-from btx.graph.artifact import STATES
+from btx.errors import DivergedError
 from btx.recipe.settings import RunSettings
 from btx.rl import trainer
 from btx.rl.policy import Policy
 from btx.rl.rewards import optimum
-from tests.support.policies import ASKED, FORMATS, GRPO, world_of
+from tests.support.policies import ASKED, FORMATS, GRPO, step_of, trained, world_of
 from tests.support.world import World, refused, setting
-
-FILES = ("model.safetensors", "config.json", "policy.json", "policy.parquet")
-
-
-def step_of(world: World) -> Grpo:
-    """The step of a world, its parents built."""
-    graph = graph_of(world.write(), ())
-    for step in graph.needed(["grpo"])[:-1]:
-        step.build(lambda _event: None)
-    found = graph.steps["grpo"]
-    assert isinstance(found, Grpo)
-    return found
-
-
-def trained(root: Path, **more: Any) -> Grpo:
-    """The step of a new world, built."""
-    root.mkdir(parents=True, exist_ok=True)
-    step = step_of(world_of(root, **more))
-    step.build(lambda _event: None)
-    return step
 
 
 @pytest.fixture(autouse=True)
@@ -187,71 +164,6 @@ def test_passes_of_any_size_give_the_same_policy(tmp_path: Path) -> None:
         assert not torch.allclose(found[0], model.log_probs(torch.arange(12)[None]), atol=1e-3)
 
 
-# ---- killed ----
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing stopped."""
-    torch.set_num_threads(1)
-    return trained(tmp_path_factory.mktemp("whole"), **LONG).folder
-
-
-LONG = {"steps": 5, "kl": 0.1, "probe_every": 2, "mark_every": 3, "mark_samples": 2,
-        "bands": ["hard", "medium", "easy"]}  # fmt: skip
-
-
-@pytest.mark.parametrize(("every", "dies"), [(1, 1), (1, 4), (2, 3), (3, 3), (9, 2)])
-def test_killed_at_any_step_it_ends_with_the_same_bytes(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, every: int, dies: int
-) -> None:
-    """With `every` above the steps there is no state, so it starts over, and ends alike."""
-    world = world_of(tmp_path, **LONG)
-    world.set("run.checkpoint_steps", every)
-    step = step_of(world)
-    real = Policy.rollout
-
-    def dying(self: Policy, model: Any, slots: Any, at: int) -> Any:
-        if at == dies:
-            raise RuntimeError("killed")
-        return real(self, model, slots, at)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Policy, "rollout", dying)
-        with pytest.raises(RuntimeError, match="killed"):
-            step.build(lambda _event: None)
-    assert not step.exists
-    step.build(lambda _event: None)
-    facts = json.loads((step.folder / "btx.json").read_text())["facts"]
-    assert facts["resumed_from"] == dies // every * every
-    for name in (*FILES, "marks.parquet"):
-        assert (step.folder / name).read_bytes() == (whole / name).read_bytes(), name
-    assert len((step.folder / "logs" / "policy.jsonl").read_text().splitlines()) == 5
-    assert not (step.work / STATES).exists()
-
-
-def test_a_signal_saves_and_a_damaged_state_is_not_resumed_from(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = step_of(world_of(tmp_path, **LONG))
-    real = Policy.rollout
-
-    def signalled(self: Policy, model: Any, slots: Any, at: int) -> Any:
-        if at == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, model, slots, at)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Policy, "rollout", signalled)
-        with pytest.raises(InterruptedRunError, match="step 3 is saved"):
-            step.build(lambda _event: None)
-    state = step.work / STATES / "step-000000003"
-    (state / "model.safetensors").write_bytes((state / "model.safetensors").read_bytes()[:-1] + b"x")
-    step.build(lambda _event: None)
-    assert json.loads((step.folder / "btx.json").read_text())["facts"]["resumed_from"] == 0
-    assert (step.folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 def test_a_policy_that_diverges_says_so(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="learning_rate"):
         trained(tmp_path, learning_rate=1e30, warmup_steps=0)
@@ -272,6 +184,7 @@ def test_a_policy_that_diverges_says_so(tmp_path: Path) -> None:
     ("grpo.passrate", "data/none.jsonl", ("data/none.jsonl",)),
     ("grpo.precision", "bf16", ("grpo.precision", "GPU")),
     ("run.launch", "x.yaml", ("run.launch",)),
+    ("tasks", {"same": {"file": "data/asked.jsonl", "kind": "exact_match"}}, ("tasks.same", "grpo trains on")),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(
     tmp_path: Path, key: str, value: Any, words: tuple[str, ...]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from btx.cli.main import graph_of
+from btx.conversions.grpo import Grpo
 from btx.data.encoder import load_tokenizer
 from tests.support.models import config_of, save_model
 from tests.support.world import World, write_jsonl
@@ -45,6 +47,24 @@ def world_of(root: Path, *, seed: int = 0, **more: Any) -> World:
     world.set("grpo", deepcopy({**GRPO, **more}))
     world.set("run.threads", 1)
     return world
+
+
+def step_of(world: World) -> Grpo:
+    """The step of a world, its parents built."""
+    graph = graph_of(world.write(), ())
+    for step in graph.needed(["grpo"])[:-1]:
+        step.build(lambda _event: None)
+    found = graph.steps["grpo"]
+    assert isinstance(found, Grpo)
+    return found
+
+
+def trained(root: Path, **more: Any) -> Grpo:
+    """The step of a new world, built."""
+    root.mkdir(parents=True, exist_ok=True)
+    step = step_of(world_of(root, **more))
+    step.build(lambda _event: None)
+    return step
 
 
 @cache
