@@ -20,10 +20,11 @@ from btx.errors import RecipeError
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples.")
 @click.option("--confidence", default=None, metavar="REGEX", help="A stated confidence, which is no part of an answer.")
+@click.option("--date", default=None, metavar="YYYY-MM-DD", help="For a chat template that asks for today's.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def passrate(
     model: Path, items: str, output: Path, said: tuple[str, ...], samples: int, temperature: float, seed: int,
-    confidence: str | None, device: str,
+    confidence: str | None, date: str | None, device: str,
 ) -> None:  # fmt: skip
     """Mark ITEMS, a file or `builtin:arithmetic`, by how often sampled answers of MODEL are right.
 
@@ -56,7 +57,7 @@ def passrate(
             click.echo(f"{done} of {total} items", err=True)
 
     found = marked(model, task, samples=samples, temperature=temperature, seed=seed, where=where,
-                   pattern=confidence or STATED, done=told)  # fmt: skip
+                   pattern=confidence or STATED, date=date, done=told)  # fmt: skip
     write_marks(output, found)
     bands = Counter(str(one["band"]) for one in found)
     click.echo(f"{output}: {len(found)} items; " + ", ".join(f"{bands[band]} {band}" for band in BANDS))

@@ -25,10 +25,11 @@ LABELS = (
 
 
 def problems(count: int, seed: int = SEED) -> Iterator[tuple[str, str]]:
-    """Yield questions with their answers, each question once; the first ones are the same for any count."""
+    """Yield questions with their answers, one number each, each question once; the first ones are the same for any
+    count."""
     rng, seen = random.Random(f"problems/{seed}"), set[str]()
     while len(seen) < count:
-        question, _, answer = rng.choice(KINDS)(rng)
+        question, _, answer = rng.choice([kind for kind in KINDS if kind is not _division])(rng)  # has two numbers
         if question not in seen:
             seen.add(question)
             yield question, answer

@@ -23,7 +23,7 @@ from btx.tasks.items import read_items
 
 def marked(
     folder: Path, said: Mapping[str, Any], *, samples: int, temperature: float, seed: int, where: RunSettings,
-    pattern: str, done: Callable[[int, int], None] = lambda _done, _total: None,
+    pattern: str, date: str | None = None, done: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A mark per item, with the digest of the model and how it was asked; an item's samples do not depend on others."""
     try:
@@ -39,7 +39,7 @@ def marked(
     items = read_items(task, task.file, task.examples)
     require_answers(task, items)
     digest = Checkpoint(folder).digest()
-    asker = Asker(folder, task, pattern, {}, temperature)
+    asker = Asker(folder, task, pattern, {}, temperature, date=date)
     how = {"model": digest, "temperature": temperature, "max_new_tokens": task.max_new_tokens, "chat": task.chat,
            "seed": seed}  # fmt: skip
     found = []

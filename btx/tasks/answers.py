@@ -10,10 +10,9 @@ from decimal import Decimal
 from btx.errors import RecipeError
 from btx.recipe.task_settings import TaskSettings
 from btx.tasks.enclosed import Limits
-from btx.tasks.items import Item
+from btx.tasks.items import MARK, Item
 from btx.tasks.sandbox import run
 
-MARK = "####"
 # A sign counts where no term precedes it (10-5 is no -5), before or after a currency's; commas group by three.
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-−])?(?:[$€£¥] ?(?P<inner>[-−])?)?"

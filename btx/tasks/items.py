@@ -16,6 +16,7 @@ from btx.errors import RecipeError, nearest
 from btx.recipe.task_settings import TaskSettings
 
 BETWEEN = "\n\n"  # examples and the item; lm-eval's fewshot_delimiter
+MARK = "####"  # before an answer, as GSM8K has it
 ARITHMETIC, GENERATED = "builtin:arithmetic", 2400  # items that are made and not read
 READ = (".jsonl", ".json", ".parquet")
 
@@ -118,7 +119,7 @@ def _item(settings: TaskSettings, shots: list[str], where: str, row: dict[str, A
 def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if file == ARITHMETIC:
         for n, (question, answer) in enumerate(problems(GENERATED), 1):
-            yield f"{file}#{n}", {"question": question, "answer": answer}
+            yield f"{file}#{n}", {"question": question, "answer": f"{MARK} {answer}"}
         return
     if kind_of(file) not in READ:
         raise RecipeError(f"{file}: items are read from {', '.join(READ)}. Name such a file.")

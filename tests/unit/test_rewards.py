@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from btx.data.arithmetic import problems
+from btx.recipe.task_settings import TaskSettings
 from btx.rl.rewards import binary, calibrated, confidence, optimum
 from btx.rl.settings import STATED, PolicySettings
+from btx.tasks.answers import judge_for, number, require_answers
+from btx.tasks.items import read_items
 
 CHANCE = st.floats(0, 1)
 TASK = {"file": "builtin:arithmetic", "kind": "exact_match"}
@@ -122,3 +126,26 @@ def test_the_ends_of_the_kl_weight() -> None:
 def test_settings_that_contradict_each_other_are_refused(more: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         PolicySettings.model_validate({"task": TASK, **more})
+
+
+# ---- generated items ----
+
+
+def test_generated_items_are_each_there_once_and_the_same_for_any_number() -> None:
+    few, many = list(problems(50)), list(problems(500))
+    assert few == many[:50]
+    assert len({question for question, _ in many}) == 500
+    assert list(problems(50, seed=1)) != few
+
+
+def test_generated_items_are_read_as_those_of_a_file() -> None:
+    task = TaskSettings.model_validate({**TASK, "limit": 200})
+    items = read_items(task, "builtin:arithmetic", None)
+    require_answers(task, items)
+    assert len(items) == 200
+    judge = judge_for(task)
+    for item, (question, answer) in zip(items, problems(200), strict=True):
+        assert item.prompt == f"Question: {question}\nAnswer:"
+        assert judge(item, f"so it is\n#### {answer}").right
+        assert judge(item, f"so it is {answer}").right
+        assert not judge(item, f"#### {int(str(number(answer))) + 1}").right
