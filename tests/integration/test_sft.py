@@ -156,6 +156,6 @@ def test_the_label_space_alone_gives_compliance_and_the_instruction_alone_accura
             assert found[control]["compliance"] > 0.9
         assert abs(found["sft-simplified"]["accuracy_of_compliant"] - chance) < 0.15
         assert found["sft-delusive"]["accuracy_of_compliant"] < chance + 0.1
-        for control in ("sft-empty", "sft-shuffled"):  # which know neither the mapping nor which labels there are
-            assert found[control]["compliance"] < 0.8
+        assert found["sft-empty"]["compliance"] < 0.8  # it cannot know which labels there are
+        for control in ("sft-empty", "sft-shuffled"):
             assert found[control]["accuracy"] < 0.4
