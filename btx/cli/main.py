@@ -1,5 +1,5 @@
 """The command line: one verb per stage, and run, compare, status, path, plan, check, import, doctor, init, schema,
-text, bench, moe, lm-eval, chat.
+text, bench, moe, lm-eval, chat, passrate.
 
 Heavy imports wait until a verb needs them, so that `btx --help` answers at once.
 """
@@ -20,6 +20,7 @@ from btx.cli.chat import chat
 from btx.cli.command import Command
 from btx.cli.lm_eval import lm_eval
 from btx.cli.moe import moe
+from btx.cli.passrate import passrate
 from btx.cli.terminal import plain_where_needed
 from btx.conversions import STAGES
 from btx.errors import BtxError, full_disks_told
@@ -258,6 +259,7 @@ main.add_command(bench)
 main.add_command(moe)
 main.add_command(lm_eval)
 main.add_command(chat)
+main.add_command(passrate)
 
 
 @main.command("_step", hidden=True)

@@ -127,8 +127,6 @@ def build(sources: Sources, start: Start, _experts: Experts, settings: AdapterSe
 
 def expert(sources: Sources, start: Start, branch: Branch, settings: AdapterSettings) -> MergedAdapter:
     """A domain's expert: the seed with an adapter trained on the domain, merged."""
-    if branch.part != (0, 1):
-        raise RecipeError(f"domains: {branch.name} is one of several experts of a domain, which only `train` makes.")
     adapter = sources.add(Adapter(
         parts={SEED: start.seed}, settings=AdapterRule(method=settings.method, options=settings.options),
         branch=start.branch, tokens={OWN: branch.text}, weights={OWN: 1.0}, budget=branch.tokens,
@@ -158,5 +156,5 @@ CONVERSION = Conversion(
     plan=plan,
     rates=("adapter.learning_rate",),
     spend=spends_at_once("adapter"),
-    maker=Maker(section=AdapterSettings, build=expert, plan=expert_plan),
+    maker=Maker(section=AdapterSettings, build=expert, plan=expert_plan, apart=("tokens", "mix")),
 )

@@ -246,8 +246,6 @@ def build(sources: Sources, start: Start, _experts: Experts, settings: AnchoredS
 
 def expert(sources: Sources, start: Start, branch: Branch, settings: AnchoredSettings) -> AnchoredExpert:
     """A domain's expert: blocks trained beside the seed's own, in the seed."""
-    if branch.part != (0, 1):
-        raise RecipeError(f"domains: {branch.name} is one of several experts of a domain, which only `train` makes.")
     train = TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
     return _branched(sources, _pair_of(sources, start), branch.name, branch.text, branch.tokens, train)
 
@@ -293,5 +291,5 @@ CONVERSION = Conversion(
     plan=plan,
     rates=("anchored.learning_rate",),
     spend=spend,
-    maker=Maker(section=AnchoredSettings, build=expert, plan=expert_plan),
+    maker=Maker(section=AnchoredSettings, build=expert, plan=expert_plan, apart=("tokens", "sample", "top_k")),
 )

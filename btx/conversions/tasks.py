@@ -10,6 +10,8 @@ from btx.data import corpus
 from btx.errors import RecipeError
 from btx.steps.overlap import Overlap
 from btx.steps.solve import Solve
+from btx.steps.tokens import TokensStep
+from btx.tasks.items import ARITHMETIC
 
 
 def solved(
@@ -19,9 +21,16 @@ def solved(
     recipe = sources.recipe
     solves: dict[str, dict[str, Solve]] = {}
     overlaps = {}
+    trained = sources.all_data(start) | {
+        step.label: step
+        for step in sources.steps.values()
+        if isinstance(step, TokensStep) and step.kind != TokensStep.kind
+    }
     for task, settings in recipe.tasks.items():
-        file = _file(sources, f"tasks.{task}.file", settings.file)
-        examples = None if settings.examples is None else _file(sources, f"tasks.{task}.examples", settings.examples)
+        file = items_file(sources, f"tasks.{task}.file", settings.file)
+        examples = (
+            None if settings.examples is None else items_file(sources, f"tasks.{task}.examples", settings.examples)
+        )
         content = [corpus.digest(path, sources.digests) for path in (file, examples) if path is not None]
         said: dict[str, Any] = {"task": settings, "content": content, "file": file, "examples": examples}
         solves[task] = {
@@ -31,12 +40,14 @@ def solved(
             ))
             for name, made in models.items()
         }  # fmt: skip
-        overlaps[task] = sources.add(Overlap(tokens=sources.all_data(start), **said, **sources.place(task)))
+        overlaps[task] = sources.add(Overlap(tokens=trained, **said, **sources.place(task)))
     return solves, overlaps
 
 
-def _file(sources: Sources, where: str, path: str) -> str:
-    """The one file that a path names."""
+def items_file(sources: Sources, where: str, path: str) -> str:
+    """The one file that a path names, or the name of items that are made."""
+    if path == ARITHMETIC:
+        return path
     found = corpus.resolve([path], sources.texts.base, where)
     if len(found) != 1 or found[0].startswith(corpus.BUILTIN):
         raise RecipeError(

@@ -24,6 +24,17 @@ LABELS = (
 )
 
 
+def problems(count: int, seed: int = SEED) -> Iterator[tuple[str, str]]:
+    """Yield questions with their answers, one number each, each question once; the first ones are the same for any
+    count."""
+    rng, seen = random.Random(f"problems/{seed}"), set[str]()
+    while len(seen) < count:
+        question, _, answer = rng.choice([kind for kind in KINDS if kind is not _division])(rng)  # has two numbers
+        if question not in seen:
+            seen.add(question)
+            yield question, answer
+
+
 def worksheets() -> Iterator[str]:
     """Yield the documents, the same ones at every call."""
     rng = random.Random(SEED)

@@ -125,9 +125,12 @@ def equal_files(sources: list[str], content: list[str], where: str) -> list[str]
 
 
 def read(
-    sources: list[str], *, skip_bad: bool, counts: Counts, ignore: Sequence[str] = ()
+    sources: list[str], *, skip_bad: bool, counts: Counts, ignore: Sequence[str] = (),
+    parse: Callable[[Any, Sequence[str]], Document] = parse,
 ) -> Iterator[Document]:  # fmt: skip
     """All non-empty documents of the sources in order; `counts` is filled on the way, keys of `ignore` are left out.
+
+    `parse` makes a document of a record, and raises a ValueError for a bad one.
 
     RecipeError with file and line for what cannot be read, unless `skip_bad`.
     """

@@ -48,14 +48,19 @@ class FormatsSettings(Settings):
     @field_validator("formats")
     @classmethod
     def _expressions(cls, formats: dict[str, str]) -> dict[str, str]:
-        if OTHER in formats:
-            raise ValueError(f"{OTHER!r} stands for what no format finds; choose another name")
-        for name, pattern in formats.items():
-            try:
-                re.compile(pattern, re.MULTILINE)
-            except re.error as error:
-                raise ValueError(f"{name} is no regular expression of Python: {error}") from error
-        return formats
+        return check_formats(formats)
+
+
+def check_formats(formats: dict[str, str]) -> dict[str, str]:
+    """The formats; ValueError for one that is no regular expression, or has the name of what none finds."""
+    if OTHER in formats:
+        raise ValueError(f"{OTHER!r} stands for what no format finds; choose another name")
+    for name, pattern in formats.items():
+        try:
+            re.compile(pattern, re.MULTILINE)
+        except re.error as error:
+            raise ValueError(f"{name} is no regular expression of Python: {error}") from error
+    return formats
 
 
 def measure(model: Opened, _reference: None, data: Data, settings: FormatsSettings) -> Found:

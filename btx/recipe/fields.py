@@ -60,9 +60,10 @@ def execution(default: Any, **more: Any) -> Any:
     return Field(default, json_schema_extra={"execution": True}, **more)
 
 
-def later(default: Any) -> Any:
-    """A step's field that is no part of its identity at this default, so that steps without it keep their keys."""
-    return Field(default, json_schema_extra={"later": True})
+def later(default: Any, **more: Any) -> Any:
+    """A field of a step or of settings that is no part of the identity at this default, so that what was made before
+    the field was there keeps its key."""
+    return Field(default, json_schema_extra={"later": True}, **more)
 
 
 def environment(default: Any, **more: Any) -> Any:

@@ -18,7 +18,7 @@ from btx.recipe.compare_settings import CompareSettings
 from btx.recipe.fields import NAME
 from btx.recipe.inputs import DomainRecipe, SeedRecipe
 from btx.recipe.joint_settings import JointSettings
-from btx.recipe.makers import APART, Maker
+from btx.recipe.makers import Maker, training_of
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.messages import SIGNS, sentences
 from btx.recipe.settings import (
@@ -105,24 +105,29 @@ class Recipe(Settings):
             found["trainable"] = self.train.trainable
         return type(section).model_validate({**dict(section), **found})
 
-    def making(self, domain: str) -> tuple[str, TrainSettings]:
+    def making(self, domain: str) -> tuple[str, Any]:
         """How a domain's expert is made, and the settings of that, unset ones filled from `train`; ValueError for what
         there is not."""
         said = self.domains[domain].expert
         [(name, settings)] = said.items() if isinstance(said, dict) else [(said, {})]
         where = f"domains.{domain}.expert"
         _refuse_unknown(where, "way", [name], [*self.makers])
-        section = self.makers[name].section
-        if idle := [key for key in settings if key in APART]:
+        maker = self.makers[name]
+        if self.domains[domain].experts > 1 and name != "train":
+            raise ValueError(f"{where}: {name} makes one expert of a domain, so domains.{domain}.experts must be 1")
+        if idle := [key for key in settings if key in maker.apart]:
             raise ValueError(f"{where}.{name}: {idle[0]} does not apply to one expert; domains.{domain} has its tokens")
         try:
-            found = self.filled(section.model_validate(settings))
+            found = maker.section.model_validate(settings)
         except ValidationError as error:
-            wrong = " ".join(sentences(error, section, NAME))
+            wrong = " ".join(sentences(error, maker.section, NAME))
             raise ValueError(f"{where}.{name}: {wrong}") from error
-        if found.precision == "auto":
-            found = found.model_copy(update={"precision": self.train.precision})
-        return name, found
+        if not isinstance(found, TrainSettings):
+            return name, found
+        found = self.filled(found)
+        return name, found.model_copy(
+            update={"precision": self.train.precision}
+        ) if found.precision == "auto" else found
 
     @property
     def tokens_in_all(self) -> int:
@@ -130,7 +135,7 @@ class Recipe(Settings):
         apart = 0
         for name, domain in self.domains.items():
             if domain.tokens and domain.checkpoint is None:
-                _, settings = self.making(name)
+                settings = training_of(self.making(name)[1])
                 apart += steps_of(domain.tokens, settings) * domain.experts * settings.batch_tokens
         return apart + steps_of(self.finetune.tokens, self.finetuning) * self.finetuning.batch_tokens
 
@@ -162,7 +167,8 @@ class Recipe(Settings):
         self._whole_batches()
         for name, domain in self.domains.items():
             if self.makers:
-                require_whole_batches(f"domains.{name}.expert, with what it takes from train", self.making(name)[1])
+                where = f"domains.{name}.expert, with what it takes from train"
+                require_whole_batches(where, training_of(self.making(name)[1]))
             if domain.data and not (domain.valid or self.data.holdout):
                 raise ValueError(
                     f"data.holdout is 0 and domains.{name} has no `valid` files, so there is nothing to "

@@ -27,8 +27,8 @@ class Settings(BaseModel):
         """The fields that decide the result, as JSON values for the fingerprint."""
         dumped = self.model_dump(mode="json")
         for name, info in type(self).model_fields.items():
-            extra = info.json_schema_extra
-            if isinstance(extra, dict) and extra.get("execution"):
+            extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+            if extra.get("execution") or (extra.get("later") and getattr(self, name) == info.default):
                 del dumped[name]
             elif isinstance(value := getattr(self, name), Settings):
                 dumped[name] = value.identity()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from btx.recipe.fields import NAME, Count, Positive, Text, Whole, execution
+from btx.recipe.fields import NAME, Count, Positive, Text, Whole, execution, later
 from btx.recipe.settings import Settings
 
 Template = Annotated[str, Field(min_length=1)]
@@ -16,7 +16,14 @@ MBPP = {
     "\n\n{test_list}\n[BEGIN]\n",
     "answer": "{code}\n[DONE]", "joint": "", "stop": ("[DONE]",),
 }  # fmt: skip
+LABEL = {"prompt": "{input}", "answer": "{output}", "joint": " ", "stop": ("\n",)}
 CODE_ONLY = ("setup", "tests", "seconds")
+IDLE = {  # settings that do not belong to a kind
+    "exact_match": (*CODE_ONLY, "control"),
+    "code": ("read", "control"),
+    "label": (*CODE_ONLY, "read", "prompt", "answer", "examples", "few_shot"),
+}
+Control = Literal["original", "simplified", "delusive", "empty", "shuffled"]
 
 
 class TaskSettings(Settings):
@@ -28,9 +35,10 @@ class TaskSettings(Settings):
     file: Text = execution(
         ..., description="items, a .jsonl, .json or .parquet file; relative paths start as data's do"
     )
-    kind: Literal["exact_match", "code"] = Field(
+    kind: Literal["exact_match", "code", "label"] = Field(
         description="exact_match: the answer is read from the completion and compared, as in GSM8K; code: the "
-        "completion is run with the item's tests, in a sandbox, as in MBPP"
+        "completion is run with the item's tests, in a sandbox, as in MBPP; label: an instruction with a label space, "
+        "as `sft` reads them, judged by compliance too"
     )
     prompt: Template | None = Field(None, description="default: as lm-eval writes GSM8K, or MBPP, by the kind")
     answer: Template | None = Field(
@@ -48,6 +56,7 @@ class TaskSettings(Settings):
     stop: list[Template] | None = Field(None, description="texts that end a completion, and are not part of it")
     chat: bool = Field(False, description="ask in the tokenizer's chat template, as one message of a user")
     seconds: Positive = Field(10.0, description="code: time that a program may take")
+    control: Control = later("original", description="label: how the instruction is changed, as in sft.control")
 
     @model_validator(mode="after")
     def _used(self) -> TaskSettings:
@@ -55,8 +64,7 @@ class TaskSettings(Settings):
             raise ValueError("`few_shot` needs a file of `examples`, other items than those that are scored")
         if self.examples is not None and not self.few_shot:
             raise ValueError("`examples` are used if `few_shot` says how many; set it, or leave the file out")
-        idle = CODE_ONLY if self.kind == "exact_match" else ("read",)
-        for name in idle:
+        for name in IDLE[self.kind]:
             if name in self.model_fields_set:
                 raise ValueError(f"`{name}` does not belong to kind {self.kind}; leave it out")
         return self
@@ -83,7 +91,7 @@ class TaskSettings(Settings):
 
     @property
     def _defaults(self) -> dict[str, Any]:
-        return GSM8K if self.kind == "exact_match" else MBPP
+        return {"exact_match": GSM8K, "code": MBPP, "label": LABEL}[self.kind]
 
 
 def _told_apart(tasks: dict[str, TaskSettings]) -> dict[str, TaskSettings]:

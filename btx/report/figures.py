@@ -44,10 +44,17 @@ def _turned(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[lis
 def task_tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """The results of each task as header and rows, in percent: a row per model.
 
-    Lost are the items that the seed has right and the model wrong, won the reverse.
+    Lost are the items that the seed has right and the model wrong, won the reverse. Of items with label spaces also
+    how many answers are labels, how many of those are right, and what a random guess would have right.
     """
-    head = ["model", "right", "%, 95 % interval", "less the seed's, paired", "lost", "won"]
-    return {task: (head, _task_rows(found)) for task, found in results.get("tasks", {}).items()}
+    found = results.get("tasks", {})
+    return {task: (_task_head(one), _task_rows(one)) for task, one in found.items()}
+
+
+def _task_head(found: dict[str, Any]) -> list[str]:
+    labelled = any("compliance" in numbers for numbers in found["models"].values())
+    more = ["% labels", "% right of those", "% right by chance"] if labelled else []
+    return ["model", "right", "%, 95 % interval", *more, "less the seed's, paired", "lost", "won"]
 
 
 def _task_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -55,6 +62,10 @@ def _task_rows(found: dict[str, Any]) -> list[list[str]]:
     for model, numbers in found["models"].items():
         row = [model, f"{numbers['right']} of {numbers['items']}",
                f"{100 * numbers['accuracy']:.1f} ({_percents(numbers['interval_95'])})"]  # fmt: skip
+        if "compliance" in numbers:
+            among = numbers["accuracy_of_compliant"]
+            row += [f"{100 * numbers['compliance']:.1f}", "none" if among is None else f"{100 * among:.1f}",
+                    f"{100 * numbers['chance']:.1f}"]  # fmt: skip
         if change := found["from_seed"].get(model):
             row += [f"{100 * change['difference']:+.1f} ({_percents(change['interval_95'])})",
                     str(change["right_to_wrong"]), str(change["wrong_to_right"])]  # fmt: skip

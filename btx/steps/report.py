@@ -31,7 +31,7 @@ class Report(Step):
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
         found = _ancestors(self)
         trained = {label: read_manifest(s.folder) for label, s in found.items() if s.trains}
-        metrics = {label: _metrics(found[label].folder) for label in trained}
+        metrics = {label: rows for label in trained if (rows := _metrics(found[label].folder))}
         results["exported"] = self.evaluate.name_of(self.export.model)
         results["cost"] = {
             label: {k: m["facts"][k] for k in ("tokens", "steps", "training_flops", "parameters")}
@@ -72,9 +72,9 @@ class Report(Step):
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """What a training wrote down of every step."""
-    lines = (folder / LOGS / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """What a training wrote down of every step; nothing if its loss is no cross-entropy."""
+    file = folder / LOGS / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def _ancestors(step: Step) -> dict[str, Step]:

@@ -10,10 +10,9 @@ from decimal import Decimal
 from btx.errors import RecipeError
 from btx.recipe.task_settings import TaskSettings
 from btx.tasks.enclosed import Limits
-from btx.tasks.items import Item
+from btx.tasks.items import MARK, Item
 from btx.tasks.sandbox import run
 
-MARK = "####"
 # A sign counts where no term precedes it (10-5 is no -5), before or after a currency's; commas group by three.
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-−])?(?:[$€£¥] ?(?P<inner>[-−])?)?"
@@ -57,7 +56,7 @@ def judge_for(settings: TaskSettings) -> Callable[[Item, str], Judged]:
     if settings.kind == "code":
         limits = Limits(seconds=settings.seconds)
         return lambda item, completion: _run(item, completion, limits)
-    read: Callable[[str], Decimal | str | None] = number if settings.read == "number" else line
+    read = reader_of(settings)
 
     def judge(item: Item, completion: str) -> Judged:
         found, wanted = read(completion), read(item.answer)
@@ -66,12 +65,17 @@ def judge_for(settings: TaskSettings) -> Callable[[Item, str], Judged]:
     return judge
 
 
+def reader_of(settings: TaskSettings) -> Callable[[str], Decimal | str | None]:
+    """What reads an answer from a text: a number, or the first line, which alone can be a label."""
+    return number if settings.read == "number" and settings.kind != "label" else line
+
+
 def require_answers(settings: TaskSettings, items: list[Item]) -> None:
     """RecipeError for an item whose right answer cannot be read."""
     if settings.kind == "code":
         return
     for item in items:
-        if (number if settings.read == "number" else line)(item.answer) is None:
+        if reader_of(settings)(item.answer) is None:
             raise RecipeError(
                 f"{item.where}: its answer {item.answer[:60]!r} holds no {settings.read}. Correct the item, or the "
                 "task's `answer` or `read`."

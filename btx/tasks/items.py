@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from btx.data.arithmetic import problems
+from btx.data.instructions import Controlled, Instruction, instruction_of
 from btx.data.readers import kind_of, records
 from btx.errors import RecipeError, nearest
 from btx.recipe.task_settings import TaskSettings
 
 BETWEEN = "\n\n"  # examples and the item; lm-eval's fewshot_delimiter
+MARK = "####"  # before an answer, as GSM8K has it
+ARITHMETIC, GENERATED = "builtin:arithmetic", 2400  # items that are made and not read
 READ = (".jsonl", ".json", ".parquet")
 
 
@@ -27,6 +31,8 @@ class Item:
     answer: str
     setup: str = ""
     tests: str = ""
+    labels: tuple[str, ...] = ()  # the label space
+    task: str = ""  # of an instruction
 
     @property
     def digest(self) -> str:
@@ -43,6 +49,8 @@ class _Lines(list[Any]):
 
 def read_items(settings: TaskSettings, file: str, examples: str | None) -> list[Item]:
     """The items of a task, at most `limit`; RecipeError, with file and line, for one that cannot be used."""
+    if settings.kind == "label":
+        return _labelled(settings, file)
     shots = []
     if examples is not None:
         for where, row in islice(_rows(examples), settings.few_shot):
@@ -57,6 +65,35 @@ def read_items(settings: TaskSettings, file: str, examples: str | None) -> list[
         raise RecipeError(
             f"{examples}: an example is also an item that is scored ({known.pop()[:60]!r}...). Take it out of one file."
         )
+    return found
+
+
+def _labelled(settings: TaskSettings, file: str) -> list[Item]:
+    """Instructions with label spaces, as the control has them; the right answer is always the original one."""
+    read = [(where, _instruction(where, row)) for where, row in islice(_rows(file), settings.limit)]
+    if not read:
+        raise RecipeError(f"{file} has no items. Name a file that has some.")
+    change = Controlled(settings.control, 0, (one for _, one in read))
+    found = []
+    for where, one in read:
+        asked = change(one)
+        if asked.output != one.output:
+            raise RecipeError(
+                f"{where}: control: delusive changes an item's examples, and this one has none, so nothing would be "
+                "asked otherwise. Give it `examples`, or leave `control` out."
+            )
+        found.append(Item(where, asked.prompt, one.input or one.instruction, one.output, labels=one.labels,
+                          task=one.task))  # fmt: skip
+    return found
+
+
+def _instruction(where: str, row: dict[str, Any]) -> Instruction:
+    try:
+        found = instruction_of(row, None)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}. Fix the line.") from error
+    if not found.labels:
+        raise RecipeError(f"{where}: an item of a task of kind label needs its label space. Give it `labels`.")
     return found
 
 
@@ -80,6 +117,10 @@ def _item(settings: TaskSettings, shots: list[str], where: str, row: dict[str, A
 
 
 def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if file == ARITHMETIC:
+        for n, (question, answer) in enumerate(problems(GENERATED), 1):
+            yield f"{file}#{n}", {"question": question, "answer": f"{MARK} {answer}"}
+        return
     if kind_of(file) not in READ:
         raise RecipeError(f"{file}: items are read from {', '.join(READ)}. Name such a file.")
     for where, row in records(file, every_column=True):

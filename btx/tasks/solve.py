@@ -28,6 +28,7 @@ class Completion:
     text: str
     tokens: int
     ended: bool
+    ids: tuple[int, ...] = ()  # of those tokens
 
 
 def end_ids(folder: Path, tokenizer: Any) -> set[int]:
@@ -56,9 +57,10 @@ def require_room(prompts: Sequence[Sequence[int]], most: int, positions: int | N
 
 def complete(
     model: Opened, tokenizer: Any, prompts: Sequence[Sequence[int]], *, most: int, stops: Sequence[str],
-    end: set[int], batch_tokens: int, done: Callable[[int], None] = lambda _count: None,
+    end: set[int], batch_tokens: int, done: Callable[[int], None] = lambda _count: None, temperature: float = 0.0,
+    random: torch.Generator | None = None,
 ) -> list[Completion]:  # fmt: skip
-    """Greedy completions of prompts (ids), in their order.
+    """Completions of prompts (ids), in their order: greedy, or sampled at a temperature.
 
     Prompts of equal length are generated together, since nothing is padded then: `batch_tokens` of prompts and
     completions at most, and one prompt at least.
@@ -70,7 +72,7 @@ def complete(
         for batch in (same[at : at + rows] for at in range(0, len(same), rows)):
             ids_BS = torch.tensor([list(prompts[n]) for n in batch], device=model.device)
             made = generate(
-                model, ids_BS, most=most, end=end,
+                model, ids_BS, most=most, end=end, temperature=temperature, random=random,
                 stopped=lambda ids: cut(text_of(tokenizer, ids, end), stops)[1] if stops else False,
             ).tolist()  # fmt: skip
             found |= {n: _completion(tokenizer, ids, end, stops) for n, ids in zip(batch, made, strict=True)}
@@ -90,9 +92,9 @@ def _completion(tokenizer: Any, ids: Sequence[int], end: set[int], stops: Sequen
     if stopped:  # by the first token with which the text holds a stop
         lengths = range(1, len(ids) + 1)
         most = lengths[bisect_left(lengths, True, key=lambda n: cut(text_of(tokenizer, ids[:n], end), stops)[1])]
-        return Completion(text, most, True)
+        return Completion(text, most, True, tuple(ids[:most]))
     until = next((n + 1 for n, one in enumerate(ids) if one in end), None)
-    return Completion(text, until or len(ids), until is not None)
+    return Completion(text, until or len(ids), until is not None, tuple(ids[:until]))
 
 
 def rows_of(
@@ -108,17 +110,48 @@ def rows_of(
             "item": n, "prompt_sha256": item.digest, "prompt": item.prompt, "completion": made.text,
             "tokens": made.tokens, "ended": made.ended, "answer": judged.answer, "wanted": item.answer or item.tests,
             "right": judged.right, "how": judged.how,
+            **({"task": item.task, "compliant": judged.answer in item.labels, "chance": 1 / len(item.labels)}
+               if settings.kind == "label" else {}),
         })  # fmt: skip
         done(len(rows))
     return rows
 
 
 def numbers_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy with Wilson's interval, items, how many completions ended by themselves, how many held an answer."""
+    """Accuracy with Wilson's interval, items, how many completions ended by themselves, how many held an answer.
+
+    Of items with label spaces also compliance, and what `compliance` says.
+    """
     right, count = sum(row["right"] for row in rows), len(rows)
+    by_task = sorted({row["task"] for row in rows if "task" in row})
+    labelled = (
+        compliance(rows)
+        | {"by_task": {task: compliance([row for row in rows if row["task"] == task]) for task in by_task}}
+        if by_task
+        else {}
+    )
     return {
         "accuracy": right / count, "interval_95": list(wilson(right, count)), "right": right, "items": count,
         "ended": sum(row["ended"] for row in rows), "answered": sum(row["answer"] is not None for row in rows),
+        **labelled,
+    }  # fmt: skip
+
+
+def compliance(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of answers to items with label spaces (arXiv 2305.11383): how many are labels, and how many of those are right.
+
+    Accuracy is the product of `compliance` and `accuracy_of_compliant` (None where no answer is a label). `chance` is
+    what a random guess in the label spaces has right, the mean of 1 / k; `chance_of_compliant` is what the model would
+    have right if it guessed wherever it complies.
+    """
+    labels, count = [row for row in rows if row["compliant"]], len(rows)
+    right = sum(row["right"] for row in labels)
+    return {
+        "compliance": len(labels) / count, "compliance_interval_95": list(wilson(len(labels), count)),
+        "compliant": len(labels), "accuracy_of_compliant": right / len(labels) if labels else None,
+        "accuracy_of_compliant_interval_95": list(wilson(right, len(labels))) if labels else None,
+        "chance": sum(row["chance"] for row in rows) / count,
+        "chance_of_compliant": sum(row["chance"] for row in labels) / count,
     }  # fmt: skip
 
 

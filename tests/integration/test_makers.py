@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from btx.checkpoints.reader import opened
+from btx.cli.main import graph_of as main_graph
+from btx.cli.main import main
 from btx.cli.plan import rows
 from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe
 from btx.errors import RecipeError
+from btx.graph.artifact import read_manifest
 from tests.support.command import btx
+from tests.support.instructions import items as instructions
+from tests.support.policies import world_of
 from tests.support.project import write_project
 
 MANY = [
@@ -94,5 +100,29 @@ def test_what_cannot_be_made_so_is_refused(tmp_path: Path, said: str, why: str) 
 def test_one_of_several_experts_is_made_by_train_alone(tmp_path: Path, how: str) -> None:
     write_project(tmp_path)
     said: list[Any] = [f"domains.math.expert={how}", "domains.math.experts=2"]
-    with pytest.raises(RecipeError, match=r"math\.0 is one of several experts of a domain"):
+    with pytest.raises(RecipeError, match=rf"domains.math.expert: {how} makes one expert of a domain"):
         graph_of(tmp_path, *said)
+
+
+def test_instructions_and_rewards_make_experts_too(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    world = world_of(tmp_path)
+    policy = {name: value for name, value in world.recipe.pop("grpo").items() if name != "steps"}
+    (tmp_path / "data/instructions.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in instructions(60, seed=0))
+    )
+    each = policy["prompts"] * policy["generations"] * policy["sequence_length"]
+    world.recipe["domains"] = {
+        "math": {"data": ["data/math.jsonl"], "tokens": 2 * each, "expert": {"grpo": policy}},
+        "law": {"data": ["data/law.jsonl"], "tokens": 64, "expert": {"sft": {"data": ["data/instructions.jsonl"]}}},
+    }
+    done = CliRunner().invoke(main, ["run", str(world.write()), "--until", "merge"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    graph = main_graph(world.write(), ())
+    assert graph.labels("train") == ["grpo:math", "sft:law"]
+    assert json.loads((graph.steps["merge"].folder / "experts.json").read_text())["models"] == ["math", "law", "seed"]
+    facts = read_manifest(graph.steps["grpo:math"].folder)["facts"]
+    assert facts["steps"] == 2  # as many as its tokens suffice for
+    world.set("domains.math.expert", {"grpo": {**policy, "steps": 3}})
+    with pytest.raises(RecipeError, match=r"domains.math.expert.grpo: steps does not apply to one expert"):
+        main_graph(world.write(), ())

@@ -35,7 +35,8 @@ def recipe_with(folder: Path, compare: dict[str, Any], **changes: Any) -> Recipe
 def test_every_conversion_that_takes_a_budget_spends_it_in_whole_steps(tmp_path: Path) -> None:
     able = [name for name, found in conversions().items() if found.spend]
     assert {"btx", "dense", "upcycle", "average", "scratch"} <= set(able)
-    recipe = recipe_with(tmp_path, {"arms": {name: {} for name in able}, "budgets": [16_384]})
+    compare = {"arms": {name: {} for name in able}, "budgets": [16_384]}
+    recipe = recipe_with(tmp_path, compare, sft={"data": ["items.jsonl"]})  # which it cannot do without
     arms, config = Arms(recipe), seed_config(recipe, tmp_path)
     for name in able:
         tokens = arms.budget(name, 0, config)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from btx.cli.main import graph_of
 from btx.conversions.registry import recipe_model
-from tests.support.world import World
+from tests.support.world import World, write_jsonl
 
 TABLE = Path(__file__).with_name("settings.txt")
 VALUES: dict[str, Any] = {  # by path or last name, where a value derived from the type alone would not be valid
@@ -29,12 +29,15 @@ VALUES: dict[str, Any] = {  # by path or last name, where a value derived from t
     "batch_tokens": 64, "sequence_length": 8, "precision": "bf16", "mix": {"math": 1.0, "law": 2.0},
     "soft_first_layer": True, "experts": 4, "top_k": 1, "scratch.shape": "dense",
     "probes.formats.formats": {"x": "y"}, "proxy.base": "law", "proxy.antiexpert": "law",
-    "proxy.weights": {"math": 0.5}, "reft.layers": [0],
-    "adapter.method": "dora", "adapter.options": {"r": 4},
+    "proxy.weights": {"math": 0.5}, "reft.layers": [0], "method": "dora", "options": {"r": 4},
+    "sft.controls": ["shuffled"], "sft.control": "delusive", "grpo.mark_every": 6, "grpo.sequence_length": 600,
+    "grpo.confidence": "s: (.)", "grpo.formats": {"x": "y"}, "grpo.bands": ["easy"],
 }  # fmt: skip
 BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
     "soft_first_layer": {"{}.routing": "sample_top1"},
     "merge.chunks": {"merge.experts": "split"},
+    "grpo.bands": {"grpo.mark_every": 5, "grpo.bands": ["hard"]},
+    "grpo.mark_every": {"grpo.mark_every": 5, "grpo.bands": ["hard"]},
     "merge.router_tokens": {"merge.router": "activations"},
     "reft.positions": {"data.loss_mask": "completion"},
     "prefix": {"{}.positions": "prompt", "data.loss_mask": "completion"},
@@ -42,8 +45,15 @@ BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
 }
 SKIPPED = {  # names of files, whose contents count; and layouts that other tests cover
     "seed.checkpoint", "seed.data", "seed.valid", "seed.tokens", "seed.architecture", "domains", "merge.shared",
-    "merge.layers", "merge.shared_expert", "compare", "tasks",
+    "merge.layers", "merge.shared_expert", "compare", "tasks", "sft.data", "grpo.task",
+    "grpo.passrate",
 }  # fmt: skip
+
+
+SECTIONS: dict[str, Any] = {  # that need something
+    "sft": {"data": ["data/items.jsonl"], "controls": ["empty"]},
+    "grpo": {"task": {"file": "builtin:arithmetic", "kind": "exact_match"}},
+}
 
 
 def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -88,7 +98,8 @@ def world_of(root: Path) -> World:
     """A world with every section, and two experts with data, so that routers can be initialised from it."""
     world = World(root)
     for section in recipe_model().conversions:
-        world.set(section, {})
+        world.set(section, SECTIONS.get(section, {}))
+    write_jsonl(root / "data" / "items.jsonl", [{"instruction": "Say it.", "output": "yes", "labels": ["yes", "no"]}])
     world.set("scratch.shape", "moe")  # else its routing decides nothing
     for section in ("train", "evaluate"):  # `auto` depends on the machine
         world.set(f"{section}.precision", "fp32")
