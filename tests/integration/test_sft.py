@@ -44,6 +44,7 @@ def world_of(root: Path, *, trained: int = 200, **more: Any) -> World:
     return world
 
 
+@pytest.mark.slow
 def test_it_is_trained_on_answers_alone_measured_and_reported(tmp_path: Path) -> None:
     world = world_of(tmp_path, controls=["empty"])
     done = CliRunner().invoke(main, ["run", str(world.write())])

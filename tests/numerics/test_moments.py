@@ -148,7 +148,7 @@ def test_the_plan_counts_what_they_take(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
-        (["domains.math.checkpoint=seed"], "math was trained elsewhere"),
+        (["domains.math.checkpoint=seed"], "math was made elsewhere"),
         (["merge.experts=split"], "whole feed-forward blocks"),
         (["merge.reinitialize=0.5"], "whole feed-forward blocks"),
         (["run.launch=two.yaml"], "not tried on shards"),
