@@ -48,9 +48,10 @@ class Graph:
         sources, recipe = self.sources, self.recipe
         start = sources.start()
         made = experts.build(sources, start)
-        self.branches = {
-            s.label: n for n, s in made.steps.items() if not isinstance(s, ExternalCheckpoint | MergedLora)
-        }
+        self.branches = {  # the experts that are made here, by label
+            label: name for name, expert in made.steps.items() for label, step in self.steps.items()
+            if step is expert and not isinstance(step, MergedLora)
+        }  # fmt: skip
         models = {SEED: Model(start.seed), **made.models(sources, start)}
         for name, conversion in conversions().items():
             settings = recipe.sections.get(name)

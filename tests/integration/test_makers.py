@@ -55,6 +55,14 @@ def test_the_plain_way_is_what_it_was_before_there_were_others(tmp_path: Path) -
     assert own["train:code"].key == plain["train:code"].key
 
 
+def test_a_trial_of_a_comparison_has_the_same_experts_under_its_own_labels(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    recipe = load_recipe(tmp_path / "recipe.yaml", [*MANY, f"run.directory={tmp_path / 'runs'}"])
+    trial = Graph(recipe, tmp_path, variant="btx 5 0.1 #0")
+    assert trial.labels("train") == ["adapter-merged:math", "anchored-expert:code"]
+    trial.check(trial.needed(trial.labels("report")))
+
+
 def test_a_mixture_of_experts_that_were_made_in_two_ways(tmp_path: Path) -> None:
     write_project(tmp_path)
     flags = [part for one in (*MANY, "train.precision=fp32") for part in ("--set", one)]
