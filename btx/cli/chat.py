@@ -100,9 +100,13 @@ class Talk:
         asked = [*self.messages, {"role": "user", "content": line}]
         ids = self.encoder.prompt(line) if self.plain else self.encoder.conversation(asked)
         room = self.model.positions - len(ids) if self.model.positions is not None else self.chosen["most"]
-        if room < 1 or not ids:
-            why = "gives the tokenizer no token" if not ids else f"is longer than the model's {self.model.positions}"
-            click.echo(f"(What was said {why}{' positions; the chat starts anew' if ids else ''}.)", err=True)
+        if not ids:
+            click.echo("(The tokenizer makes no token of that.)", err=True)
+            return
+        if room < 1:
+            what = "That" if self.plain else "The conversation"
+            anew = "" if self.plain else "; it starts anew"
+            click.echo(f"({what} is longer than the model's {self.model.positions} positions{anew}.)", err=True)
             self.messages = [*self.opening]
             return
         text = self.answer(ids, min(room, self.chosen["most"]))

@@ -10,17 +10,15 @@ from btx.conversions.dense import DenseSettings
 from btx.conversions.experts import Experts
 from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Branch, Model, Sources, Start
-from btx.errors import RecipeError
 from btx.events import Emit
 from btx.recipe.joint_settings import AdapterRule
 from btx.recipe.makers import Maker
 from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import TrainSettings
-from btx.steps.branch import VerifySeed, require_positions
+from btx.steps.continued import Continued
 from btx.steps.model import ComposedStep, ModelStep
-from btx.steps.tokens import TokensStep
-from btx.steps.train import OWN, fit, memory_of, require_finite
+from btx.steps.train import OWN, require_finite
 
 if TYPE_CHECKING:
     from btx.models.opened import Opened
@@ -32,38 +30,19 @@ class AdapterSettings(AdapterRule, DenseSettings):
     """An adapter of the frozen seed, trained on the data of the whole conversion; defaults are those of train."""
 
 
-class Adapter(ComposedStep):
+class Adapter(Continued, ComposedStep):
     """Names the seed; the folder is an adapter of peft too, which `PeftModel.from_pretrained(seed, folder)` loads."""
 
     kind: ClassVar[str] = "adapter"
-    trains: ClassVar[bool] = True
+    section: ClassVar[str] = "adapter"
+    shards: ClassVar[bool] = False
     settings: AdapterRule
-    branch: VerifySeed
-    tokens: dict[str, TokensStep]
-    weights: dict[str, float]
-    budget: int
-    train: TrainSettings
-
-    @property
-    def needs(self) -> int:
-        """At most what training the whole seed takes."""
-        return memory_of(self.branch.seed.folder, self.train, self.where)
-
-    @property
-    def asks(self) -> dict[str, int]:
-        """One sequence of each domain with a positive weight."""
-        length = self.train.sequence_length
-        return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
 
     def check(self, asked: int) -> None:
         """RecipeError for a method or options that peft does not take, sequences that are too long, or shards."""
         from btx.training.adapters import config_of
 
-        require_positions(self.branch.seed, "adapter.sequence_length", self.train.sequence_length)
-        if self.where.launch:
-            raise RecipeError(
-                "adapter was not tried on shards, as run.launch may make. Leave run.launch or adapter out."
-            )
+        super().check(asked)
         config_of(self.settings.method, self.settings.options, "adapter")
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
@@ -71,13 +50,10 @@ class Adapter(ComposedStep):
         from btx.models import model
         from btx.training.adapters import Held, require_saved
 
-        seed, held = self.branch.seed.folder, Held(self.settings, "adapter")
-        facts = fit(
-            self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,
-            settings=self.train, out=out, work=work, emit=emit, prepare=held.prepare, publish=held.publish,
-        )  # fmt: skip
-        require_saved(model.load(seed, where=self.where), out, held.logits, "adapter")
-        return {**facts, **super().run(out, work, emit)}
+        held = Held(self.settings, "adapter")
+        facts = self.fitted(out, work, emit, prepare=held.prepare, publish=held.publish)
+        require_saved(model.load(self.branch.seed.folder, where=self.where), out, held.logits, "adapter")
+        return {**facts, **ComposedStep.run(self, out, work, emit)}
 
     @classmethod
     def compose(cls, folder: Path, settings: AdapterRule, parts: dict[str, Opened]) -> Opened:

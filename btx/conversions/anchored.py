@@ -11,7 +11,7 @@ FlexOlmo starts the rows from embeddings of the domains; here they start small a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -38,9 +38,6 @@ from btx.steps.model import ModelStep
 from btx.steps.tokens import TokensStep
 from btx.steps.train import OWN, fit, memory_of
 from btx.training.hook import TrainingHook
-
-if TYPE_CHECKING:
-    pass
 
 ROWS = "router.safetensors"  # an expert's row of every router, in the model's order
 ANCHOR, OWN_EXPERT = 0, 1  # places in the pair

@@ -16,10 +16,7 @@ from btx.recipe.fields import Count, Weight
 from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe, Section, require_whole_batches
 from btx.recipe.settings import TrainSettings
-from btx.steps.branch import VerifySeed, require_positions
-from btx.steps.model import ModelStep
-from btx.steps.tokens import TokensStep
-from btx.steps.train import fit, memory_of
+from btx.steps.continued import Continued
 
 
 class DenseSettings(TrainSettings, Section):
@@ -42,40 +39,15 @@ class DenseSettings(TrainSettings, Section):
         require_whole_batches(f"{name}, with what it takes from train", recipe.filled(self))
 
 
-class Dense(ModelStep):
+class Dense(Continued):
     """A dense checkpoint of the seed's shape."""
 
     kind: ClassVar[str] = "dense"
-    trains: ClassVar[bool] = True
-    section: ClassVar[str] = "dense"  # of the recipe, for messages
-    branch: VerifySeed
-    tokens: dict[str, TokensStep]
-    weights: dict[str, float]
-    budget: int
-    train: TrainSettings
-
-    @property
-    def needs(self) -> int:
-        """Weights, gradients, optimiser state and activations of the seed's shape."""
-        return memory_of(self.branch.seed.folder, self.train, self.where)
-
-    @property
-    def asks(self) -> dict[str, int]:
-        """One sequence of each domain with a positive weight."""
-        length = self.train.sequence_length
-        return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
-
-    def check(self, asked: int) -> None:
-        """RecipeError if a sequence is longer than the seed's max_position_embeddings."""
-        require_positions(self.branch.seed, f"{self.section}.sequence_length", self.train.sequence_length)
+    section: ClassVar[str] = "dense"
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
-        seed = self.branch.seed.folder
-        return fit(
-            self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,
-            settings=self.train, out=out, work=work, emit=emit,
-        )  # fmt: skip
+        return self.fitted(out, work, emit)
 
 
 def build(sources: Sources, start: Start, _experts: Experts, settings: DenseSettings) -> dict[str, Model]:

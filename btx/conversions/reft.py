@@ -19,11 +19,9 @@ from btx.recipe.fields import Count, Whole
 from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import Settings, TrainSettings
-from btx.steps.branch import VerifySeed, require_positions
+from btx.steps.continued import Continued
 from btx.steps.given import ExternalCheckpoint
 from btx.steps.model import ComposedStep
-from btx.steps.tokens import TokensStep
-from btx.steps.train import fit, memory_of
 from btx.training.hook import TrainingHook
 
 if TYPE_CHECKING:
@@ -77,34 +75,17 @@ class ReftRule(Settings):
     suffix: int | None
 
 
-class Reft(ComposedStep):
+class Reft(Continued, ComposedStep):
     """Names the seed, and keeps R, W and b of every edited layer beside."""
 
     kind: ClassVar[str] = "reft"
-    trains: ClassVar[bool] = True
+    section: ClassVar[str] = "reft"
+    shards: ClassVar[bool] = False
     settings: ReftRule
-    branch: VerifySeed
-    tokens: dict[str, TokensStep]
-    weights: dict[str, float]
-    budget: int
-    train: TrainSettings
-
-    @property
-    def needs(self) -> int:
-        """At most what training the whole seed takes."""
-        return memory_of(self.branch.seed.folder, self.train, self.where)
-
-    @property
-    def asks(self) -> dict[str, int]:
-        """One sequence of each domain with a positive weight."""
-        length = self.train.sequence_length
-        return {tokens.label: length for name, tokens in self.tokens.items() if self.weights[name]}
 
     def check(self, asked: int) -> None:
         """RecipeError for layers or a rank that the seed has not, sequences that are too long, or shards."""
-        require_positions(self.branch.seed, "reft.sequence_length", self.train.sequence_length)
-        if self.where.launch:
-            raise RecipeError("reft was not tried on shards, as run.launch may make. Leave run.launch or reft out.")
+        super().check(asked)
         if isinstance(self.branch.seed, ExternalCheckpoint):
             from btx.checkpoints.validate import read_config
             from btx.models.native import native_config
@@ -122,12 +103,8 @@ class Reft(ComposedStep):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train the edits, and write them and the file that names the seed."""
-        seed = self.branch.seed.folder
-        facts = fit(
-            self, folder=seed, like=seed, tokens=self.tokens, weights=self.weights, budget=self.budget,
-            settings=self.train, out=out, work=work, emit=emit, prepare=self._prepare, publish=_publish,
-        )  # fmt: skip
-        return {**facts, **super().run(out, work, emit)}
+        facts = self.fitted(out, work, emit, prepare=self._prepare, publish=_publish)
+        return {**facts, **ComposedStep.run(self, out, work, emit)}
 
     def _prepare(self, net: Any, stream: Any) -> TrainingHook:
         layers = self._layers(net.config.num_hidden_layers, net.config.hidden_size)

@@ -152,7 +152,8 @@ class Encoder:
         except (TemplateError, ValueError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RecipeError(
-                f"the chat template cannot write messages ({roles}) to be answered: {error}. Leave `chat` out."
+                f"the chat template cannot write messages ({roles}) to be answered: {error}. Leave `chat` out of a "
+                "task, or talk by btx chat --plain."
             ) from error
         return self._encoded([Written(made, True)], offsets=False)[0][0]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from btx.checkpoints.reader import Checkpoint
@@ -34,6 +34,12 @@ def _first(change_FD: Tensor) -> Tensor:
     """The first right singular vector (D,) of a matrix; zeros for zeros."""
     if not change_FD.any():
         return torch.zeros(change_FD.shape[1])
+    change_FD = change_FD.double()
+    # By torch's products, whose threads the merge sets to one: how a sum is split decides its last digits.
+    by_torch = LinearOperator(
+        change_FD.shape, dtype=np.float64, matvec=lambda v: (change_FD @ torch.from_numpy(v.ravel())).numpy(),
+        rmatvec=lambda u: (torch.from_numpy(u.ravel()) @ change_FD).numpy(),
+    )  # fmt: skip
     start = np.ones(min(change_FD.shape))  # fixed, so that the same weights give the same row
-    *_, found_1D = svds(change_FD.double().numpy(), k=1, v0=start, return_singular_vectors="vh")
+    *_, found_1D = svds(by_torch, k=1, v0=start, return_singular_vectors="vh")
     return torch.from_numpy(found_1D[0].copy()).float()

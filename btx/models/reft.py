@@ -60,7 +60,7 @@ class Edits:
     """
 
     def __init__(self, net: Any, tensors: Mapping[int, Any], *, everywhere: bool) -> None:
-        """`tensors(layer)` is an `Intervention`, or R, W and b themselves."""
+        """`tensors` has by layer an `Intervention`, or R, W and b themselves."""
         self.everywhere = everywhere
         self.where: Tensor | None = None
         layers = net.base_model.layers

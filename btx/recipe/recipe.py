@@ -125,9 +125,8 @@ class Recipe(Settings):
         if not isinstance(found, TrainSettings):
             return name, found
         found = self.filled(found)
-        return name, found.model_copy(
-            update={"precision": self.train.precision}
-        ) if found.precision == "auto" else found
+        own = self.train.precision if found.precision == "auto" else found.precision
+        return name, found.model_copy(update={"precision": own})
 
     @property
     def tokens_in_all(self) -> int:

@@ -81,7 +81,7 @@ def test_a_seed_of_the_sampling_repeats_it(model: Path) -> None:
 
 def test_a_conversation_longer_than_the_model_starts_anew(model: Path) -> None:
     done = chat(with_template(model), "--most", "4", "--temperature", "0", typed="word " * 200 + "\nthe\n")
-    assert "longer than the model's 128 positions; the chat starts anew" in done.stderr
+    assert "The conversation is longer than the model's 128 positions; it starts anew" in done.stderr
     assert done.stdout == continued(model, "<|end|>user: the\n<|end|>assistant: ", 4) + "\n"
 
 
