@@ -18,11 +18,12 @@ PINS = $(VENV)/constraints.txt
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run compare smollm2 smollm2-sweep test test-slow test-all check bench megablocks portability plan status doctor clean $(STAGES)
+.PHONY: help run compare founding smollm2 smollm2-sweep test test-slow test-all check bench megablocks portability plan status doctor clean $(STAGES)
 
 help:
 	@echo "make run                              run the whole recipe (RECIPE=$(RECIPE))"
 	@echo "make compare                          what BTX gains and costs beside other conversions of one seed"
+	@echo "make founding                         all seven systems of the founding note on one seed, a line each (minutes)"
 	@echo "make smollm2 | smollm2-sweep          a real seed of 135M parameters; the search for its learning rates"
 	@echo "make test | test-slow | test-all      tests, slow tests, both"
 	@echo "make check | bench                    lint, types and layout; benchmarks"
@@ -63,6 +64,14 @@ run: $(VENV)/.run
 
 compare: $(VENV)/.run
 	@$(BTX) compare pipelines/compare.yaml $(foreach s,$(SET),--set $(s))
+
+# Reinforcement needs the extra `rl`.
+runs/drills: | $(VENV)/.run
+	@$(BTX) text --drills $@
+
+founding: runs/drills
+	@$(VENV)/bin/python -c "import trl" 2>/dev/null || $(PIP) install -c $(PINS) -e '.[rl]'
+	@$(BTX) run pipelines/founding.yaml $(foreach s,$(SET),--set $(s))
 
 # A real seed, SmolLM2-135M-Instruct, from a PyPI package (Apache-2.0), and text that comes with every Python.
 SMOLLM2 = runs/seeds/smollm2-135m-instruct

@@ -247,10 +247,18 @@ def schema() -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-def text(folder: Path) -> None:
+@click.option(
+    "--drills", is_flag=True, help="Write drills into FOLDER instead: text and items for pipelines/founding.yaml."
+)
+def text(folder: Path, drills: bool) -> None:
     """Write the builtin corpora to FOLDER/math, FOLDER/code and FOLDER/prose, for use as a recipe's data."""
     from btx.data import builtin
+    from btx.data import drills as made
 
+    if drills:
+        made.write(folder)
+        click.echo(f"{folder}: {made.DOCUMENTS:,} drills, and items to train on and to ask")
+        return
     for name, (documents, size) in builtin.write(folder).items():
         click.echo(f"{folder / name}: {documents:,} documents, {size:,} bytes of text")
 

@@ -104,7 +104,8 @@ def _rows(recipe: Recipe, base: Path, dense: Config) -> list[Row]:
         return found  # without data only the merge can run
     found.append(row("finetune", moe, recipe.finetune.tokens, recipe.finetuning))
     for name, said in recipe.sections.items():
-        planned = conversions()[name].plan(recipe, said, dense)
+        known = {one.label for one in found}  # some conversions use the experts of the merge
+        planned = [t for t in conversions()[name].plan(recipe, said, dense) if t.label not in known]
         found += [row(t.label, t.config, t.tokens, t.settings) for t in planned]
     return found
 

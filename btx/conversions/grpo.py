@@ -12,7 +12,9 @@ import shutil
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, ValidationError
 
 from btx.conversions.contract import Conversion
 from btx.conversions.experts import Experts
@@ -23,8 +25,9 @@ from btx.data import corpus
 from btx.errors import RecipeError
 from btx.events import Emit, Note
 from btx.graph.artifact import LOGS, write_json
-from btx.recipe.fields import environment, execution
+from btx.recipe.fields import NAME, environment, execution
 from btx.recipe.makers import Maker
+from btx.recipe.messages import sentences
 from btx.recipe.paths import expanded
 from btx.recipe.recipe import Recipe, Section
 from btx.recipe.settings import steps_of, torch_dtype
@@ -40,6 +43,39 @@ from btx.tasks.items import Item, read_items
 
 class GrpoSettings(PolicySettings, Section):
     """Reinforcement learning of the seed on items with verifiable answers (needs the extra `rl`)."""
+
+    variants: dict[Annotated[str, Field(pattern=f"^{NAME}$")], dict[str, Any]] = Field(
+        default_factory=dict,
+        description="further runs by name, each with what it changes, {calibrated: {reward: calibrated}}; models "
+        "grpo-NAME of the same report",
+    )
+
+    def fits(self, recipe: Recipe, name: str) -> None:
+        """Each variant is a run of its own, and none has a domain's name, which labels the domain's expert."""
+        found = {variant: self.variant(variant) for variant in self.variants}
+        for variant, settings in found.items():
+            if variant in recipe.domain_of:
+                raise ValueError(f"{name}.variants: {variant} is also the name of an expert; choose another")
+            same = next((other for other, one in found.items() if other != variant and one == settings), "")
+            if same or settings == self.plain:
+                raise ValueError(
+                    f"{name}.variants: {variant} and {same or name} are the same in everything; change one"
+                )
+
+    @property
+    def plain(self) -> PolicySettings:
+        """The run itself, without the variants."""
+        return PolicySettings(**{name: getattr(self, name) for name in PolicySettings.model_fields})
+
+    def variant(self, name: str) -> PolicySettings:
+        """The settings of a variant; what it does not say of the task is as here. ValueError for wrong ones."""
+        said, own = self.model_dump(exclude_unset=True, exclude={"variants"}), self.variants[name]
+        task = own.get("task", {})
+        changed = {**said, **own, "task": {**said["task"], **task} if isinstance(task, dict) else task}
+        try:
+            return PolicySettings.model_validate(changed)
+        except ValidationError as error:
+            raise ValueError(f"grpo.variants.{name}: {' '.join(sentences(error, PolicySettings, NAME))}") from error
 
 
 class Grpo(ModelStep):
@@ -119,7 +155,14 @@ class Grpo(ModelStep):
         shutil.copyfile(work / METRICS, out / LOGS / METRICS)
         passes = 3 + 1 + bool(self.policy.kl)  # forward and twice that backward; sampling; the reference
         spent = flops.training_flops(config.to_dict(), facts["tokens"]) * passes / 3
-        return {**facts, "trl": version("trl"), "training_flops": spent, "parameters": model.count_parameters(net)}
+        said = {"reward": self.policy.reward, "kl": self.policy.kl}
+        return {
+            **facts,
+            "policy": said,
+            "trl": version("trl"),
+            "training_flops": spent,
+            "parameters": model.count_parameters(net),
+        }
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """What was seen of the held-out items, by step."""
@@ -158,7 +201,7 @@ class Grpo(ModelStep):
 def expert(sources: Sources, start: Start, branch: Branch, settings: GrpoSettings) -> ModelStep:
     """A domain's expert: the seed, trained by GRPO for as many steps as its tokens suffice for."""
     steps = steps_of(branch.tokens, settings.training)
-    return _trained(sources, start, branch.name, settings.model_copy(update={"steps": steps}))
+    return _trained(sources, start, branch.name, settings.plain.model_copy(update={"steps": steps}))
 
 
 def expert_plan(settings: GrpoSettings, seed: Config, name: str, tokens: int) -> Training:
@@ -176,9 +219,8 @@ def _trained(sources: Sources, start: Start, name: str | None, settings: PolicyS
         marks = str(sources.texts.base / expanded(settings.passrate, "grpo.passrate"))
     content = [corpus.digest(path, sources.digests) for path in (file, examples, marks) if path is not None]
     _require_unasked(sources, file, content[0])
-    policy = PolicySettings(**{name: getattr(settings, name) for name in PolicySettings.model_fields})
     return sources.add(Grpo(
-        branch=start.branch, policy=policy, content=content, file=file, examples=examples, passrate=marks,
+        branch=start.branch, policy=settings, content=content, file=file, examples=examples, passrate=marks,
         date=recipe.data.date, batch_tokens=recipe.evaluate.batch_tokens, **sources.place(name),
     ))  # fmt: skip
 
@@ -195,14 +237,17 @@ def _require_unasked(sources: Sources, file: str, content: str) -> None:
 
 
 def build(sources: Sources, start: Start, _experts: Experts, settings: GrpoSettings) -> dict[str, Model]:
-    """The trained policy."""
-    return {"grpo": Model(_trained(sources, start, None, settings))}
+    """The trained policy, and those of the variants."""
+    others = {
+        f"grpo-{name}": Model(_trained(sources, start, name, settings.variant(name))) for name in settings.variants
+    }
+    return {**others, "grpo": Model(_trained(sources, start, None, settings.plain))}
 
 
 def plan(_recipe: Recipe, settings: GrpoSettings, seed: Config) -> list[Training]:
-    """The training, as if every prompt and completion were as long as they may be."""
-    training = settings.training
-    return [Training("grpo", seed, settings.steps * training.batch_tokens, training)]
+    """The trainings, as if every prompt and completion were as long as they may be."""
+    runs = {**{f"grpo:{name}": settings.variant(name) for name in settings.variants}, "grpo": settings.plain}
+    return [Training(label, seed, one.steps * one.training.batch_tokens, one.training) for label, one in runs.items()]
 
 
 CONVERSION = Conversion(
@@ -210,5 +255,5 @@ CONVERSION = Conversion(
     models=("grpo",),
     section=GrpoSettings,
     plan=plan,
-    maker=Maker(section=GrpoSettings, build=expert, plan=expert_plan, apart=("steps",)),
+    maker=Maker(section=GrpoSettings, build=expert, plan=expert_plan, apart=("steps", "variants")),
 )

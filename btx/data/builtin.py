@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from btx.data.arithmetic import worksheets
@@ -59,26 +59,30 @@ def write(folder: Path) -> dict[str, tuple[int, int]]:
     written.
     """
     for name in NAMES:
-        if (folder / name).exists():
-            raise RecipeError(f"{folder / name} already exists; btx does not overwrite it. Name another folder.")
+        _require_new(folder / name)
     found = {}
     for name in NAMES:
         texts: dict[object, list[str]] = {}
         for number, (source, text) in enumerate(sources(name)):
             texts.setdefault(source or number, []).append(text)
         joined = ["\n".join(parts) for parts in texts.values()]
-        _write_whole(folder / name, "".join(json.dumps({"text": text}) + "\n" for text in joined))
+        write_whole(folder / name, {"text.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in joined)})
         found[name] = len(joined), sum(len(text.encode()) for text in joined)
     return found
 
 
-def _write_whole(final: Path, lines: str) -> None:
+def write_whole(final: Path, files: Mapping[str, str]) -> None:
+    """Write a folder of files, by name, all at once.
+
+    RecipeError if it exists, ResourceError where it cannot be written.
+    """
+    _require_new(final)
     attempt = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         attempt.mkdir(parents=True)
-        with (attempt / "text.jsonl").open("w", encoding="utf-8") as file:
-            file.write(lines)
-        sync(attempt / "text.jsonl")
+        for name, lines in files.items():
+            (attempt / name).write_text(lines, encoding="utf-8")
+            sync(attempt / name)
         sync(attempt)
         attempt.rename(final)
         sync(final.parent)
@@ -86,6 +90,11 @@ def _write_whole(final: Path, lines: str) -> None:
         raise unwritable(final, error) from error
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists():
+        raise RecipeError(f"{folder} already exists; btx does not overwrite it. Name another folder.")
 
 
 # ---- the standard library: code and prose ----

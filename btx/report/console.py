@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btx.claims.registry import judged
 from btx.graph.artifact import STATES, locked, read_manifest
 from btx.graph.cost import Cost
 from btx.graph.step import elsewhere, undone
-from btx.report.figures import contamination, human, probe_tables, task_tables
+from btx.report.claims import lines
+from btx.report.figures import contamination, human, policy_table, probe_tables, task_tables
 
 WIDE = 200  # columns, where no terminal limits them
 
@@ -29,13 +31,21 @@ def show(report: Path, export: Path) -> None:
     for probe, (head, rows) in probe_tables(results).items():
         console.print(probe.replace("_", " "))
         console.print(plain_table(head, rows))
-    for task, (head, rows) in task_tables(results).items():
+    for task, (head, rows) in task_tables(results, intervals=False).items():
         console.print(f"Task {task}")
         console.print(plain_table(head, rows))
     for sentence in contamination(results):
         console.print(sentence, highlight=False)
+    head, rows = policy_table(results)
+    if rows:
+        console.print("Policies, on held-out items: before → after")
+        console.print(plain_table(head, rows))
     console.print(f"Routing of the {results['exported']} model, mean of layers")
     console.print(routing(results))
+    if found := judged(results):
+        console.print("The founding claims, as far as this run tests them")
+        for line in lines(found):
+            console.print(f"  {line}", soft_wrap=True, highlight=False)
     console.print(f"Report: {near(report)}/report.html", soft_wrap=True, highlight=False)
     console.print(f"Export: {near(export)}", soft_wrap=True, highlight=False)
     console.print("\nTo load and sample it:\n", highlight=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from btx.report.figures import contamination, probe_tables, task_tables
+from btx.claims.registry import judged
+from btx.report.claims import section
+from btx.report.figures import contamination, policy_table, probe_tables, task_tables
 from btx.report.html import document, figure, table
 
 
@@ -42,10 +44,13 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str], texts: s
         f"<h2>Task {escape(task)}</h2>{table(head, [row + [''] * (len(head) - len(row)) for row in rows], task)}\n"
         for task, (head, rows) in task_tables(results).items()
     ) + "".join(f"<p>{escape(sentence)}</p>\n" for sentence in contamination(results))
+    head, policies = policy_table(results)
+    if policies:
+        further += f"<h2>Policies, on held-out items</h2>{table(head, policies, 'policies')}\n"
     return document(
         title,
         f"""<h1>{escape(title)}</h1>
-{"".join(map(figure, pictures.values()))}
+{section(judged(results))}{"".join(map(figure, pictures.values()))}
 <h2>What it cost</h2>
 {table(["training", "tokens", "steps", "parameters", "FLOPs (6 · active · tokens)"], costs, "what it cost")}
 <h2>95 % intervals, bootstrap over source documents</h2>

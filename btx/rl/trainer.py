@@ -62,7 +62,7 @@ def train(
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         along = Along(net, policy, stop, where=where, work=work, label=label, emit=emit)
         trainer = GRPOTrainer(
-            model=net, reward_funcs=along.rewards, args=arguments(policy, where, work),
+            model=net, reward_funcs=along.rewards, args=arguments(policy, where, work, type(net)),
             train_dataset=Dataset.from_dict({"prompt": slots}), processing_class=tokenizer, callbacks=[along],
             rollout_func=along.rollout, optimizers=optimisers(net, policy, where),
         )  # fmt: skip
@@ -93,8 +93,11 @@ def _without(trainer: Any, name: str) -> None:
         trainer.remove_callback(one)
 
 
-def arguments(policy: Policy, where: RunSettings, work: Path) -> Any:
-    """trl's settings of a run in one process; the gradient of the KL term is the unbiased one."""
+def arguments(policy: Policy, where: RunSettings, work: Path, architecture: type) -> Any:
+    """trl's settings of a run in one process; the gradient of the KL term is the unbiased one.
+
+    The reference of that term is loaded as `architecture`, which the seed's config need not name.
+    """
     from trl import GRPOConfig
 
     settings, cpu = policy.settings, device_of(where).type == "cpu"
@@ -108,6 +111,7 @@ def arguments(policy: Policy, where: RunSettings, work: Path) -> Any:
         gradient_checkpointing=settings.gradient_checkpointing, router_aux_loss_coef=0.0,
         learning_rate=settings.learning_rate, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False, logging_nan_inf_filter=False,
+        model_init_kwargs={"architecture": architecture} if settings.kl else None,
     )  # fmt: skip
 
 

@@ -14,11 +14,14 @@ from btx.steps.evaluate import Evaluate
 from btx.steps.export import Export
 from btx.steps.model import ModelStep
 
+POLICY = "policy.json"  # beside a policy's weights: what was seen of its held-out items, by step
+
 
 class Report(Step):
     """A report folder for people: report.html and its pictures; and results.json with costs and lineage."""
 
     kind: ClassVar[str] = "report"
+    version: ClassVar[int] = 2
     evaluate: Evaluate
     export: Export
 
@@ -26,6 +29,7 @@ class Report(Step):
         """Join the evaluation with the costs and draw."""
         from btx.report.charts import matrix_svg, routing_svg
         from btx.report.curves import layers_svg, training_svg
+        from btx.report.ledger import spent
         from btx.report.page import page
 
         results = json.loads((self.evaluate.folder / "results.json").read_text(encoding="utf-8"))
@@ -41,6 +45,12 @@ class Report(Step):
             label: {"folder": step.folder.name, "digest": step.digest}
             for label, step in found.items() if isinstance(step, ModelStep)
         }  # fmt: skip
+        results["spent"] = {
+            name: spent(one.model, self.evaluate.seed).written() for name, one in self.evaluate.measures.items()
+        }
+        results["policies"] = {
+            name: found for name, one in self.evaluate.measures.items() if (found := _policy(one.model.folder))
+        }
         write_json(out / "results.json", results)
         (out / LOGS).mkdir()
         write_json(
@@ -75,6 +85,16 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     """What a training wrote down of every step; nothing if its loss is no cross-entropy."""
     file = folder / LOGS / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def _policy(folder: Path) -> dict[str, Any]:
+    """What was seen of a policy's held-out items before its first step and after its last; nothing of other models."""
+    file = folder / POLICY
+    if not file.is_file():
+        return {}
+    numbers = json.loads(file.read_text(encoding="utf-8"))
+    said = read_manifest(folder)["facts"].get("policy", {})
+    return {**said, "first": numbers["0"], "last": numbers[max(numbers, key=int)]}
 
 
 def _ancestors(step: Step) -> dict[str, Step]:

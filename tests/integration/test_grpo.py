@@ -34,13 +34,19 @@ def _one_thread() -> None:
 
 
 def test_it_is_trained_measured_and_reported_beside_the_others(tmp_path: Path) -> None:
-    world = world_of(tmp_path)
+    world = world_of(tmp_path, variants={"sure": {"reward": "calibrated"}})
     done = CliRunner().invoke(main, ["run", str(world.write())])
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     graph = graph_of(world.write(), ())
     results = json.loads((graph.steps["report"].folder / "results.json").read_text(encoding="utf-8"))
-    assert "grpo" in results["bits_per_byte"]
-    assert results["cost"]["grpo"]["tokens"] > 0
+    assert {"grpo", "grpo-sure"} < set(results["bits_per_byte"])
+    assert results["cost"]["grpo"]["tokens"] == results["spent"]["grpo"]["tokens"] > 0
+    for name, reward in (("grpo", "binary"), ("grpo-sure", "calibrated")):
+        published = json.loads((graph.steps[name.replace("-", ":")].folder / "policy.json").read_text())
+        policy = {"reward": reward, "kl": 0.0, "first": published["0"], "last": published["4"]}
+        assert results["policies"][name] == policy
+    assert "RL's format collapse" in done.output
+    assert "Binary rewards hurt calibration" in (graph.steps["report"].folder / "report.html").read_text("utf-8")
     step = graph.steps["grpo"]
     assert isinstance(step, Grpo)
     with open_model(step.folder, where=RunSettings(device="cpu", threads=1)) as model:  # loads again
@@ -153,6 +159,10 @@ def test_a_policy_that_diverges_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [
+    ("grpo.variants", {"math": {"kl": 0.5}}, ("grpo.variants", "math", "expert")),
+    ("grpo.variants", {"x": {}}, ("grpo.variants", "x", "same")),
+    ("grpo.variants", {"x": {"klee": 1}}, ("grpo.variants.x", "klee")),
+    ("grpo.variants", {"x y": {"kl": 1}}, ("grpo.variants",)),
     ("grpo.task.file", "data/none.jsonl", ("grpo.task.file", "does not exist")),
     ("grpo.task.answer", "none", ("asked.jsonl:1", "no number")),
     ("grpo.task.prompt", "{quest}", ("asked.jsonl:1", "'quest'")),
@@ -182,6 +192,30 @@ def test_without_trl_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.M
     refused(world.write(), world.runs, 5, ("trl", "pip install 'btx[rl]'"))
     with pytest.raises(Exception, match="rl"):
         trainer.require_trl()
+
+
+def test_a_seed_whose_config_names_no_class_has_a_reference_too(tmp_path: Path) -> None:
+    world = world_of(tmp_path, kl=0.5, steps=1)
+    config = json.loads((world.seed / "config.json").read_text(encoding="utf-8"))
+    del config["architectures"]  # as a builtin seed's
+    (world.seed / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    step = step_of(world)
+    step.build(lambda _event: None)
+    assert step.numbers()["1"]
+
+
+def test_a_variant_is_the_run_with_its_changes_and_re_keys_nothing_else(tmp_path: Path) -> None:
+    world = world_of(tmp_path)
+    alone = world.key("grpo")
+    world.set("grpo.variants", {"held": {"kl": 0.5}, "few": {"task": {"limit": 30}}})
+    assert world.key("grpo") == alone
+    held, few = (world.key(f"grpo:{name}") for name in ("held", "few"))
+    world.set("grpo.variants", {})
+    world.set("grpo.kl", 0.5)
+    assert world.key("grpo") == held
+    world.set("grpo.kl", 0.0)
+    world.set("grpo.task.limit", 30)
+    assert world.key("grpo") == few
 
 
 def test_what_re_keys_a_run(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {  # by path or last name, where a value derived from t
     "proxy.weights": {"math": 0.5}, "reft.layers": [0], "method": "dora", "options": {"r": 4},
     "sft.controls": ["shuffled"], "sft.control": "delusive", "grpo.mark_every": 6, "grpo.sequence_length": 600,
     "grpo.confidence": "s: (.)", "grpo.formats": {"x": "y"}, "grpo.bands": ["easy"],
+    "grpo.variants": {"held": {"kl": 0.5}},
 }  # fmt: skip
 BESIDE: dict[str, dict[str, Any]] = {  # likewise, what must be set with it
     "soft_first_layer": {"{}.routing": "sample_top1"},
