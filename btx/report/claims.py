@@ -1,4 +1,4 @@
-"""The founding claims in a report: a row per system, and a section of the page."""
+"""Claims about conversions in a report: a row per system, which opens the page, and a section for each below."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from btx.claims.contract import Claim, Finding
 from btx.report.figures import human
 from btx.report.html import table
 
+TITLE = "Claims, as far as this run tests them"
 HEAD = ["system", "gain", "forgetting", "cost", "its claim, at this size"]
 
 
@@ -32,14 +33,16 @@ def _cost(finding: Finding) -> str:
     return f"{human(finding.cost['flops'])} FLOPs, {finding.cost['path_steps']:,} steps"
 
 
+def summary(found: Sequence[tuple[Claim, Finding]]) -> str:
+    """HTML of the rows of the claims that a run tested, if there are any."""
+    return f"<h2>{TITLE}</h2>{table(HEAD, rows(found), 'claims by system')}\n" if found else ""
+
+
 def section(found: Sequence[tuple[Claim, Finding]]) -> str:
-    """HTML of the claims that a run tested: what was claimed, what the source says, what was measured."""
-    if not found:
-        return ""
+    """HTML of each claim that a run tested: what was claimed, what the source says, what was measured."""
     parts = [
         f"<h3>{escape(claim.system)}: {one.verdict}</h3><p><b>Claimed.</b> {escape(claim.claimed)}</p>"
         f"<p><b>The source.</b> {escape(claim.source)}</p><p><b>Measured in this run.</b> {escape(one.measured)}</p>"
         for claim, one in found
     ]
-    head = "<h2>The founding claims, as far as this run tests them</h2>"
-    return "\n".join([head, table(HEAD, rows(found), "claims by system"), *parts, ""])
+    return "\n".join(["<h2>What was claimed, and what was measured</h2>", *parts, ""]) if parts else ""

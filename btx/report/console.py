@@ -13,7 +13,7 @@ from btx.claims.registry import judged
 from btx.graph.artifact import STATES, locked, read_manifest
 from btx.graph.cost import Cost
 from btx.graph.step import elsewhere, undone
-from btx.report.claims import lines
+from btx.report.claims import TITLE, lines
 from btx.report.figures import contamination, human, policy_table, probe_tables, task_tables
 
 WIDE = 200  # columns, where no terminal limits them
@@ -43,7 +43,7 @@ def show(report: Path, export: Path) -> None:
     console.print(f"Routing of the {results['exported']} model, mean of layers")
     console.print(routing(results))
     if found := judged(results):
-        console.print("The founding claims, as far as this run tests them")
+        console.print(TITLE)
         for line in lines(found):
             console.print(f"  {line}", soft_wrap=True, highlight=False)
     console.print(f"Report: {near(report)}/report.html", soft_wrap=True, highlight=False)

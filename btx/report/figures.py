@@ -76,7 +76,8 @@ def _task_rows(found: dict[str, Any], intervals: bool) -> list[list[str]]:
     rows = []
     for model, numbers in found["models"].items():
         span = f" ({_percents(numbers['interval_95'])})" if intervals else ""
-        row = [model, f"{numbers['right']} of {numbers['items']}", f"{100 * numbers['accuracy']:.1f}{span}"]
+        joint = " of " if intervals else "/"
+        row = [model, f"{numbers['right']}{joint}{numbers['items']}", f"{100 * numbers['accuracy']:.1f}{span}"]
         if "compliance" in numbers:
             among = numbers["accuracy_of_compliant"]
             row += [f"{100 * numbers['compliance']:.1f}", "none" if among is None else f"{100 * among:.1f}",

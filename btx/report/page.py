@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from btx.claims.registry import judged
-from btx.report.claims import section
+from btx.report.claims import section, summary
 from btx.report.figures import contamination, policy_table, probe_tables, task_tables
 from btx.report.html import document, figure, table
 
@@ -44,18 +44,19 @@ def page(title: str, results: dict[str, Any], pictures: dict[str, str], texts: s
         f"<h2>Task {escape(task)}</h2>{table(head, [row + [''] * (len(head) - len(row)) for row in rows], task)}\n"
         for task, (head, rows) in task_tables(results).items()
     ) + "".join(f"<p>{escape(sentence)}</p>\n" for sentence in contamination(results))
+    claims = judged(results)
     head, policies = policy_table(results)
     if policies:
         further += f"<h2>Policies, on held-out items</h2>{table(head, policies, 'policies')}\n"
     return document(
         title,
         f"""<h1>{escape(title)}</h1>
-{section(judged(results))}{"".join(map(figure, pictures.values()))}
+{summary(claims)}{"".join(map(figure, pictures.values()))}
 <h2>What it cost</h2>
 {table(["training", "tokens", "steps", "parameters", "FLOPs (6 · active · tokens)"], costs, "what it cost")}
 <h2>95 % intervals, bootstrap over source documents</h2>
 {table(["model", "domain", "bits per byte", "interval", "less the seed's, paired"], intervals, "intervals")}
-{tasks}{further}{f"<h2>Tokens by expert</h2>{texts}" if texts else ""}
+{section(claims)}{tasks}{further}{f"<h2>Tokens by expert</h2>{texts}" if texts else ""}
 <h2>Routing per layer, {escape(results["exported"])}</h2>
 {table(["text", "layer", *results["experts"], "entropy / log E"], layers, "routing per layer")}
 <h2>Lineage</h2>

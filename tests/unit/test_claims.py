@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from btx.claims.registry import claims, judged
-from btx.report.claims import HEAD, lines, rows, section
+from btx.report.claims import HEAD, lines, rows, section, summary
 
 SPENT = {"tokens": 100, "steps": 10, "flops": 2e9, "path_tokens": 50, "path_steps": 5, "path_flops": 1e9}
 MODELS = ("seed", "finetuned", "dense", "proxy", "reft", "grpo", "grpo-sure", "grpo-hard", "sft", "sft-simplified")
@@ -112,7 +112,7 @@ def test_a_report_is_silent_on_what_it_did_not_measure(path: str, silent: set[in
 def test_an_ordinary_report_has_no_claims() -> None:
     plain = {"mean": {"seed": 2.0, "finetuned": 1.9}, "spent": {}, "policies": {}}
     assert judged(plain) == []
-    assert section([]) == ""
+    assert section([]) == summary([]) == ""
 
 
 def test_gain_forgetting_and_cost_stand_side_by_side_and_on_the_page() -> None:
@@ -126,7 +126,7 @@ def test_gain_forgetting_and_cost_stand_side_by_side_and_on_the_page() -> None:
         "LoReFT: gain 0.100 bits/byte; forgetting +0.050 nats/token; cost 2G FLOPs, 5 steps; "
         "its claim, at this size: held"
     )
-    page = section(judged(RESULTS))
+    page = summary(judged(RESULTS)) + section(judged(RESULTS))
     for claim in claims():
         assert claim.claimed in page
         assert "arXiv" in claim.source
