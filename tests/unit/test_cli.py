@@ -41,11 +41,13 @@ def test_the_shipped_schema_is_that_of_the_recipe() -> None:
     assert shipped == schema(), "run: btx schema > pipelines/recipe.schema.json"
 
 
-@pytest.mark.parametrize("name", ["demo", "corpora", "paper"])
-def test_shipped_recipes_are_valid_and_can_be_planned(name: str) -> None:
+@pytest.mark.parametrize("name", ["demo", "corpora", "paper", "compare", "routers", "saturation", "founding"])
+def test_shipped_recipes_are_valid_and_can_be_planned_each_training_once(name: str) -> None:
     done = btx("plan", ROOT / f"pipelines/{name}.yaml")
     assert done.exit_code == 0, done.output
     assert "finetune" in done.output
+    labels = [row.label for row in rows(load_recipe(ROOT / f"pipelines/{name}.yaml", []), ROOT / "pipelines")]
+    assert len({*labels}) == len(labels) > 2
 
 
 def test_the_papers_plan_meets_the_papers_figures() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from btx.cli.main import main
+from btx.cli.main import graph_of, main
 from btx.data import drills
 from btx.data.instructions import instruction_of
 from btx.data.readers import records
+from btx.steps.evaluate import Evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_forms_and_their_accuracy_are_as_stated_and_independent_of_the_question() -> None:
@@ -63,3 +67,17 @@ def test_they_are_written_once_and_the_same_at_every_call(tmp_path: Path) -> Non
     again = CliRunner().invoke(main, ["text", "--drills", str(tmp_path / "one")])
     assert again.exit_code == 2
     assert "already exists" in again.output
+
+
+def test_the_founding_recipe_makes_and_measures_all_that_its_claims_need(tmp_path: Path) -> None:
+    (tmp_path / "pipelines").mkdir()
+    shutil.copyfile(ROOT / "pipelines/founding.yaml", tmp_path / "pipelines/founding.yaml")
+    drills.write(tmp_path / "runs/drills")
+    evaluate = graph_of(tmp_path / "pipelines/founding.yaml", ()).steps["evaluate"]
+    assert isinstance(evaluate, Evaluate)
+    needed = {"finetuned", "dense", "proxy", "reft", "grpo", "grpo-held", "grpo-calibrated", "grpo-riddles", "sft"}
+    assert needed | {"sft-simplified"} < {*evaluate.measures}
+    assert {"forgetting", "logit_lens"} == {*evaluate.others}
+    assert {name: step["sft"].task.kind for name, step in evaluate.tasks.items()} == {
+        "unseen": "exact_match", "rules": "label"
+    }  # fmt: skip
