@@ -30,6 +30,5 @@ CLAIM = Claim(
     "It gives a better trade of accuracy for compute than synchronised training.",
     "arXiv 2403.07816: with Llama-2 7B and hundreds of billions of tokens, 3.4 points above dense continuation on the "
     "same data and 0.6 above sparse upcycling at the same compute; one run each.",
-    "a recipe with a section `dense`",
     judge,
 )

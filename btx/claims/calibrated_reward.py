@@ -38,6 +38,5 @@ CLAIM = Claim(
     "Binary rewards hurt calibration.",
     "arXiv 2507.16806: the binary reward degrades calibration and the calibrated one improves it at equal accuracy; "
     "not on every set.",
-    "a recipe with `grpo` and a variant with reward: calibrated",
     judge,
 )

@@ -24,16 +24,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the founding note.
-
-    `judge` returns None where a report does not speak to it; `needs` then says what a recipe needs.
-    """
+    """One claim of the founding note; `judge` returns None where a report does not speak to it."""
 
     number: int  # its place in the founding note
     system: str
     claimed: str
     source: str  # what the paper says, with its number, and who contradicts it
-    needs: str
     judge: Callable[[Results], Finding | None]
 
 

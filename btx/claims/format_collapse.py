@@ -41,6 +41,5 @@ CLAIM = Claim(
     "Reinforcement loses most, and collapses formats.",
     "arXiv 2504.07912: one format of pretraining comes to dominate. That RL loses most is contested: arXiv 2509.04259 "
     "has it forget less than finetuning at equal new accuracy.",
-    "a recipe with `grpo`",
     judge,
 )

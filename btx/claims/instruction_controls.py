@@ -47,6 +47,5 @@ CLAIM = Claim(
     "Instruction tuning teaches the output space.",
     "arXiv 2305.11383: 43 % with the original instructions, and 42.6 % for a random guess in the label space, at a "
     "handful of instances for each task.",
-    "a recipe with `sft`, its control `simplified`, and a task of kind label",
     judge,
 )

@@ -48,6 +48,5 @@ CLAIM = Claim(
     "over-hard RL samples",
     "Over-hard samples contaminate.",
     "arXiv 2605.28388: items beyond the policy harm what it could do; bands of difficulty drift with the policy.",
-    "a recipe with `grpo`, a variant on items that the seed hardly ever has right, and a task that it can do",
     judge,
 )

@@ -33,6 +33,5 @@ CLAIM = Claim(
     "proxy-tuning",
     "Direct finetuning corrupts knowledge in lower layers; steering by logits keeps it and closes the gap.",
     "arXiv 2401.08565: 88 to 91 % of the gap to direct tuning closed, an average; 57 % on GSM8K at 70B.",
-    "a recipe with `proxy` and `dense`, and the probes forgetting and logit_lens",
     judge,
 )

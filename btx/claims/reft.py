@@ -32,6 +32,5 @@ CLAIM = Claim(
     "arXiv 2404.03592: better than LoRA on commonsense, not on arithmetic (42.6 against 46.9). That less invasive "
     "means less lost is contested: arXiv 2509.04259 has the KL divergence from the seed on the new task "
     "predict forgetting.",
-    "a recipe with `reft` and `dense`, and the probe forgetting",
     judge,
 )

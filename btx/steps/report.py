@@ -90,10 +90,10 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 def _policy(folder: Path) -> dict[str, Any]:
     """What was seen of a policy's held-out items before its first step and after its last; nothing of other models."""
     file = folder / POLICY
-    if not file.is_file():
+    said = read_manifest(folder)["facts"].get("policy") if file.is_file() else None
+    if not said:
         return {}
     numbers = json.loads(file.read_text(encoding="utf-8"))
-    said = read_manifest(folder)["facts"].get("policy", {})
     return {**said, "first": numbers["0"], "last": numbers[max(numbers, key=int)]}
 
 
