@@ -21,15 +21,17 @@ def judge(results: Results) -> Finding | None:
     )
     held = next((one for one in results["policies"].values() if one["kl"] and one["reward"] == policy["reward"]), None)
     if held:
-        measured += f" With a KL weight of {held['kl']:g} the entropy stays at {held['last']['entropy']:.2f}."
+        measured += f" With a KL weight of {held['kl']:g} the entropy ends at {held['last']['entropy']:.2f}."
     own = forgotten(results, POLICY)
     other = {name: lost for name in OTHERS if (lost := forgotten(results, name)) is not None}
-    halves = [last["entropy"] < first["entropy"]]
+    most = own is not None and bool(other) and own > max(other.values())
     if own is not None and other:
         measured += (
             f" On the seed's own text it lost {nats(own)}, {', '.join(f'{n} {nats(v)}' for n, v in other.items())}."
         )
-        halves.append(own > max(other.values()))
+    else:
+        measured += " Whether it loses most was not measured."
+    halves = [last["entropy"] < first["entropy"], most]
     return Finding(
         points(first["accuracy"], last["accuracy"]), nats(own), results["spent"][POLICY], measured, verdict(halves)
     )

@@ -21,16 +21,14 @@ def judge(results: Results) -> Finding | None:
     before = task["seed"]["accuracy"]
     after = {name: task[name]["accuracy"] for name in policies}
     name = hard[0]
+    told = (f"{one} ({policies[one]['first']['accuracy']:.0%}) {after[one]:.0%}" for one in policies)
     measured = (
-        f"Items that the seed has right {before:.0%} of the time, after reinforcement on such items: "
-        f"{', '.join(f'{one} {after[one]:.0%}' for one in able)}; on items that it has right "
-        f"{policies[name]['first']['accuracy']:.0%} of the time: "
-        f"{', '.join(f'{one} {after[one]:.0%}' for one in hard)}."
+        f"The seed has {before:.0%} of the task right. After reinforcement, in brackets how much the seed has right of "
+        f"the items trained on: {', '.join(told)}."
     )
-    spoilt = after[name] < before
     return Finding(
         points(before, after[name]), nats(forgotten(results, name)), results["spent"][name], measured,
-        "held" if spoilt else "did not hold",
+        "held" if after[name] < before else "did not hold",
     )  # fmt: skip
 
 
@@ -47,6 +45,6 @@ CLAIM = Claim(
     5,
     "over-hard RL samples",
     "Over-hard samples contaminate.",
-    "arXiv 2605.28388: items beyond the policy harm what it could do; bands of difficulty drift with the policy.",
+    "arXiv 2605.28388 sorts items by the pass rate of the policy as it is; the bands drift with the policy.",
     judge,
 )

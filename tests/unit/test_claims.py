@@ -87,7 +87,7 @@ def test_all_seven_hold_where_every_number_says_so_in_the_order_of_the_note() ->
     (2, "probes/forgetting", None, "cannot tell"),
     (3, "policies/grpo/last/entropy", 0.81, "held in part"),
     (3, "probes/forgetting/dense/seed/change_nats_per_token", 0.5, "held in part"),
-    (3, "probes/forgetting", None, "held"),  # that it collapses is then all that can be told
+    (3, "probes/forgetting", None, "held in part"),  # that it collapses is then all that can be told
     (4, "tasks/sums/models/grpo-hard/accuracy", 0.6, "did not hold"),
     (5, "policies/grpo/last/stated_ece", 0.2, "held in part"),
     (5, "policies/grpo-sure/last/stated_ece", 0.5, "held in part"),
