@@ -92,7 +92,7 @@ def fit_rows(model: Any, new: Iterable[Tensor], old: Iterable[Tensor], *, expert
     try:
         for side, batches in ((True, new), (False, old)):  # noqa: B007 - `note` reads it
             for ids in batches:
-                model(input_ids=ids.to(model.device), use_cache=False)
+                model.base_model(input_ids=ids.to(model.device), use_cache=False)  # logits are not needed
     finally:
         for handle in handles:
             handle.remove()

@@ -72,7 +72,7 @@ def observe(model: Any, batches: Mapping[str, Iterable[Tensor]]) -> dict[str, li
         for name, some in batches.items():
             current = found[name]
             for ids in some:
-                model(input_ids=ids.to(model.device), use_cache=False)
+                model.base_model(input_ids=ids.to(model.device), use_cache=False)  # logits are not needed
     finally:
         for handle in handles:
             handle.remove()
