@@ -30,7 +30,8 @@ def show(report: Path, export: Path) -> None:
     console.print(matrix(results))
     for probe, (head, rows) in probe_tables(results).items():
         console.print(probe.replace("_", " "))
-        console.print(plain_table(head, rows))
+        for part in probe_parts(head, rows):
+            console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
     for task, (head, rows) in task_tables(results, intervals=False).items():
         console.print(f"Task {task}")
         console.print(plain_table(head, rows))
@@ -83,6 +84,12 @@ def matrix(results: dict[str, Any]) -> Any:
         cells = [_cell(row[d], best[d]) for d in domains]
         table.add_row(model, *cells, _cell(mean[model], min(mean.values())))
     return table
+
+
+def probe_parts(head: list[str], rows: list[list[str]]) -> list[Any]:
+    """A table of the models that have numbers, and a line for each that has a reason instead."""
+    whole = [row for row in rows if len(row) == len(head)]
+    return [plain_table(head, whole), *(f"  {': '.join(row)}" for row in rows if row not in whole)]
 
 
 def plain_table(head: list[str], rows: list[list[str]]) -> Any:

@@ -16,6 +16,7 @@ from btx.models.opened import Opened, Stock
 from btx.probes import kl_to_seed, passes, registry
 from btx.probes.contract import Data, Found, Probe
 from btx.probes.registry import ALWAYS, probes
+from btx.report.console import probe_parts
 from btx.report.figures import probe_tables
 from tests.support import moe_models
 from tests.support.models import config_of
@@ -100,6 +101,8 @@ def test_numbers_and_reasons_stand_in_one_table() -> None:
     head, rows = probe_tables({"probes": {"p": found}})["p"]
     assert head == ["model", "math: kl", "code: kl"]
     assert rows == [["seed", "0", "0.25"], ["other", "not available: no routing"]]
+    table, reason = probe_parts(head, rows)
+    assert (table.row_count, reason) == (1, "  other: not available: no routing")
     assert not probe_tables({})
 
 
