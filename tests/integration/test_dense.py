@@ -22,7 +22,7 @@ def control(recipe: Path, *overrides: str) -> Dense:
 
 def test_its_budget_is_what_experts_and_finetuning_take_in_whole_steps(tmp_path: Path) -> None:
     recipe = write_project(tmp_path)
-    plain = control(recipe, "dense={}")
+    plain = control(recipe, "dense={}", "train.precision=fp32")
     assert plain.budget == 2 * 3072 + 1024
     assert {n: round(w) for n, w in plain.weights.items()} == {"math": 3072 + 341, "code": 3072 + 341, "seed": 341}
     said = load_recipe(recipe, ["train.precision=fp32"]).train

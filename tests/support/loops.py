@@ -17,7 +17,7 @@ from btx.steps.finetune import Balanced
 from btx.training.loop import Loop
 from tests.support.models import config_of
 
-SETTINGS = {"sequence_length": 16, "batch_tokens": 64, "learning_rate": 1e-2}
+SETTINGS = {"sequence_length": 16, "batch_tokens": 64, "learning_rate": 1e-2, "precision": "fp32"}
 
 
 WHERE = RunSettings(device="cpu", threads=1)
