@@ -118,10 +118,10 @@ def test_a_table_that_would_be_too_wide_is_turned() -> None:
 
 def test_a_table_too_wide_both_ways_is_one_for_each_domain() -> None:
     numbers = {domain: {f"n{n}": float(n) for n in range(5)} for domain in ("math", "code")}
-    found: Any = {f"m{n}": numbers for n in range(9)} | {"composed": {"missing": "no hidden states"}}
+    found: Any = {f"m{n}": numbers for n in range(9)} | {"composed": {"not available": "no hidden states"}}
     tables = probe_tables({"probes": {"lens": found}})
     assert [*tables] == ["lens: math", "lens: code"]
     head, rows = tables["lens: code"]
     assert head == ["model", "n0", "n1", "n2", "n3", "n4"]
     assert rows[0] == ["m0", "0", "1", "2", "3", "4"]
-    assert rows[-1] == ["composed", "missing: no hidden states"]
+    assert rows[-1] == ["composed", "not available: no hidden states"]
