@@ -26,7 +26,6 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     recipe = write_project(folder, family=request.param)
     sets = [
         "anchored={sample: 0.25}",
-        "train.precision=fp32",
         f"run.directory={folder}/runs",
         "train.learning_rate=1e-2",
     ]

@@ -15,7 +15,7 @@ from tests.support.project import write_project
 def test_all_but_the_feed_forward_blocks_is_the_seed_s_in_experts_and_average(tmp_path: Path) -> None:
     write_project(tmp_path, family="qwen3")
     for stage in ("merge", "evaluate"):  # the average is measured, so made, for the evaluation alone
-        btx("run", "recipe.yaml", "--set", "train.trainable=ffn", "--set", "train.precision=fp32", "--until", stage,
+        btx("run", "recipe.yaml", "--set", "train.trainable=ffn", "--until", stage,
             cwd=tmp_path)  # fmt: skip
     seed = load_file(tmp_path / "seed/model.safetensors")
     blocks = {name for name in seed if name.endswith((GATE, UP, DOWN))}

@@ -35,7 +35,7 @@ TRAINED = ("adapter:math", "anchored-pair:code")
 def graph_of(folder: Path, *said: str) -> Graph:
     """The graph of the recipe in a folder."""
     where = f"run.directory={folder / 'runs'}"
-    return Graph(load_recipe(folder / "recipe.yaml", [*said, where, "train.precision=fp32"]), folder)
+    return Graph(load_recipe(folder / "recipe.yaml", [*said, where]), folder)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_a_trial_of_a_comparison_has_the_same_experts_under_its_own_labels(tmp_p
 
 def test_a_mixture_of_experts_that_were_made_in_two_ways(tmp_path: Path) -> None:
     write_project(tmp_path)
-    flags = [part for one in (*MANY, "train.precision=fp32") for part in ("--set", one)]
+    flags = [part for one in MANY for part in ("--set", one)]
     btx("run", "recipe.yaml", *flags, "--until", "merge", cwd=tmp_path)
     graph = graph_of(tmp_path, *MANY)
     assert graph.labels("train") == ["adapter-merged:math", "anchored-expert:code"]

@@ -36,7 +36,6 @@ def made(said: str = "{}") -> dict[str, Step]:
         "dense": {},
         "upcycle": {},
         "run.threads": 1,
-        "train.precision": "fp32",
         **json.loads(said),
     }.items():
         world.set(key, value)

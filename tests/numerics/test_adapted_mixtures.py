@@ -83,7 +83,7 @@ def test_a_method_that_cannot_adapt_experts_says_so() -> None:
 
 def test_a_run_finetunes_by_an_adapter_and_publishes_a_mixture(tmp_path: Path) -> None:
     recipe = write_project(tmp_path)
-    said = ["finetune.adapter={options: {r: 4}}", "finetune.learning_rate=1e-2", "train.precision=fp32"]
+    said = ["finetune.adapter={options: {r: 4}}", "finetune.learning_rate=1e-2"]
     flags = [part for one in said for part in ("--set", one)]
     btx("run", "recipe.yaml", *flags, "--until", "finetune", cwd=tmp_path)
     graph = Graph(load_recipe(recipe, [*said, f"run.directory={tmp_path / 'runs'}"]), tmp_path)

@@ -202,7 +202,6 @@ def test_numbers_after_the_mark_are_those_that_lm_eval_takes() -> None:
 def test_a_composed_model_is_scored_from_its_folder(tmp_path: Path, tasks: Path) -> None:
     world = World(tmp_path)
     world.set("btm", {})
-    world.set("train.precision", "fp32")
     done = CliRunner().invoke(main, ["run", str(world.write()), "--until", "btm"])
     assert done.exit_code == 0, done.output
     arguments = [

@@ -39,7 +39,8 @@ class World:
                 "math": {"data": ["data/math.jsonl"], "tokens": 64},
                 "law": {"checkpoint": "law", "data": ["data/law.jsonl"]},
             },
-            "train": {"sequence_length": 16, "batch_tokens": 32},
+            "train": {"sequence_length": 16, "batch_tokens": 32, "precision": "fp32"},  # auto differs by processor
+            "evaluate": {"precision": "fp32"},
             "finetune": {"tokens": 64},
             "run": {"directory": str(self.runs), "device": "cpu"},
         }

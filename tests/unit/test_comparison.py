@@ -29,7 +29,7 @@ def recipe_with(folder: Path, compare: dict[str, Any], **changes: Any) -> Recipe
     path = write_project(folder)
     raw = yaml.safe_load(path.read_text()) | {"compare": {"rates": list(RATES), **compare}, **changes}
     path.write_text(yaml.safe_dump(raw))
-    return load_recipe(path, ["train.precision=fp32", "evaluate.precision=fp32"])
+    return load_recipe(path)
 
 
 def test_every_conversion_that_takes_a_budget_spends_it_in_whole_steps(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_trial_is_what_a_recipe_written_by_hand_says(tmp_path: Path) -> None:
     trial = Trial("btx", 3, 8192, (2e-3, 5e-4), "test")
     (tmp_path / "hand.yaml").write_text((tmp_path / "recipe.yaml").read_text())
     by_hand = load_recipe(tmp_path / "hand.yaml", [
-        "train.precision=fp32", "evaluate.precision=fp32", "compare=null", "train.seed=3", "merge.seed=3",
+        "compare=null", "train.seed=3", "merge.seed=3",
         "domains.math.tokens=3072", "domains.code.tokens=3072", "finetune.tokens=2048", "train.learning_rate=2e-3",
         "finetune.learning_rate=5e-4", "merge.router=orthogonal",
     ])  # fmt: skip

@@ -153,7 +153,10 @@ def test_all_models_of_a_report_are_loaded_in_the_precision_of_its_settings(
 def test_automatic_precision_is_settled_when_the_graph_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe(write_project(tmp_path), ["finetune.precision=auto", "dense={learning_rate: 1e-3}"])
+    recipe = load_recipe(
+        write_project(tmp_path),
+        [*(f"{one}.precision=auto" for one in ("train", "finetune", "evaluate")), "dense={learning_rate: 1e-3}"],
+    )
     for found in ("bf16", "fp32"):
         monkeypatch.setattr("btx.recipe.precision.automatic", lambda _device, found=found: found)
         graph = Graph(recipe, tmp_path)

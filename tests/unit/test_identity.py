@@ -90,8 +90,6 @@ CHANGES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_setting_changes_the_step_that_it_belongs_to_and_all_after_it_and_none_before(world: World, key: str) -> None:
     value, first = CHANGES[key]
-    for section in ("train", "evaluate"):
-        world.set(f"{section}.precision", "fp32")  # auto is bf16 on some processors
     before = keys(world)
     world.set(key, value)
     after = keys(world)
