@@ -175,10 +175,13 @@ class Graph:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what is `auto` and hashed resolved: precision by the device that `run` names, and the router."""
+    """The recipe with what is `auto` and hashed resolved: precision by the device that `run` names, and the router
+    with the tokens that make it."""
     from btx.recipe.precision import automatic
 
-    found: dict[str, Any] = {"merge": recipe.merge.resolved(sum(bool(d.data) for d in recipe.domains.values()))}
+    domains = recipe.domains.values()
+    trained_on = max(domain.tokens or 0 for domain in domains)
+    found: dict[str, Any] = {"merge": recipe.merge.resolved(sum(bool(d.data) for d in domains), trained_on)}
     for name in ("train", "evaluate", "finetune", *recipe.sections):
         section = getattr(recipe, name)
         own = name in ("train", "evaluate") or "precision" in section.model_fields_set  # else inherited from `train`

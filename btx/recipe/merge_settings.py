@@ -18,6 +18,7 @@ Group = Literal["attention", "norms", "embeddings", "head"]
 Router = Literal["auto", "random", "orthogonal", "activations", "embeddings", "arrow"]
 ATTENTION = "ffn+attention"
 RANDOM_ENTROPY = 0.99
+ROUTER_TOKENS = (4_000, 20_000)
 FROM_DATA = ("activations", "embeddings", "arrow")
 GROUPS: tuple[str, ...] = get_args(Group)
 WEIGHED = ("linear", "task_arithmetic", "ties", "dare_ties")  # methods that use model weights
@@ -144,7 +145,11 @@ class MergeSettings(Settings):
         description="one more expert that every token visits, half of each block's output: the models' average, or the "
         "seed's own block (Qwen2 seeds only: the others' classes have none)",
     )
-    router_tokens: Count = Field(20_000, description="activations, embeddings, arrow: tokens of each domain")
+    router_tokens: Count | Literal["auto"] = Field(
+        "auto",
+        description="activations, embeddings, arrow: tokens of each domain, at most; auto: as many as an expert is "
+        "trained on here, from {:,} to {:,}".format(*ROUTER_TOKENS),
+    )
     router_entropy: Annotated[Share, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="mean entropy of the initial router, as a share of log(experts); auto: 0.99 for random and "
@@ -177,17 +182,23 @@ class MergeSettings(Settings):
             )
         return self
 
-    def resolved(self, domains_with_data: int) -> MergeSettings:
-        """With `router: auto` decided."""
-        if self.router != "auto":
-            return self
-        try:  # what `router: activations` refuses
-            rows = type(self).model_validate({**dict(self), "router": "activations"})
+    def resolved(self, domains_with_data: int, trained_on: int) -> MergeSettings:
+        """With `auto` decided of the router and of its tokens; an expert is trained on `trained_on` tokens at most."""
+        found: dict[str, Any] = {}
+        if self.router_tokens == "auto":
+            least, most = ROUTER_TOKENS  # rows of fewer tokens than the model is wide tell any two domains apart
+            found["router_tokens"] = min(max(trained_on or most, least), most)
+        if self.router == "auto":
+            found["router"] = "activations" if domains_with_data > 1 and self._takes("activations") else "random"
+        return self.model_copy(update=found)
+
+    def _takes(self, router: str) -> bool:
+        """Whether nothing here stands against a kind of router."""
+        try:
+            type(self).model_validate({**dict(self), "router": router})
         except ValidationError:
-            rows = None
-        if rows and domains_with_data > 1:
-            return rows
-        return self.model_copy(update={"router": "random"})
+            return False
+        return True
 
     @property
     def random_entropy(self) -> float:

@@ -224,7 +224,9 @@ class Merge(Models):
 
         model.set_threads(self.where)
         net = model.load(out, where=self.where).to(model.device_of(self.where)).eval()
-        batches = {name: _batches(step, self.settings.router_tokens) for name, step in self.tokens.items()}
+        count = self.settings.router_tokens
+        assert count != "auto"  # decided when the graph is built
+        batches = {name: _batches(step, count) for name, step in self.tokens.items()}
         owners = [self.domains.get(model, model) for model in experts.owners.values()]
         routers = fresh_routers(
             net, batches, owners, how=self.settings.router,

@@ -170,4 +170,22 @@ def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path, said: str, abou
     ],
 )
 def test_the_router_is_made_from_activations_where_it_can_be(merge: dict[str, Any], domains: int, router: str) -> None:
-    assert MergeSettings(**merge).resolved(domains).router == router
+    assert MergeSettings(**merge).resolved(domains, 500).router == router
+
+
+@pytest.mark.parametrize(
+    ("said", "trained_on", "tokens"),
+    [
+        ("auto", 500, 4_000),
+        ("auto", 9_000, 9_000),
+        ("auto", 30_000, 20_000),
+        ("auto", 0, 20_000),
+        (700, 500, 700),
+        ("30k", 500, 30_000),
+    ],
+)
+def test_a_router_from_data_reads_about_as_much_of_a_domain_as_an_expert_is_trained_on(
+    said: Any, trained_on: int, tokens: int
+) -> None:
+    """`0`: all experts were trained elsewhere."""
+    assert MergeSettings(router_tokens=said).resolved(2, trained_on).router_tokens == tokens
