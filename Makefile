@@ -93,7 +93,7 @@ smollm2: $(SMOLLM2)/btx.json runs/text
 	@$(BTX) run pipelines/smollm2.yaml $(SMOLLM2_FLAGS)
 
 smollm2-sweep: $(SMOLLM2)/btx.json runs/text
-	@$(VENV)/bin/python pipelines/sweep.py pipelines/smollm2.yaml $(SMOLLM2_FLAGS)
+	@$(BTX) compare pipelines/smollm2.yaml $(SMOLLM2_FLAGS)
 
 $(STAGES): $(VENV)/.run
 	@$(BTX) $@ $(FLAGS) $(if $(DOMAIN),--domain $(DOMAIN))
