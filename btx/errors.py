@@ -84,6 +84,17 @@ def full_disks_told() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def told_at(where: str) -> Iterator[None]:
+    """Put a place in the recipe before the message of a RecipeError, if there is one to name."""
+    try:
+        yield
+    except RecipeError as error:
+        if not where:
+            raise
+        raise RecipeError(f"{where}: {error}") from error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause for a message about an unknown name: suggests the closest known one, or lists all."""
     known = list(known)

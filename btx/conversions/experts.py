@@ -7,6 +7,7 @@ from typing import Any
 
 from btx.conversions.planned import Config, Training
 from btx.conversions.sources import Branch, Model, Sources, Start
+from btx.errors import told_at
 from btx.recipe.compare_settings import Arm
 from btx.recipe.makers import Maker
 from btx.recipe.recipe import Recipe
@@ -105,5 +106,9 @@ def build(sources: Sources, start: Start) -> Experts:
         branch = Branch(
             expert, start.tokens[name], domain.tokens or 0, (domain.names(name).index(expert), domain.experts)
         )
-        steps[expert] = recipe.makers[how].build(sources, start, branch, settings)
+        before = {*sources.steps}
+        where = f"domains.{name}.expert" if isinstance(domain.expert, dict) else ""  # else it says what `train` does
+        with told_at(where):
+            steps[expert] = recipe.makers[how].build(sources, start, branch, settings)
+        sources.said_at |= {sources.steps[key].label: where for key in sources.steps.keys() - before}
     return Experts(steps, descent, sources.vocabulary(start.seed, given))

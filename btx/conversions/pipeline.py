@@ -14,7 +14,7 @@ from btx.conversions.place import check_place
 from btx.conversions.registry import conversions
 from btx.conversions.sources import Model, Sources, Start
 from btx.conversions.tasks import solved
-from btx.errors import RecipeError, nearest
+from btx.errors import RecipeError, nearest, told_at
 from btx.graph.digests import Digests
 from btx.graph.step import Step
 from btx.probes.registry import ALWAYS, probes
@@ -171,7 +171,8 @@ class Graph:
         known = {step.label: step for step in self.steps.values()}
         looked_at = {step.label: step for step in (*steps, *(known[label] for label in asked))}
         for step in sorted(looked_at.values(), key=lambda step: isinstance(step, Reads)):
-            step.check(asked.get(step.label, 0))
+            with told_at(self.sources.said_at.get(step.label, "")):
+                step.check(asked.get(step.label, 0))
 
 
 def resolved(recipe: Recipe) -> Recipe:

@@ -67,6 +67,7 @@ class Sources:
         self.variant = variant  # suffix of the step names, when several recipes run together
         self.texts = Texts(recipe, base, digests)
         self.steps: dict[str, Step] = {}
+        self.said_at: dict[str, str] = {}  # where the recipe says how a domain's expert is made, by its steps' labels
 
     def add(self, step: S) -> S:
         """Register a step under its label; returns the step."""

@@ -122,11 +122,13 @@ class Finetune(ModelStep):
                               "run.launch out.")  # fmt: skip
 
     def _require_adapter(self, adapter: AdapterRule) -> None:
-        """RecipeError for an adapter that peft does not know, or where it was not tried."""
-        from btx.training.adapters import config_of
+        """RecipeError for an adapter that peft does not know, targets that there are not, or where it was not tried."""
+        from btx.training.adapters import TARGETS, config_of, require_targets
 
         asked = f"{self.section}.adapter"
-        config_of(adapter.method, adapter.options, asked)
+        config = config_of(adapter.method, adapter.options, asked)
+        if TARGETS in adapter.options:
+            require_targets(config, self.merge.modules(), asked)
         if self.merge.settings.attention:
             raise RecipeError(f"{asked} was not tried on experts of attention. Leave it, or merge.experts, out.")
         if self.where.launch:

@@ -137,18 +137,32 @@ class Merge(Models):
                 require_memory(found, self.settings.shared, models=len(self.models), limit=self.where.max_memory)
         self.check_layout()
 
-    def check_layout(self) -> None:
-        """RecipeError if the seed's feed-forward blocks cannot be made into experts as the recipe says."""
-        from btx.checkpoints.token_map import require_carried
+    def _dense(self) -> dict[str, Any]:
+        """The seed's config, its feed-forward width stated."""
         from btx.checkpoints.validate import read_config
-        from btx.merge.layout import layout
-        from btx.models.families import WITH_ATTENTION
 
         seed = self.branch.seed
         if isinstance(seed, Pretrain):
-            config = seed.shape.config
-        else:
-            config = {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
+            return seed.shape.config
+        return {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
+
+    def modules(self) -> list[str]:
+        """The names of the merged model's modules that have a weight, before it is made."""
+        from btx.merge.layout import layout
+        from btx.models.flops import Shape
+
+        dense, where = self._dense(), str(self.branch.seed.folder)
+        config = layout(self.settings, list(self.models), dense, where).config(dense, 1, where)
+        named = Shape(config.to_dict()).model.state_dict()
+        return [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
+
+    def check_layout(self) -> None:
+        """RecipeError if the seed's feed-forward blocks cannot be made into experts as the recipe says."""
+        from btx.checkpoints.token_map import require_carried
+        from btx.merge.layout import layout
+        from btx.models.families import WITH_ATTENTION
+
+        seed, config = self.branch.seed, self._dense()
         width = config["intermediate_size"]
         self._require_room(layout(self.settings, list(self.models), config, str(seed.folder)), config)
         if self.settings.attention and isinstance(seed, ExternalCheckpoint):

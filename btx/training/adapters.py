@@ -6,8 +6,9 @@ tokens to prompts (prompt, prefix, P-tuning) or parts of an input of their own a
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def config_of(method: str, options: Mapping[str, Any], where: str) -> Any:
             "or scored token by token. Use lora, dora or another."
         )
     return config
+
+
+def require_targets(config: Any, modules: Iterable[str], where: str) -> None:
+    """RecipeError for a target that no module of a network has; peft would adapt the others and say nothing.
+
+    `modules` are the names of all modules that have a weight, such as model.layers.0.mlp.down_proj.
+    """
+    said, known = getattr(config, TARGETS, None), list(modules)
+    if isinstance(said, str) and said != ALL and not any(re.fullmatch(said, one) for one in known):
+        raise RecipeError(f"{where}.options: no module of the model fits the pattern {TARGETS} ({said}). Correct it.")
+    if isinstance(said, str) or said is None:
+        return
+    ends = sorted({one.rpartition(".")[2] for one in known})
+    for name in sorted(said):
+        if not any(one == name or one.endswith(f".{name}") for one in known):
+            raise RecipeError(f"{where}.options: no module of the model is called {name!r} ({TARGETS}); "
+                              f"{nearest(name, ends)}")  # fmt: skip
 
 
 def _own(kind: Any) -> list[str]:

@@ -25,7 +25,7 @@ def test_its_budget_is_what_experts_and_finetuning_take_in_whole_steps(tmp_path:
     plain = control(recipe, "dense={}")
     assert plain.budget == 2 * 3072 + 1024
     assert {n: round(w) for n, w in plain.weights.items()} == {"math": 3072 + 341, "code": 3072 + 341, "seed": 341}
-    said = load_recipe(recipe).train
+    said = load_recipe(recipe, []).train
     assert plain.train.model_dump() == said.model_dump(exclude={"trainable"})
     odd = control(recipe, "dense={}", "domains.math.tokens=3000", "finetune.batch_tokens=512")
     assert odd.budget == 2 * 3072 + 1024  # 3,000 tokens are 12 steps of 256

@@ -103,6 +103,32 @@ def test_what_cannot_be_made_so_is_refused(tmp_path: Path, said: str, why: str) 
     assert why in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("{options: {rank: 4}}", "domains.math.expert: adapter.options: LoraConfig has no 'rank'"),
+        ("{sequence_length: 1024, batch_tokens: 1024}", "domains.math.expert: adapter.sequence_length is 1024"),
+        ("{options: {target_modules: [q_prj, up_proj]}}",
+         "domains.math.expert: adapter.options: no module of the model is called 'q_prj' (target_modules); "
+         "did you mean 'q_proj'?"),
+        ("{options: {target_modules: .*query}}", "no module of the model fits the pattern target_modules (.*query)"),
+    ],
+)  # fmt: skip
+def test_what_the_making_of_an_expert_refuses_names_the_domain_before_anything_runs(
+    tmp_path: Path, said: str, why: str
+) -> None:
+    write_project(tmp_path)
+    graph = graph_of(tmp_path, f"domains.math.expert={{adapter: {said}}}")
+    with pytest.raises(RecipeError) as told:
+        graph.check(graph.needed(graph.labels("train")))
+    assert why in str(told.value)
+    alone = graph_of(tmp_path, f"adapter={said}")
+    with pytest.raises(RecipeError) as told:
+        alone.check(alone.needed(["adapter"]))
+    assert why.removeprefix("domains.math.expert: ") in str(told.value)
+    assert "domains" not in str(told.value)
+
+
 @pytest.mark.parametrize("how", ["adapter", "anchored"])
 def test_one_of_several_experts_is_made_by_train_alone(tmp_path: Path, how: str) -> None:
     write_project(tmp_path)

@@ -98,6 +98,9 @@ def test_a_run_finetunes_by_an_adapter_and_publishes_a_mixture(tmp_path: Path) -
     assert plain.steps["finetune"].key != graph.steps["finetune"].key
     refused = btx("plan", "recipe.yaml", *flags, "--set", "finetune.moments=experts", cwd=tmp_path, code=2)
     assert "an adapter has no moments" in refused.stderr
+    targets = "finetune.adapter={options: {target_modules: [q_proj, w3]}}"  # w3: as the hub's own Mixtral calls it
+    refused = btx("run", "recipe.yaml", "--set", targets, cwd=tmp_path, code=2)
+    assert "finetune.adapter.options: no module of the model is called 'w3' (target_modules)" in refused.stderr
 
 
 @pytest.fixture(scope="module")

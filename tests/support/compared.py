@@ -17,4 +17,4 @@ def rounds_of(folder: Path, arms: dict[str, Any], **compare: Any) -> Rounds:
     path = write_project(folder)
     said = {"arms": {"dense": {}, **arms}, "rates": [1e-3, 2e-3], "budgets": [4096], **compare}
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"compare": said}))
-    return Rounds(load_recipe(path), folder)
+    return Rounds(load_recipe(path, []), folder)

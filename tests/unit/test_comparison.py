@@ -29,7 +29,7 @@ def recipe_with(folder: Path, compare: dict[str, Any], **changes: Any) -> Recipe
     path = write_project(folder)
     raw = yaml.safe_load(path.read_text()) | {"compare": {"rates": list(RATES), **compare}, **changes}
     path.write_text(yaml.safe_dump(raw))
-    return load_recipe(path)
+    return load_recipe(path, [])
 
 
 def test_every_conversion_that_takes_a_budget_spends_it_in_whole_steps(tmp_path: Path) -> None:
