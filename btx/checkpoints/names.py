@@ -1,4 +1,20 @@
-"""Tensor names that all supported families share."""
+"""Tensor names that all supported families share, and how checkpoints with a vision tower differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+SEEING = {"qwen3_5": "qwen3_5_text"}  # model types with a vision tower: that of their language model
+VISION = "vision_config"
+_LANGUAGE = "model.language_model."  # before its tensors, where transformers saw the whole model
+_APART = ("model.visual.", "mtp.")  # the vision tower, and the heads that predict further tokens
+
+
+def of_language_model(names: Iterable[str], model_type: str) -> dict[str, str]:
+    """The tensors of a checkpoint that its causal language model has: their names as stored, by those it gives them."""
+    if model_type not in SEEING.values():
+        return {name: name for name in names}
+    return {name.replace(_LANGUAGE, "model.", 1): name for name in names if not name.startswith(_APART)}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from btx.checkpoints.carried import carried
-from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.names import EMBEDDING, HEAD, of_language_model
 from btx.checkpoints.validate import BUFFERS, DTYPES, Entry, read_config, read_entries
 from btx.errors import ArtifactError
 from btx.graph.artifact import file_digest, fingerprint
@@ -91,7 +91,9 @@ class Checkpoint(Tensors):
 
     def __init__(self, folder: Path) -> None:
         self.config = read_config(folder)
-        entries = {n: e for n, e in read_entries(folder).items() if not BUFFERS.search(n)}
+        found = read_entries(folder)
+        named = of_language_model(found, self.config["model_type"])
+        entries = {name: found[stored] for name, stored in named.items() if not BUFFERS.search(name)}
         if self.config.get("tie_word_embeddings", self.config["model_type"] in TIED) and HEAD in entries:
             self.head = entries.pop(HEAD)
             entries = {**entries, EMBEDDING: entries.get(EMBEDDING, self.head)}

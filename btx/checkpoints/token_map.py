@@ -16,6 +16,7 @@ from typing import Any
 
 from btx.checkpoints.carried import CARRIED
 from btx.checkpoints.layouts import CONFIG, refuse_pointer
+from btx.checkpoints.names import SEEING
 from btx.checkpoints.reader import carry_files
 from btx.checkpoints.validate import read_config
 from btx.errors import ArtifactError
@@ -68,6 +69,13 @@ def _config(folder: Path) -> Any:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _seen(folder: Path) -> dict[str, Any]:
+    """A folder's config as AutoTokenizer sees it: by a model that sees images it chooses another class than by its
+    language model."""
+    checked, stored = read_config(folder), _config(folder)
+    return stored if stored["model_type"] in SEEING else checked
 
 
 def _token_map(folder: Path, beside: Mapping[str, Any] | None) -> Map:
@@ -161,7 +169,7 @@ def same_files(mine: Path, theirs: Path) -> bool:
     there = [name for name in names if (mine / name).is_file()]
     if there != [name for name in names if (theirs / name).is_file()] or not {*there} & {*MODEL_FILES}:
         return False
-    types = [read_config(folder).get("model_type") for folder in (mine, theirs) if (folder / CONFIG).is_file()]
+    types = [_seen(folder).get("model_type") for folder in (mine, theirs) if (folder / CONFIG).is_file()]
     same_type = len(types) == 2 and types[0] == types[1]
     return same_type and all(file_digest(mine / name) == file_digest(theirs / name) for name in there)
 
@@ -178,7 +186,7 @@ def carry_tokenizer(source: Path, out: Path, like: Path) -> None:
     They are copied byte for byte if they give the same ids beside both, and otherwise saved again as a tokenizer.json.
     ArtifactError if that gives other ids too.
     """
-    beside = read_config(like)
+    beside = _seen(like)
     wanted = token_map(source, beside)
     _clear(out)
     carry_files(source, out)
@@ -194,6 +202,15 @@ def carry_tokenizer(source: Path, out: Path, like: Path) -> None:
             "family's own tokenizer, or name its class in tokenizer_config.json (tokenizer_class: "
             "PreTrainedTokenizerFast, with a tokenizer.json)."
         )
+
+
+def carry_dense(source: Path, out: Path) -> None:
+    """Carry tokenizer and generation files over to a dense model: as copies, but where the source's sees images too."""
+    found = _config(source)
+    if isinstance(found, dict) and found.get("model_type") in SEEING:
+        carry_tokenizer(source, out, source)
+    else:
+        carry_files(source, out)
 
 
 def _clear(out: Path) -> None:

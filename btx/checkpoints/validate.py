@@ -29,6 +29,7 @@ from btx.checkpoints.layouts import (
     refuse_pointer,
     refuse_wrapped,
 )
+from btx.checkpoints.names import SEEING, VISION
 from btx.errors import ArtifactError
 
 HEADER_LIMIT = 100 * 2**20  # the limit of the safetensors library itself
@@ -74,16 +75,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     refuse_adapter(folder)
     for name in CARRIED:
         refuse_pointer(folder / name)
-    config = _json(path)
+    config: dict[str, Any] = _json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ArtifactError(
             f"{path} names no model_type, so the family of the checkpoint is unknown. Fetch the checkpoint again."
         )
     _refuse_code(folder, config)
+    if config["model_type"] in SEEING:
+        config = _language_model(path, config)
     require_size(config, str(folder))
     if config["model_type"] == "mistral" and "layer_types" in config:
         config["model_type"] = "ministral"  # as AutoConfig does: its sliding-window layers are chosen differently
     return config
+
+
+def _language_model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the language model in one that sees too, as AutoModelForCausalLM reads it."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type", SEEING[config["model_type"]]) not in SEEING.values():
+        raise ArtifactError(f"{path} has no text_config of a {config['model_type']} model. Fetch the checkpoint again.")
+    return {**text, "model_type": SEEING[config["model_type"]], VISION: config.get(VISION)}
 
 
 def require_size(config: dict[str, Any], where: str) -> None:

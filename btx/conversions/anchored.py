@@ -157,7 +157,8 @@ class AnchoredExpert(ModelStep):
         """Take the expert and its rows out of the pair."""
         from safetensors.torch import save_file
 
-        from btx.checkpoints.reader import carry_files, opened
+        from btx.checkpoints.reader import opened
+        from btx.checkpoints.token_map import carry_dense
         from btx.export.lifecycle import extract
         from btx.export.mixture import Moe
 
@@ -166,7 +167,7 @@ class AnchoredExpert(ModelStep):
             extract(out, moe, moe.names[OWN_EXPERT])
             rows = {str(layer): found.read(moe.family.router_name(layer))[OWN_EXPERT].clone() for layer in moe.layers}
         save_file(rows, out / ROWS)
-        carry_files(self.pair.merge.branch.seed.folder, out)
+        carry_dense(self.pair.merge.branch.seed.folder, out)
         return {}
 
 

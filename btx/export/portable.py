@@ -25,6 +25,7 @@ UNBALANCED = (
     "trainer adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
     "`router_aux_loss_coef` to train with it."
 )
+NEW = ("qwen3_5_text", "qwen3_5_moe_text")  # model types that transformers 4 lacks
 OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 understands
 
 
@@ -133,6 +134,8 @@ def _rope(config: dict[str, Any]) -> str:
 
 def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]:
     kind, found = config["model_type"], []
+    if kind in NEW:
+        return ["transformers 4.57 does not know its family, which came with transformers 5."]
     if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
         found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
     if kind == "qwen2_moe" and config.get("use_sliding_window"):
@@ -169,6 +172,8 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
     """What tests/portability/in_llama_cpp.py found in llama-cpp-python 0.3.36."""
     kind, found = config["model_type"], []
     llama3 = _rope(config) == "llama3"
+    if kind in NEW:
+        return ["It was not tried in llama.cpp."]
     if kind in ("flex_olmo", "jetmoe"):
         return ["llama.cpp does not support its family."]
     if config.get("mlp_only_layers"):

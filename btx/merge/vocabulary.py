@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from btx.checkpoints.names import EMBEDDING, HEAD
-from btx.checkpoints.reader import Checkpoint, carry_files
-from btx.checkpoints.token_map import difference, same_files, token_map
+from btx.checkpoints.reader import Checkpoint
+from btx.checkpoints.token_map import carry_dense, difference, same_files, token_map
 from btx.checkpoints.validate import read_config
 from btx.data.packed import load_tokenizer
 from btx.errors import ArtifactError
@@ -130,7 +130,7 @@ def require_ids_as_stated(folder: Path, added: list[dict[str, Any]], who: str) -
 
 
 def _rows(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return read_config(folder)["vocab_size"]
 
 
 def join(seed: Path, experts: Mapping[str, Path]) -> tuple[Vocabulary, list[dict[str, Any]]]:
@@ -155,10 +155,8 @@ def write_joint(out: Path, seed: Path, experts: Mapping[str, Path]) -> Vocabular
     BOS, EOS and the chat template stay the seed's.
     """
     found, entries = join(seed, experts)
-    carry_files(seed, out)
-    write_json(
-        out / "config.json", {"model_type": read_config(seed)["model_type"]}
-    )  # AutoTokenizer chooses the class by it
+    write_json(out / "config.json", {"model_type": read_config(seed)["model_type"]})  # AutoTokenizer chooses by it
+    carry_dense(seed, out)
     data = json.loads((out / JSON).read_text(encoding="utf-8"))
     data["added_tokens"] = [*data.get("added_tokens", []), *entries]
     (out / JSON).write_text(json.dumps(data, ensure_ascii=False, indent=2), encoding="utf-8")

@@ -187,11 +187,11 @@ def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: S
     return [made.to(shared_.dtype)]
 
 
-def _scale(shared_: SharedTensors, norm: str) -> torch.Tensor:
-    scale = shared_.whole(norm)
+def _scale(shared_: SharedTensors, norm: str, offset: float = 0.0) -> torch.Tensor:
+    scale = shared_.whole(norm) + offset
     if not scale.any():
         raise ArtifactError(
-            f"{norm} is all zeros in the merged model, so the router of its layer would see nothing but zeros. "
+            f"{norm} is all {-offset:g} in the merged model, so the router of its layer would see nothing but zeros. "
             f"Use other weights for it than those of {shared_.base.folder}."
         )
     return scale
@@ -200,9 +200,9 @@ def _scale(shared_: SharedTensors, norm: str) -> torch.Tensor:
 class RouterScales:
     """The RMS (D,) of each component of a layer's router input, estimated from the merged weights alone.
 
-    After an RMS norm it is the norm's weight. Where the router sees the bare residual stream (FlexOlmo), the input is
-    the sum of the embedding and of normed outputs, two per layer up to the router's own: their mean squares add up, as
-    far as they are uncorrelated.
+    After an RMS norm it is the norm's weight, with what its class adds to that. Where the router sees the bare residual
+    stream (FlexOlmo), the input is the sum of the embedding and of normed outputs, two per layer up to the router's
+    own: their mean squares add up, as far as they are uncorrelated.
     """
 
     def __init__(self, family: Family, shared_: SharedTensors) -> None:
@@ -215,7 +215,7 @@ class RouterScales:
         if self.family.residual:
             added = [self.shared.whole(name).square() for name in names[:-1]]  # the last is added after the router
             return torch.stack([self._embedding_square(), *added]).sum(0).sqrt()
-        return _scale(self.shared, names[-1])
+        return _scale(self.shared, names[-1], self.family.norm_offset)
 
     def _embedding_square(self) -> torch.Tensor:
         if self._embedding is None:

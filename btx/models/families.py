@@ -63,6 +63,7 @@ class Family:
     norms: tuple[str, ...] = ("post_attention_layernorm.weight",)  # the norm whose output the feed-forward block and
     # the router see; or, where they see the bare residual stream, all norms whose outputs are added to it
     residual: bool = False  # whether they see the bare residual stream
+    norm_offset: float = 0.0  # what the class adds to the weights of those norms
     block: str = "mlp"  # the MoE block in memory
     gate: str = "gate"  # its router in memory
     fixed: dict[str, Any] = field(default_factory=dict)  # MoE config fields that make it exact
@@ -101,6 +102,15 @@ _QWEN = {
     UP: "mlp.experts.{e}.up_proj.weight",
     DOWN: "mlp.experts.{e}.down_proj.weight",
 }
+_QWEN_SHARED = SharedExpert(
+    names={
+        GATE: "mlp.shared_expert.gate_proj.weight",
+        UP: "mlp.shared_expert.up_proj.weight",
+        DOWN: "mlp.shared_expert.down_proj.weight",
+    },
+    gate="mlp.shared_expert_gate.weight",
+    width_field="shared_expert_intermediate_size",
+)
 _GRANITE = {
     GATE: "block_sparse_moe.input_linear.weight",
     UP: "block_sparse_moe.input_linear.weight",
@@ -139,15 +149,7 @@ ALL = (
             "qkv_bias": True,
         },
         carried=("head_dim",),
-        shared=SharedExpert(
-            names={
-                GATE: "mlp.shared_expert.gate_proj.weight",
-                UP: "mlp.shared_expert.up_proj.weight",
-                DOWN: "mlp.shared_expert.down_proj.weight",
-            },
-            gate="mlp.shared_expert_gate.weight",
-            width_field="shared_expert_intermediate_size",
-        ),
+        shared=_QWEN_SHARED,
         dense_layers=True,
     ),
     Family(
@@ -166,6 +168,17 @@ ALL = (
         carried=("head_dim",),
         dense_layers=True,
         harmless={"max_window_layers": ANY, "layer_types": ("full_attention",)},
+    ),
+    Family(
+        dense="qwen3_5_text",
+        moe="qwen3_5_moe_text",
+        expert=_QWEN,
+        router="mlp.gate.weight",
+        experts_field="num_experts",
+        width_field="moe_intermediate_size",
+        norm_offset=1.0,
+        shared=_QWEN_SHARED,
+        harmless={"intermediate_size": ANY},
     ),
     Family(
         dense="olmo2",

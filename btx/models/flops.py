@@ -8,10 +8,14 @@ for every figure of the project:
   tokens FLOPs.
 - Attention's products of activations with activations are not in that figure; `attention_flops` counts them
   separately.
+- A layer of linear attention (a gated delta rule, arXiv 2412.06464) counts as its recurrence: per token and value head
+  the state (keys x values) is read, written and queried, each 2 · d_k · d_v FLOPs forward; not as the chunked form that
+  computes the same with more products.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
@@ -26,6 +30,7 @@ from btx.recipe.settings import RunSettings, TrainSettings
 Config = Mapping[str, Any]
 Precision = Literal["bf16", "fp32"]
 
+SAVED_OVER = 128  # tokens of the pass in which a layer of linear attention is watched: two chunks
 PASS = 16_384  # tokens per pass when run.micro_batch is auto
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # required in every config
@@ -93,6 +98,18 @@ class Shape:
         return queries * self.head_dim, kv_heads * self.head_dim
 
     @cached_property
+    def linear(self) -> list[int]:
+        """The layers of linear attention."""
+        kinds = getattr(self.native, "layer_types", None) or []
+        return [layer for layer, kind in enumerate(kinds) if kind == "linear_attention"]
+
+    @property
+    def state(self) -> int:
+        """Elements of the state of a layer of linear attention: value heads · key width · value width."""
+        native = self.native
+        return int(native.linear_num_value_heads * native.linear_key_head_dim * native.linear_value_head_dim)
+
+    @cached_property
     def parameters(self) -> Parameters:
         """Counted on the model; experts are modules of a `...Experts` class, as in every native one."""
         total = sum(p.numel() for p in self.model.parameters())
@@ -101,6 +118,11 @@ class Shape:
         tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
         idle = experts * (self.experts - self.chosen) // self.experts
         return Parameters(total, total - idle, embedding, 0 if tied else embedding)
+
+    def gates(self, layer: nn.Module) -> bool:
+        """Whether attention's output has a gate, which the query projection makes beside the queries."""
+        query = next((m.weight for name, m in layer.named_modules() if name.endswith("self_attn.q_proj")), None)
+        return query is not None and query.shape[0] == 2 * self.projections[0]
 
     def norm_width(self, layer: nn.Module) -> int:
         """Width of the query norm: one head's, or all heads'; 0 where there is none."""
@@ -150,11 +172,15 @@ def training_flops(config: Config, tokens: int) -> int:
 def attention_flops(config: Config, tokens: int, *, sequence: int, causal: bool = True) -> int:
     """Training FLOPs of Q Kᵀ and of the product with V: 12 · L · H · d_head · S a token, half if causal.
 
-    `sequence` is S, the length attended over, in tokens. A forward pass alone is a third of it.
+    `sequence` is S, the length attended over, in tokens. A forward pass alone is a third of it. L counts the layers
+    that attend; those of linear attention take 18 · H · d_k · d_v a token, whatever S is.
     """
     shape = shape_of(config)
-    whole = 12 * int(shape.native.num_hidden_layers) * shape.projections[0] * sequence * _tokens(tokens)
-    return whole // 2 if causal else whole
+    linear = len(shape.linear)
+    attending = int(shape.native.num_hidden_layers) - linear
+    whole = 12 * attending * shape.projections[0] * sequence * _tokens(tokens)
+    states = 18 * linear * shape.state * _tokens(tokens) if linear else 0
+    return (whole // 2 if causal else whole) + states
 
 
 def checkpoint_bytes(config: Config, dtype: str) -> int:
@@ -224,9 +250,14 @@ def _layer_bytes(shape: Shape, layer: nn.Module, size: int) -> int:
     """
     native, (queries, keys), k = shape.native, shape.projections, shape.chosen
     width = int(native.hidden_size)
-    readers = 5 if size == 2 else 2  # q, k, v and gate, up; in fp32 each norm's readers share its output
+    linear = hasattr(layer, "linear_attn")
+    readers = 5 if size == 2 and not linear else 2  # q, k, v and gate, up; in fp32 each norm's readers share its output
     norms = 16 * width + readers * size * width
     attention = 2 * size * (queries + keys) + 4 * int(native.num_attention_heads)
+    if linear:  # whose input is a copy per product in bf16, and what the norm keeps already in fp32
+        attention = _saved(shape, size) - (0 if size == 2 else size * width)
+    elif shape.gates(layer):  # the gate's sigmoid, and the output with it
+        attention += 2 * size * queries
     if shape.attention_experts:  # inputs, outputs, queries and attended values of each, keys and values repeated
         attention += k * (size * (4 * width + 2 * keys) + 40) + 2 * (k - 1) * size * keys + 4 * shape.experts
     if over := shape.norm_width(layer):
@@ -238,6 +269,31 @@ def _layer_bytes(shape: Shape, layer: nn.Module, size: int) -> int:
     if shape.family.shared:
         experts += size * (4 * int(getattr(native, shape.family.shared.width_field)) + width)
     return norms + attention + experts
+
+
+@lru_cache(maxsize=8)
+def _saved(shape: Shape, size: int) -> int:
+    """Bytes per token that autograd keeps of a layer of linear attention, its input but no weights among them.
+
+    A pass is run and watched: the form that the class computes keeps a matrix per chunk, which no short formula tells.
+    """
+    layer = shape.model.base_model.layers[shape.linear[0]].linear_attn
+    module = copy.deepcopy(layer).to_empty(device="cpu")
+    weights = {p.shape for p in module.parameters()} | {p.mT.shape for p in module.parameters() if p.ndim == 2}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    hidden = torch.zeros(1, SAVED_OVER, int(shape.native.hidden_size), requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=size == 2),
+    ):
+        module(hidden)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // SAVED_OVER
 
 
 def _tokens(tokens: int) -> int:

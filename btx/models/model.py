@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from btx.checkpoints.reader import carry_files
+from btx.checkpoints.token_map import carry_dense
 from btx.checkpoints.validate import read_config
 from btx.checkpoints.writer import whole, write_weights
 from btx.errors import ArtifactError, ResourceError
@@ -76,7 +76,7 @@ def save(out: Path, *, config: Any, state: dict[str, torch.Tensor], dtype: torch
     write_weights(out, [whole(n, t, dtype) for n, t in named.items()])
     config.dtype = dtype
     config.save_pretrained(out)
-    carry_files(like, out)
+    carry_dense(like, out)
 
 
 def count_parameters(model: nn.Module) -> int:

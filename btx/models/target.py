@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from btx.checkpoints.names import VISION
 from btx.errors import ArtifactError
 from btx.models.families import DENSE, IDLE_WIDTH, Family, family_of
 from btx.models.native import bookkeeping, declared, native_config, told
@@ -59,7 +60,11 @@ def warnings_of(dense: dict[str, Any], where: str) -> list[str]:
     kind = dense["model_type"]
     if kind not in DENSE:
         return []  # `family_of` refuses it
-    return told(bookkeeping(dense, where, DENSE[kind].carried), where, kind)
+    known = {key: value for key, value in dense.items() if key != VISION}
+    sees = (
+        [f"{where} sees images too; the merged model is made of its language model alone."] if dense.get(VISION) else []
+    )
+    return sees + told(bookkeeping(known, where, DENSE[kind].carried), where, kind)
 
 
 def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:

@@ -106,7 +106,7 @@ def group_of(tensor: str) -> str:
         return "head"
     if "norm." in tensor:
         return "norms"
-    return "attention" if ".self_attn." in tensor else "feed_forward"
+    return "attention" if "_attn." in tensor else "feed_forward"  # self_attn, linear_attn
 
 
 class MergeSettings(Settings):

@@ -36,7 +36,8 @@ class MergedLora(ModelStep):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Check the adapter, add it to the seed, write the checkpoint."""
-        from btx.checkpoints.reader import carry_files, one_thread, opened
+        from btx.checkpoints.reader import one_thread, opened
+        from btx.checkpoints.token_map import carry_dense
         from btx.checkpoints.writer import write_weights
         from btx.merge.adapter import Adapter
 
@@ -45,5 +46,5 @@ class MergedLora(ModelStep):
             adapter.require_fit(seed)
             hashed = write_weights(out, adapter.rows(seed))
             write_json(out / "config.json", seed.config)
-        carry_files(self.seed.folder, out)
+        carry_dense(self.seed.folder, out)
         return {"changed": len(adapter.factors) + len(adapter.replaced), HASHED: hashed}

@@ -106,7 +106,7 @@ class Average(Models):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Average and write."""
-        from btx.checkpoints.reader import carry_files
+        from btx.checkpoints.token_map import carry_dense
         from btx.merge.write import write_average
 
         with ExitStack() as stack:
@@ -114,7 +114,7 @@ class Average(Models):
             hashed = write_average(out, models, seed, self.settings, self.resume(work), self.progress(emit), joint)
             config = {**seed.config, "dtype": _dtype_name(self.settings.torch_dtype(seed.dtype))}
             write_json(out / "config.json", config)
-            carry_files(self.tokenizer, out)
+            carry_dense(self.tokenizer, out)
         return {"models": list(models), HASHED: hashed}
 
 

@@ -61,12 +61,12 @@ class ComposedStep(ModelStep):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Write the file, and the tokenizer beside it."""
-        from btx.checkpoints.reader import carry_files
+        from btx.checkpoints.token_map import carry_dense
         from btx.models.composed import describe
 
         parts = {name: (part.folder, part.digest) for name, part in self.parts.items()}
         describe(out, self.folder, kind=self.kind, parts=parts, settings=self.settings.identity())
-        carry_files(next(iter(self.parts.values())).folder, out)
+        carry_dense(next(iter(self.parts.values())).folder, out)
         return {"parts": list(parts)}
 
     @contextmanager

@@ -19,12 +19,13 @@ from tests.support.vocabularies import TOKENS, extended, plain
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "olmo2", "granite"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3_5_text", "olmo2", "granite"])
 def test_every_family_runs_whole_and_its_export_checks(tmp_path: Path, family: str) -> None:
     write_project(tmp_path, family=family)
     btx("run", "recipe.yaml", cwd=tmp_path)
     wanted = {
         "mistral": "MixtralForCausalLM", "qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM",
+        "qwen3_5_text": "Qwen3_5MoeForCausalLM",
         "olmo2": "FlexOlmoForCausalLM", "granite": "GraniteMoeForCausalLM",
     }[family]  # fmt: skip
     assert wanted in btx("check", "runs/pico/export", cwd=tmp_path).stdout

@@ -1,12 +1,13 @@
 """An export has the tensors that the loaders of vLLM 0.33.0 read, under their names and in their shapes.
 
 Nothing is run in vLLM. What is written here is what the source of that version asks for, in vllm/model_executor/models
-(mixtral.py, qwen2_moe.py, qwen3_moe.py, granitemoe.py) and, for experts, vllm/model_executor/layers/fused_moe (layer.py
-and routed_experts.py): three tensors an expert, or all of a layer as (experts, 2 * width, hidden), halved along axis 1
-into gate and up, and (experts, hidden, width). registry.py finds the model by `architectures` and runs FlexOlmo by the
-class of transformers, whose experts it reads under either kind of names.
+(mixtral.py, qwen2_moe.py, qwen3_moe.py, qwen3_5.py, granitemoe.py) and, for experts, in layers/fused_moe (layer.py and
+routed_experts.py) beside them: three tensors an expert, or all of a layer as (experts, 2 * width, hidden), halved along
+axis 1 into gate and up, and (experts, hidden, width). registry.py finds the model by `architectures` and runs FlexOlmo
+by the class of transformers, whose experts it reads under either kind of names.
 
-D hidden, F width of an expert, E experts, V vocabulary, H and K heads of queries and keys, each of h.
+D hidden, F width of an expert, E experts, V vocabulary, H and K heads of queries and keys, each of h. In layers of
+linear attention: N value heads, each of v; M widths of its values together, C of all that its convolution mixes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ BY_PROJECTION = {
     "mlp.experts.{e}.up_proj.weight": "F D",
     "mlp.experts.{e}.down_proj.weight": "D F",
 }
+LINEAR = {
+    f"linear_attn.{name}": axes
+    for name, axes in {
+        "A_log": "N", "dt_bias": "N", "conv1d.weight": "C 1 conv", "norm.weight": "v", "out_proj.weight": "D M",
+        "in_proj_qkv.weight": "C D", "in_proj_z.weight": "M D", "in_proj_b.weight": "N D", "in_proj_a.weight": "N D",
+    }.items()
+}  # fmt: skip
+SHARED = {
+    "mlp.shared_expert_gate.weight": "1 D",
+    "mlp.shared_expert.gate_proj.weight": "S D",
+    "mlp.shared_expert.up_proj.weight": "S D",
+    "mlp.shared_expert.down_proj.weight": "D S",
+}
 MIXTRAL = ATTENTION | NORMS | {
     "block_sparse_moe.gate.weight": "E D",
     "block_sparse_moe.experts.{e}.w1.weight": "F D",
@@ -44,15 +58,12 @@ MIXTRAL = ATTENTION | NORMS | {
 LAYERS = {
     "llama": MIXTRAL,
     "mistral": MIXTRAL,
-    "qwen2": ATTENTION | NORMS | BY_PROJECTION | {
+    "qwen2": ATTENTION | NORMS | BY_PROJECTION | SHARED | {
         "self_attn.q_proj.bias": "Hh",
         "self_attn.k_proj.bias": "Kh",
         "self_attn.v_proj.bias": "Kh",
-        "mlp.shared_expert_gate.weight": "1 D",
-        "mlp.shared_expert.gate_proj.weight": "S D",
-        "mlp.shared_expert.up_proj.weight": "S D",
-        "mlp.shared_expert.down_proj.weight": "D S",
     },
+    "qwen3_5_text": NORMS | BY_PROJECTION | SHARED,
     "qwen3": ATTENTION | NORMS | BY_PROJECTION | {"self_attn.q_norm.weight": "h", "self_attn.k_norm.weight": "h"},
     "olmo2": ATTENTION | BY_PROJECTION | {
         "self_attn.q_norm.weight": "Hh",
@@ -66,12 +77,20 @@ LAYERS = {
         "block_sparse_moe.output_linear.weight": "E D F",
     },
 }  # fmt: skip
+MIXERS = {  # by layer, where layers differ
+    "qwen3_5_text": [
+        LINEAR,
+        ATTENTION
+        | {"self_attn.q_proj.weight": "2Hh D", "self_attn.q_norm.weight": "h", "self_attn.k_norm.weight": "h"},
+    ]
+}
 AROUND = {"model.embed_tokens.weight": "V D", "model.norm.weight": "D"}
 ARCHITECTURE = {
     "llama": "MixtralForCausalLM", "mistral": "MixtralForCausalLM", "qwen2": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3MoeForCausalLM", "olmo2": "FlexOlmoForCausalLM", "granite": "GraniteMoeForCausalLM",
+    "qwen3": "Qwen3MoeForCausalLM", "qwen3_5_text": "Qwen3_5MoeForCausalLM", "olmo2": "FlexOlmoForCausalLM",
+    "granite": "GraniteMoeForCausalLM",
 }  # fmt: skip
-TIED = ("qwen2", "qwen3", "granite")  # in tests/support/models.py; these need no lm_head.weight
+TIED = ("qwen2", "qwen3", "qwen3_5_text", "granite")  # in tests/support/models.py; these need no lm_head.weight
 D, F, V, H, K, S, LAYER_COUNT = 32, 48, 300, 4, 2, 128, 2
 
 
@@ -87,11 +106,17 @@ def wanted(family: str, experts: int, head: int) -> dict[str, tuple[int, ...]]:
         "1": 1,
         "h": head,
         "Hh": H * head,
+        "2Hh": 2 * H * head,
         "Kh": K * head,
+        "N": 4,
+        "v": 12,
+        "M": 48,
+        "C": 80,
+        "conv": 4,
     }
     found = AROUND | ({} if family in TIED else {"lm_head.weight": "V D"})
     for layer in range(LAYER_COUNT):
-        for name, axes in LAYERS[family].items():
+        for name, axes in (LAYERS[family] | MIXERS.get(family, [{}, {}])[layer]).items():
             found |= {f"model.layers.{layer}.{name.format(e=e)}": axes for e in range(experts)}
     return {name: tuple(size[axis] for axis in axes.split()) for name, axes in found.items()}
 
@@ -99,7 +124,7 @@ def wanted(family: str, experts: int, head: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("experts", [2, 5])
 def test_an_export_has_what_vllm_reads(tmp_path: Path, family: str, experts: int) -> None:
     folder = export(tmp_path / "export", family, experts=experts)
-    head = 12 if family in ("mistral", "qwen3") else 8
+    head = {"mistral": 12, "qwen3": 12, "qwen3_5_text": 16}.get(family, 8)
     found = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
     assert found == wanted(family, experts, head)
     config = read_config(folder)

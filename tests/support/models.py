@@ -26,6 +26,15 @@ FAMILIES = {
     "mistral": {"sliding_window": 16, "head_dim": 12},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "full_attention_interval": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
     "olmo2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "granite": {
         "embedding_multiplier": 2.0,
@@ -35,6 +44,11 @@ FAMILIES = {
         "tie_word_embeddings": True,
     },
 }
+
+
+OWN_TOKENIZER = {
+    "qwen3_5_text": "qwen3_5_moe_text"
+}  # beside its mixture transformers makes one class of every tokenizer
 
 
 def config_of(family: str, **more: Any) -> Any:
@@ -69,8 +83,10 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, noise: float = 0.0, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1.5)
-            if name.endswith(".bias"):  # which start at zero
+            if name.endswith(".bias") or not parameter.any():  # zeros, as biases start, would hide a mistake
                 parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
+            if name.endswith(".A_log"):  # at its start a state decays within a token, and nothing of it shows
+                parameter.sub_(4.0)
         if noise:
             generator = torch.Generator().manual_seed(int(noise * 1e6) + 7)
             for parameter in model.parameters():
@@ -78,4 +94,14 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, noise: float = 0.0, 
     folder.mkdir(parents=True, exist_ok=True)
     model.to(dtype).save_pretrained(folder)
     tokenizer_into(folder)
+    if config.model_type in OWN_TOKENIZER:
+        own_tokenizer(folder, OWN_TOKENIZER[config.model_type])
     return folder
+
+
+def own_tokenizer(folder: Path, model_type: str) -> None:
+    """Save a folder's tokenizer again in the class that transformers has for a model type."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.for_model(model_type)
+    AutoTokenizer.from_pretrained(folder, config=config).save_pretrained(str(folder))

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,16 +20,21 @@ PICO = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 51, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite")
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "granitemoe", "jetmoe")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "olmo2", "granite")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "flex_olmo", "granitemoe", "jetmoe")
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5},
     "qwen2_moe": {"num_experts": 5, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     "qwen3_moe": {"num_experts": 5, "moe_intermediate_size": 12},
+    "qwen3_5_moe_text": {"num_experts": 5, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     "flex_olmo": {"num_experts": 5},
     "granitemoe": {"num_local_experts": 5},
     "jetmoe": {"num_local_experts": 5, "kv_channels": 12, "tie_word_embeddings": False},
 }
+LINEAR = {  # layers of linear attention around one of attention
+    "full_attention_interval": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
 LLAMA2_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
@@ -51,7 +57,8 @@ QWEN3_30B_A3B = {
 
 def build(model_type: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """A pico model and its config as `save_pretrained` writes it."""
-    settings = PICO | (MOE[model_type] | {"num_experts_per_tok": 2} if model_type in MOE else {}) | changes
+    settings = PICO | (LINEAR if model_type.startswith("qwen3_5") else {})
+    settings |= (MOE[model_type] | {"num_experts_per_tok": 2} if model_type in MOE else {}) | changes
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     return model, json.loads(model.config.to_json_string())
 
@@ -117,7 +124,7 @@ def test_absent_fields_mean_what_the_config_class_means(model_type: str) -> None
 @pytest.mark.parametrize("model_type", SPARSE)
 def test_active_leaves_out_exactly_the_experts_that_are_not_chosen(model_type: str, k: int) -> None:
     model, config = build(model_type, num_experts_per_tok=k)
-    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    experts = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and "conv" not in name)
     assert experts > 0
     assert flops.parameters(config).active == numel(model) - experts * (5 - k) // 5
 
@@ -172,10 +179,18 @@ def test_attention_is_twelve_l_h_d_s_a_token_and_half_of_it_if_causal() -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("model_type", DENSE + SPARSE)
-def test_a_third_of_training_without_lookup_is_what_torch_counts_of_a_forward_pass(model_type: str, k: int) -> None:
-    """Matrix products take two FLOPs per parameter and token; norms and biases are not products."""
+def test_a_third_of_training_without_lookup_is_what_torch_counts_of_a_forward_pass(
+    model_type: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrix products take two FLOPs per parameter and token; norms and biases are not products.
+
+    Linear attention runs as its recurrence, in which torch sees no products, and its convolution over its padding too.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
+    for family in ("qwen3_5", "qwen3_5_moe"):
+        module = import_module(f"transformers.models.{family}.modeling_{family}")
+        monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", module.torch_recurrent_gated_delta_rule)
     chosen = {"num_experts_per_tok": k} if model_type in SPARSE else {}
     model, config = build(model_type, attn_implementation="eager", experts_implementation="eager", **chosen)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -183,8 +198,11 @@ def test_a_third_of_training_without_lookup_is_what_torch_counts_of_a_forward_pa
     counts, vectors = flops.parameters(config), sum(p.numel() for p in model.parameters() if p.ndim == 1)
     products = 2 * (counts.active - counts.lookup - vectors) * 16
     assert flops.training_flops(config, 16) == 3 * (products + 2 * 16 * (counts.lookup + vectors))
-    attention = flops.attention_flops(config, 16, sequence=16, causal=False) // 3
-    rope = counter.get_total_flops() - products - attention  # rotary angles: one product per pass
+    linear = 2 * model_type.startswith("qwen3_5")  # such layers
+    states = linear * 3 * 2 * (4 * 6 * 10) * 16  # read, written and queried
+    attention = flops.attention_flops(config, 16, sequence=16, causal=False) // 3 - states
+    padding = linear * 2 * (2 * 2 * 6 + 4 * 10) * 4 * 3
+    rope = counter.get_total_flops() - products - attention - padding  # rotary angles: one product per pass
     assert 0 <= rope <= 2 * 16 * config["hidden_size"]
 
 
@@ -254,8 +272,9 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(model_type: str, pre
     """To 5 %; in bf16 for dense models alone, as autocast leaves the native experts' products in fp32."""
     heads = {"head_dim": 8} if model_type.startswith("qwen3") else {}
     model, config = build(model_type, num_key_value_heads=2, **heads)
-    ids = torch.randint(3, 51, (2, 60), generator=torch.Generator().manual_seed(0))
-    want = flops.activation_bytes(config, tokens=120, precision=precision, checkpointing=False)
+    length = 64 if model_type.startswith("qwen3_5") else 60  # its linear attention goes by whole chunks
+    ids = torch.randint(3, 51, (2, length), generator=torch.Generator().manual_seed(0))
+    want = flops.activation_bytes(config, tokens=2 * length, precision=precision, checkpointing=False)
     assert saved_bytes(model.train(), ids, bf16=precision == "bf16") == pytest.approx(want, rel=0.05)
 
 

@@ -29,7 +29,12 @@ from tests.support.mixtures import moe
 from tests.support.models import FAMILIES, config_of, save_model
 from tests.support.world import World, edit_json, refused
 
-CACHES = {"sliding_window", "layer_types", "attention_chunk_size"}  # read for the KV cache, not for logits
+CACHES = {
+    "sliding_window",
+    "layer_types",
+    "attention_chunk_size",
+    "number_of_conv_states",
+}  # read for the KV cache, not for logits
 HARMLESS = {  # looked up by shared code: names of loading, of other kinds of model, or of outputs
     "auto_map", "quantization_config", "name_or_path", "gradient_checkpointing", "output_attentions",
     "is_heterogeneous", "sub_configs", "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan",
