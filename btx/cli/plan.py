@@ -12,7 +12,7 @@ from btx.conversions.planned import Config, seed_config
 from btx.conversions.registry import conversions
 from btx.errors import RecipeError
 from btx.merge.layout import layout
-from btx.models import flops
+from btx.models import flops, memory
 from btx.models.families import family_of
 from btx.models.native import native_config
 from btx.models.target import warnings_of
@@ -67,11 +67,9 @@ def _row(label: str, config: Config, tokens: int, settings: TrainSettings, *, dt
     count = flops.parameters(config)
     steps = steps_of(tokens, settings)
     seen = steps * settings.batch_tokens
-    memory = flops.training_memory(config, settings, where)
+    state = memory.training_memory(config, settings, where)
     total = flops.training_flops(config, seen) + flops.attention_flops(config, seen, sequence=settings.sequence_length)
-    return Row(
-        label, count.total, count.active, seen, steps, total, memory.total, flops.checkpoint_bytes(config, dtype)
-    )
+    return Row(label, count.total, count.active, seen, steps, total, state.total, flops.checkpoint_bytes(config, dtype))
 
 
 def rows(recipe: Recipe, base: Path) -> list[Row]:

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from btx.errors import InterruptedRunError, ResourceError
 from btx.events import Emit, Note, Trained
 from btx.graph.artifact import STATES, publish, verify
-from btx.models.flops import sequences_per_pass
+from btx.models.memory import sequences_per_pass
 from btx.models.model import device_of
 from btx.models.opened import Stock
 from btx.recipe.settings import RunSettings

@@ -80,10 +80,10 @@ def feed_forward_alone(model: Any, _stream: Any) -> None:
 def memory_of(folder: Path, settings: TrainSettings, where: RunSettings) -> int:
     """Estimated memory for training a checkpoint, in bytes."""
     from btx.checkpoints.validate import read_config
-    from btx.models import flops
+    from btx.models import memory
     from btx.models.native import native_config
 
-    return flops.training_memory(native_config(read_config(folder), str(folder)).to_dict(), settings, where).total
+    return memory.training_memory(native_config(read_config(folder), str(folder)).to_dict(), settings, where).total
 
 
 def fit(

@@ -23,7 +23,7 @@ from btx.data.sampler import IGNORED, Batch, Stream
 from btx.errors import DivergedError, InterruptedRunError, RecipeError
 from btx.events import Emit
 from btx.models.families import MOE
-from btx.models.flops import sequences_per_pass
+from btx.models.memory import sequences_per_pass
 from btx.moe.hooks import find_routers
 from btx.recipe.precision import automatic
 from btx.recipe.settings import RunSettings, TrainSettings

@@ -1,44 +1,18 @@
-"""The FLOP and memory formulas against built models, published sizes, and what autograd saves."""
+"""Counts of parameters and FLOPs against built models, what torch counts, and published sizes."""
 
-import json
-from functools import partial
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btx.models import flops
-from btx.recipe.settings import RunSettings, TrainSettings
 from btx.report.figures import human, human_count
+from tests.support.shapes import DENSE, LLAMA2_7B, PICO, SPARSE, build
 
 torch.set_num_threads(1)
 
-PICO = {
-    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "vocab_size": 51, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "olmo2", "granite")
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "flex_olmo", "granitemoe", "jetmoe")
-MOE: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 5},
-    "qwen2_moe": {"num_experts": 5, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
-    "qwen3_moe": {"num_experts": 5, "moe_intermediate_size": 12},
-    "qwen3_5_moe_text": {"num_experts": 5, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
-    "flex_olmo": {"num_experts": 5},
-    "granitemoe": {"num_local_experts": 5},
-    "jetmoe": {"num_local_experts": 5, "kv_channels": 12, "tie_word_embeddings": False},
-}
-LINEAR = {  # layers of linear attention around one of attention
-    "full_attention_interval": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}  # fmt: skip
-LLAMA2_7B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
-}  # fmt: skip
 BTX = LLAMA2_7B | {"model_type": "mixtral", "num_local_experts": 4}
 MIXTRAL_8X7B = BTX | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -53,14 +27,6 @@ QWEN3_30B_A3B = {
     "num_hidden_layers": 48, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 4,
     "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-def build(model_type: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
-    """A pico model and its config as `save_pretrained` writes it."""
-    settings = PICO | (LINEAR if model_type.startswith("qwen3_5") else {})
-    settings |= (MOE[model_type] | {"num_experts_per_tok": 2} if model_type in MOE else {}) | changes
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
-    return model, json.loads(model.config.to_json_string())
 
 
 def numel(model: Any, without: str = "\n") -> int:
@@ -219,76 +185,6 @@ def test_checkpoint_bytes_are_those_of_a_saved_checkpoint(model_type: str, dtype
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
     assert flops.checkpoint_bytes(config, dtype) == stored
-
-
-def test_training_state_is_sixteen_bytes_a_parameter_and_eighteen_with_bf16_copies() -> None:
-    total = flops.parameters(LLAMA2_7B).total
-    for precision, want in (("fp32", 16), ("bf16", 18)):
-        state = flops.memory(LLAMA2_7B, batch=2, sequence=64, precision=precision, checkpointing=True)
-        assert state.total - state.activations == want * total
-        assert state.activations == flops.activation_bytes(
-            LLAMA2_7B, tokens=128, precision=precision, checkpointing=True
-        )
-
-
-def test_a_pass_is_16k_tokens_or_the_part_of_the_step_or_what_the_recipe_says() -> None:
-    step = TrainSettings(sequence_length=256, batch_tokens=2048)
-    assert flops.sequences_per_pass(step, RunSettings()) == 8  # not 64: a step has no more
-    assert flops.sequences_per_pass(step, RunSettings(), processes=4) == 2
-    assert flops.sequences_per_pass(step, RunSettings(micro_batch=3)) == 3
-    large = step.model_copy(update={"batch_tokens": 2**20})
-    assert flops.sequences_per_pass(large, RunSettings()) == 64
-    assert flops.sequences_per_pass(large, RunSettings(micro_batch=100)) == 100
-    small, big = (flops.training_memory(LLAMA2_7B, one, RunSettings()) for one in (step, large))
-    assert 8 * small.activations == big.activations
-    assert small.total - small.activations == big.total - big.activations
-
-
-def saved_bytes(model: Any, ids: torch.Tensor, *, bf16: bool) -> int:
-    """Bytes that autograd saves from a forward pass, each storage once, without weights and their bf16 copies."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {p.shape for p in model.parameters()} | {p.mT.shape for p in model.parameters() if p.ndim == 2}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in weights and tensor.shape not in shapes:
-            kept[pointer] = tensor
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-    ):
-        model(input_ids=ids, labels=ids, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@pytest.mark.parametrize(
-    ("model_type", "precision"),
-    [*((t, "fp32") for t in DENSE + SPARSE), *((t, "bf16") for t in DENSE)],
-)
-def test_the_estimate_of_activations_is_what_autograd_keeps(model_type: str, precision: Any) -> None:
-    """To 5 %; in bf16 for dense models alone, as autocast leaves the native experts' products in fp32."""
-    heads = {"head_dim": 8} if model_type.startswith("qwen3") else {}
-    model, config = build(model_type, num_key_value_heads=2, **heads)
-    length = 64 if model_type.startswith("qwen3_5") else 60  # its linear attention goes by whole chunks
-    ids = torch.randint(3, 51, (2, length), generator=torch.Generator().manual_seed(0))
-    want = flops.activation_bytes(config, tokens=2 * length, precision=precision, checkpointing=False)
-    assert saved_bytes(model.train(), ids, bf16=precision == "bf16") == pytest.approx(want, rel=0.05)
-
-
-def test_checkpointing_keeps_the_layers_inputs_and_one_layer_at_a_time() -> None:
-    model, config = build("mixtral")
-    for layer in model.model.layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    ids = torch.randint(3, 51, (2, 60), generator=torch.Generator().manual_seed(0))
-    estimate = partial(flops.activation_bytes, tokens=120, precision="fp32")
-    deeper = config | {"num_hidden_layers": 4}
-    one = estimate(deeper, checkpointing=False) - estimate(config, checkpointing=False)
-    want = estimate(config, checkpointing=True) - one  # the layer that backward recomputes is not there yet
-    assert saved_bytes(model.train(), ids, bf16=False) == pytest.approx(want, rel=0.05)
 
 
 # --- figures for people, and errors ------------------------------------------------------------------------

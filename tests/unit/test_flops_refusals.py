@@ -4,12 +4,9 @@ from typing import Any
 
 import pytest
 
-from btx.models import flops
+from btx.models import flops, memory
+from tests.support.shapes import LLAMA2_7B
 
-LLAMA2_7B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
-}  # fmt: skip
 BTX = LLAMA2_7B | {"model_type": "mixtral", "num_local_experts": 4}
 MIXTRAL_8X7B = BTX | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -38,4 +35,4 @@ def test_other_arguments_out_of_range_are_refused_by_value() -> None:
     with pytest.raises(ValueError, match="unknown dtype 'int4'; known: float64, float32"):
         flops.checkpoint_bytes(LLAMA2_7B, "int4")
     with pytest.raises(ValueError, match="unknown precision 'fp8'; known: bf16, fp32"):
-        flops.activation_bytes(LLAMA2_7B, tokens=1, precision="fp8", checkpointing=True)  # type: ignore[arg-type]
+        memory.activation_bytes(LLAMA2_7B, tokens=1, precision="fp8", checkpointing=True)  # type: ignore[arg-type]
