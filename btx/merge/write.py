@@ -191,7 +191,7 @@ def _scale(shared_: SharedTensors, norm: str, offset: float = 0.0) -> torch.Tens
     scale = shared_.whole(norm) + offset
     if not scale.any():
         raise ArtifactError(
-            f"{norm} is all {0 - offset:g} in the merged model, so the router of its layer would see nothing but zeros. "
+            f"{norm} is all {0 - offset:g} in the merged model, so its router would see nothing but zeros. "
             f"Use other weights for it than those of {shared_.base.folder}."
         )
     return scale
