@@ -103,5 +103,6 @@ def own_tokenizer(folder: Path, model_type: str) -> None:
     """Save a folder's tokenizer again in the class that transformers has for a model type."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.for_model(model_type)
-    AutoTokenizer.from_pretrained(folder, config=config).save_pretrained(str(folder))
+    config, end = AutoConfig.for_model(model_type), "<|end|>"  # named, as the class would add marks of its own
+    found = AutoTokenizer.from_pretrained(folder, config=config, unk_token=end, eos_token=end, pad_token=end)
+    found.save_pretrained(str(folder))

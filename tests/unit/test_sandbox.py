@@ -115,7 +115,11 @@ def test_time_is_up_for_all_processes(code: str) -> None:
     began = time.monotonic()
     assert run([code], Limits(seconds=0.5)).how == "timed out"
     assert time.monotonic() - began < 5
-    assert not _processes(os.getpid())
+    for _ in range(100):  # a busy machine takes a moment to end what was killed
+        if not _processes(os.getpid()):
+            return
+        time.sleep(0.05)
+    raise AssertionError("a process outlives its time")
 
 
 @held
