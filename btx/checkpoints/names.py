@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from btx.errors import ArtifactError
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 SEEING = {"qwen3_5": "qwen3_5_text"}  # model types with a vision tower: that of their language model
-VISION = "vision_config"
 _LANGUAGE = "model.language_model."  # before its tensors, where transformers saw the whole model
 _APART = ("model.visual.", "mtp.")  # the vision tower, and the heads that predict further tokens
 
@@ -18,3 +21,11 @@ def of_language_model(names: Iterable[str], model_type: str) -> dict[str, str]:
     if model_type not in SEEING.values():
         return {name: name for name in names}
     return {name.replace(_LANGUAGE, "model.", 1): name for name in names if not name.startswith(_APART)}
+
+
+def language_model(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config of the language model in one that sees images too, as AutoModelForCausalLM reads it."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type", SEEING[config["model_type"]]) not in SEEING.values():
+        raise ArtifactError(f"{path} has no text_config of a {config['model_type']} model. Fetch the checkpoint again.")
+    return {**text, "model_type": SEEING[config["model_type"]]}

@@ -205,7 +205,11 @@ def carry_tokenizer(source: Path, out: Path, like: Path) -> None:
 
 
 def carry_dense(source: Path, out: Path) -> None:
-    """Carry tokenizer and generation files over to a dense model: as copies, but where the source's sees images too."""
+    """Carry tokenizer and generation files over to a dense model, byte for byte.
+
+    Where the source's model sees images too they are saved again if they need to be: beside its language model
+    AutoTokenizer may choose another class, with other ids.
+    """
     found = _config(source)
     if isinstance(found, dict) and found.get("model_type") in SEEING:
         carry_tokenizer(source, out, source)

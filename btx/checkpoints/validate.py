@@ -29,7 +29,7 @@ from btx.checkpoints.layouts import (
     refuse_pointer,
     refuse_wrapped,
 )
-from btx.checkpoints.names import SEEING, VISION
+from btx.checkpoints.names import SEEING, language_model
 from btx.errors import ArtifactError
 
 HEADER_LIMIT = 100 * 2**20  # the limit of the safetensors library itself
@@ -82,19 +82,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     _refuse_code(folder, config)
     if config["model_type"] in SEEING:
-        config = _language_model(path, config)
+        config = language_model(config, path)
     require_size(config, str(folder))
     if config["model_type"] == "mistral" and "layer_types" in config:
         config["model_type"] = "ministral"  # as AutoConfig does: its sliding-window layers are chosen differently
     return config
 
 
-def _language_model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model in one that sees too, as AutoModelForCausalLM reads it."""
-    text = config.get("text_config")
-    if not isinstance(text, dict) or text.get("model_type", SEEING[config["model_type"]]) not in SEEING.values():
-        raise ArtifactError(f"{path} has no text_config of a {config['model_type']} model. Fetch the checkpoint again.")
-    return {**text, "model_type": SEEING[config["model_type"]], VISION: config.get(VISION)}
+def sees_images(folder: Path) -> bool:
+    """Whether a checkpoint's model sees images beside text."""
+    return bool(_json(folder / CONFIG).get("model_type") in SEEING)
 
 
 def require_size(config: dict[str, Any], where: str) -> None:

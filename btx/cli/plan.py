@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from btx.checkpoints.validate import read_config, require_size
+from btx.checkpoints.validate import read_config, require_size, sees_images
 from btx.conversions import experts
 from btx.conversions.planned import Config, seed_config
 from btx.conversions.registry import conversions
@@ -153,7 +153,11 @@ def warnings(recipe: Recipe, base: Path) -> list[str]:
     folders = [base / Path(c).expanduser() for c in given if c]
     models = [folder for folder in folders if (folder / "config.json").is_file() and not is_adapter(folder)]
     configs = {folder: read_config(folder) for folder in models}
-    return [f"Warning: {text}" for folder, config in configs.items() for text in warnings_of(config, str(folder))]
+    return [
+        f"Warning: {text}"
+        for folder, config in configs.items()
+        for text in warnings_of(config, str(folder), sees_images=sees_images(folder))
+    ]
 
 
 def sustained(recipe: Recipe, base: Path, said: float | None, *, here: bool) -> float:

@@ -17,7 +17,6 @@ from btx.recipe.mixing import shares_in_all
 from btx.recipe.recipe import Recipe
 from btx.recipe.settings import TrainSettings
 from btx.steps.continued import Continued
-from btx.steps.given import ExternalCheckpoint
 from btx.steps.model import ComposedStep, ModelStep
 from btx.steps.train import OWN, require_finite
 
@@ -41,14 +40,13 @@ class Adapter(Continued, ComposedStep):
 
     def check(self, asked: int) -> None:
         """RecipeError for a method, options or targets that peft does not take, long sequences, or shards."""
-        from btx.checkpoints.reader import Checkpoint
-        from btx.training.adapters import config_of, require_targets
+        from btx.models.flops import modules_in
+        from btx.training.adapters import TARGETS, config_of, require_targets
 
         super().check(asked)
         config = config_of(self.settings.method, self.settings.options, "adapter")
-        if isinstance(self.branch.seed, ExternalCheckpoint):  # a builtin seed does not exist yet
-            names = Checkpoint(self.branch.seed.folder).entries
-            require_targets(config, (name.removesuffix(".weight") for name in names), "adapter")
+        if TARGETS in self.settings.options:
+            require_targets(config, modules_in(self.branch.seed.config), "adapter")
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train the adapter, write it and the file that names the seed, and load it again."""

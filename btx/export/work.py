@@ -19,7 +19,7 @@ import torch
 from btx.checkpoints.layouts import SINGLE
 from btx.checkpoints.reader import Checkpoint, carry_files, one_thread, opened, require_finite
 from btx.checkpoints.token_map import carry_tokenizer, tokenizer_digest
-from btx.checkpoints.validate import read_config
+from btx.checkpoints.validate import read_config, sees_images
 from btx.checkpoints.writer import overwrite
 from btx.data.corpus import resolve
 from btx.data.packed import Encoder, load_tokenizer
@@ -143,7 +143,7 @@ class Work:
         who = f"the expert {name} ({folder})"
         if different := lifecycle.config_of_pair(dense, self.moe, who):
             raise ArtifactError(f"{who} does not fit {self.folder}: config.json differs in {'; '.join(different)}.")
-        for warning in warnings_of(dense.config, who):
+        for warning in warnings_of(dense.config, who, sees_images=sees_images(folder)):
             self.say(f"warning: {warning}")
         if tokenizer_digest(folder) != tokenizer_digest(self.folder):
             raise ArtifactError(f"{who} has another tokenizer than {self.folder}: the same ids mean other tokens.")

@@ -116,6 +116,14 @@ def experts_in(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
 
 
+def modules_in(config: Config) -> list[str]:
+    """The names of all modules of a config's native model that have a weight, such as model.layers.0.mlp.down_proj."""
+    from btx.models.native import native_config
+
+    named = Shape(native_config(dict(config), "the model").to_dict()).model.state_dict()
+    return [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
+
+
 def shape_of(config: Config) -> Shape:
     """The model of a config; ValueError for an unknown `model_type`, or a field that is absent or out of range."""
     return _shape(json.dumps(dict(config), sort_keys=True, default=str))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from btx.checkpoints.names import VISION
 from btx.errors import ArtifactError
 from btx.models.families import DENSE, IDLE_WIDTH, Family, family_of
 from btx.models.native import bookkeeping, declared, native_config, told
@@ -55,16 +54,14 @@ def class_name(config: Any) -> str:
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
 
 
-def warnings_of(dense: dict[str, Any], where: str) -> list[str]:
-    """Warnings about a dense config.json before it is merged: those of its keys that are not fields of the model."""
+def warnings_of(dense: dict[str, Any], where: str, *, sees_images: bool) -> list[str]:
+    """Warnings about a dense model before it is merged: keys of its config.json that are not fields of the model, and
+    what else the checkpoint has."""
     kind = dense["model_type"]
     if kind not in DENSE:
         return []  # `family_of` refuses it
-    known = {key: value for key, value in dense.items() if key != VISION}
-    sees = (
-        [f"{where} sees images too; the merged model is made of its language model alone."] if dense.get(VISION) else []
-    )
-    return sees + told(bookkeeping(known, where, DENSE[kind].carried), where, kind)
+    sees = [f"{where} sees images too; the merged model is made of its language model alone."] if sees_images else []
+    return sees + told(bookkeeping(dense, where, DENSE[kind].carried), where, kind)
 
 
 def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:

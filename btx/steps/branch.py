@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btx.checkpoints.validate import read_config
+from btx.checkpoints.validate import read_config, sees_images
 from btx.errors import ArtifactError, RecipeError
 from btx.events import Emit, Warned
 from btx.graph.artifact import write_json
@@ -83,7 +83,7 @@ class VerifySeed(Step):
                 "tokenizer": tokenizer_digest(folder),
                 "dtype": str(seed.dtype).removeprefix("torch."),
                 "tensors": {n: list(e.shape) for n, e in seed.entries.items()},
-                "warnings": warnings_of(seed.config, str(folder)),
+                "warnings": warnings_of(seed.config, str(folder), sees_images=sees_images(folder)),
             }
 
 
@@ -234,7 +234,8 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
         if different:
             said = f"{who} does not descend from the seed ({seed_folder}): config.json differs: {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
-        warnings = warnings_of(other.config, who) + idle_difference(seed.config, other.config, who)
+        warnings = warnings_of(other.config, who, sees_images=sees_images(folder))
+        warnings += idle_difference(seed.config, other.config, who)
         if (own := chat_template(folder)) and own != chat_template(seed_folder):
             warnings.append(
                 f"{who} has a chat template of its own; texts are rendered by the seed's, which the model keeps"

@@ -139,22 +139,18 @@ class Merge(Models):
 
     def _dense(self) -> dict[str, Any]:
         """The seed's config, its feed-forward width stated."""
-        from btx.checkpoints.validate import read_config
-
         seed = self.branch.seed
-        if isinstance(seed, Pretrain):
-            return seed.shape.config
-        return {**read_config(seed.folder), "intermediate_size": width_of(seed.folder)}
+        stated = {} if isinstance(seed, Pretrain) else {"intermediate_size": width_of(seed.folder)}
+        return {**seed.config, **stated}
 
     def modules(self) -> list[str]:
         """The names of the merged model's modules that have a weight, before it is made."""
         from btx.merge.layout import layout
-        from btx.models.flops import Shape
+        from btx.models.flops import modules_in
 
         dense, where = self._dense(), str(self.branch.seed.folder)
         config = layout(self.settings, list(self.models), dense, where).config(dense, 1, where)
-        named = Shape(config.to_dict()).model.state_dict()
-        return [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
+        return modules_in(config.to_dict())
 
     def check_layout(self) -> None:
         """RecipeError if the seed's feed-forward blocks cannot be made into experts as the recipe says."""

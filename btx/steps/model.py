@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 class ModelStep(Step):
     """Publishes a checkpoint folder that transformers loads, unless a subclass opens it otherwise."""
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The published model's config."""
+        from btx.checkpoints.validate import read_config
+
+        return read_config(self.folder)
+
     @contextmanager
     def open(self, *, where: RunSettings, dtype: torch.dtype, rule: RoutingRule | None = None) -> Iterator[Opened]:
         """The published model, opened; `rule` sets how a Mixture of Experts is routed."""

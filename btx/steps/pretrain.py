@@ -23,6 +23,11 @@ class Pretrain(ModelStep):
     train: TrainSettings
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The config of its shape, also before the model exists."""
+        return self.shape.config
+
+    @property
     def asks(self) -> dict[str, int]:
         """One training sequence."""
         return {self.tokens.label: self.train.sequence_length}

@@ -129,6 +129,12 @@ def test_what_the_making_of_an_expert_refuses_names_the_domain_before_anything_r
     assert "domains" not in str(told.value)
 
 
+def test_a_tied_head_is_a_module_that_an_adapter_may_name(tmp_path: Path) -> None:
+    """Though no tensor of that name is stored."""
+    graph = graph_of(write_project(tmp_path, family="qwen3").parent, "adapter={options: {target_modules: [lm_head]}}")
+    graph.check(graph.needed(["adapter"]))
+
+
 @pytest.mark.parametrize("how", ["adapter", "anchored"])
 def test_one_of_several_experts_is_made_by_train_alone(tmp_path: Path, how: str) -> None:
     write_project(tmp_path)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.token_map import token_map
-from btx.checkpoints.validate import read_config
+from btx.checkpoints.validate import read_config, sees_images
 from btx.errors import ArtifactError
 from btx.models.target import warnings_of
 from btx.steps.branch import check_expert
@@ -61,7 +61,8 @@ def test_copies_give_the_logits_of_its_language_model(seed: Path, tmp_path: Path
     made = merge(tmp_path / "moe", [seed] * 3, top_k=2, router_entropy=0.8)
     torch.testing.assert_close(logits(load(made)), wanted, atol=1e-5, rtol=0)
     assert not any("visual" in name or "mtp" in name for name in load_file(made / "model.safetensors"))
-    assert warnings_of(read_config(seed), "x")[0] == (
+    assert "vision_config" not in read_config(seed)
+    assert warnings_of(read_config(seed), "x", sees_images=sees_images(seed))[0] == (
         "x sees images too; the merged model is made of its language model alone."
     )
 

@@ -46,9 +46,8 @@ FAMILIES = {
 }
 
 
-OWN_TOKENIZER = {
-    "qwen3_5_text": "qwen3_5_moe_text"
-}  # beside its mixture transformers makes one class of every tokenizer
+# Dense families beside whose mixture transformers makes one class of every tokenizer.
+OWN_TOKENIZER = {"qwen3_5_text": "qwen3_5_moe_text"}
 
 
 def config_of(family: str, **more: Any) -> Any:
