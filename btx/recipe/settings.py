@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from btx.recipe.fields import Bytes, Count, Part, Positive, Share, Text, Weight, Whole, environment, execution
+from btx.recipe.fields import Bytes, Count, Part, Positive, Share, Text, Weight, Whole, environment, execution, later
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,9 @@ class BuiltinSeed(Settings):
     heads: Count = 4
     tokens: Count = Field(2_000_000, description="pretraining tokens")
     learning_rate: Positive = 3e-3
+    min_lr_ratio: Share | None = later(
+        None, description="end of its cosine, as a share of the peak; default: train.min_lr_ratio; 1: it does not decay"
+    )
     batch_tokens: Count = 8192
 
     @model_validator(mode="after")

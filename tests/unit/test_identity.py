@@ -114,6 +114,11 @@ def test_a_builtin_seed_depends_on_no_setting_that_it_overrides_or_has_no_use_fo
     assert world.key("tokenizer") == before["tokenizer"]
     world.set("seed.builtin", {"learning_rate": 1e-3})
     assert world.key("seed") != before["seed"]
+    world.set("seed.builtin", {"min_lr_ratio": 1.0})
+    undecayed = world.key("seed")
+    assert undecayed != before["seed"]
+    world.set("train.min_lr_ratio", 0.5)
+    assert world.key("seed") == undecayed
 
 
 def test_every_setting_of_training_and_merge_is_tried() -> None:
