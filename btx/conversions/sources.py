@@ -105,7 +105,7 @@ class Sources:
         reads = {**self.texts.reads("seed", seed.sources, seed.valid), **read}
         tokenizer = self.add(Tokenizer(vocab_size=seed.builtin.vocab_size, **reads, **self.place()))
         tokens = self.tokens("seed", seed.sources, seed.valid, tokenizer, data_settings=plain)
-        own: dict[str, Any] = {"learning_rate": seed.builtin.learning_rate, "batch_tokens": seed.builtin.batch_tokens}
+        own: dict[str, float] = {"learning_rate": seed.builtin.learning_rate, "batch_tokens": seed.builtin.batch_tokens}
         if seed.builtin.min_lr_ratio is not None:
             own["min_lr_ratio"] = seed.builtin.min_lr_ratio
         train = TrainSettings(**self.recipe.train.model_dump(include=set(TrainSettings.model_fields)) | own)
