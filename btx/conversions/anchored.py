@@ -120,9 +120,10 @@ class Beside(TrainingHook):
 
     def __init__(self, model: Any, _stream: Any) -> None:
         from btx.models.flops import experts_in
+        from btx.moe.dialects import matrix_of
         from btx.moe.hooks import find_routers, route_in_float32
 
-        routers: list[Any] = [router.weight for router in find_routers(model).values()]
+        routers: list[Any] = [matrix_of(router).weight for router in find_routers(model).values()]
         experts: list[Any] = [p for module in experts_in(model) for p in module.parameters()]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -183,12 +184,13 @@ class AnchoredMerge(Merge):
 
         from btx.checkpoints.reader import opened
         from btx.checkpoints.writer import overwrite
-        from btx.models.families import MOE
+        from btx.models.families import mixture_family
 
         facts = super().run(out, work, emit)
         rows = [load((step.folder / ROWS).read_bytes()) for step in self.experts.values()]
         with opened(out) as found:
-            family = MOE[found.config["model_type"]]
+            family = mixture_family(found.config)
+            assert family is not None
             names = {layer: family.router_name(int(layer)) for layer in rows[0]}
             stacked = {
                 names[layer]: torch.stack([*(one[layer] for one in rows), torch.zeros_like(rows[0][layer])]).to(

@@ -11,6 +11,7 @@ import yaml
 from btx import __version__
 from btx.checkpoints.validate import read_config
 from btx.export.portable import notes
+from btx.models.families import mixture_family
 from btx.models.flops import parameters
 
 
@@ -114,7 +115,8 @@ def card(about: About, folder: Path) -> str:
     """The model card of `folder`: Markdown with front matter."""
     config = read_config(folder)
     count = parameters(config)
-    per_token = config["num_experts_per_tok"]
+    family = mixture_family(config)
+    per_token = config[family.top_k_field] if family else 1
     recipe = yaml.safe_dump(about.recipe, sort_keys=False)
     parts = "their feed-forward blocks" if not about.attention else (
         "their feed-forward blocks and their attention's query and output projections")  # fmt: skip

@@ -20,8 +20,9 @@ from btx.checkpoints.writer import TensorSpec, write_weights
 from btx.errors import ArtifactError, RecipeError
 from btx.export.mixture import EXPERTS, Masked, Moe, Source, patterns
 from btx.graph.artifact import write_json
+from btx.merge.canonical import joined
 from btx.merge.layout import BESIDE_SHARED
-from btx.models.families import DOWN, LAYER, Family
+from btx.models.family import DOWN, LAYER, Constant, Family
 from btx.models.native import RECORDED, config_difference
 from btx.models.target import class_name, moe_config
 
@@ -58,11 +59,12 @@ def _shared_outputs(moe: Moe) -> list[str]:
 
 def write_changed(
     out: Path, moe: Moe, experts: Mapping[str, int | Source], routers: Callable[[int], torch.Tensor],
-    top_k: int | None = None,
+    top_k: int | None = None, back: Masked | None = None,
 ) -> None:  # fmt: skip
     """Write the folder with these experts: by name, the number of an old one or the source of a new one.
 
-    `routers(layer)` gives the router (number of experts, D). Old experts keep the order of their tensors in the file.
+    `routers(layer)` gives the router (number of experts, D); `back` holds what else new experts bring along. Old
+    experts keep the order of their tensors in the file.
     """
     count = len(experts)
     if count < 1:
@@ -71,15 +73,16 @@ def write_changed(
         )
     sources = [moe.expert(e) if isinstance(e, int) else e for e in experts.values()]
     origin = [e if isinstance(e, int) else None for e in experts.values()]
-    write_weights(out, list(_rows(moe, sources, origin, routers)))
-    chosen = min(top_k or int(moe.config["num_experts_per_tok"]), count)
-    write_json(out / "config.json", {**moe.config, moe.count_field: count, "num_experts_per_tok": chosen})
+    write_weights(out, list(_rows(moe, sources, origin, routers, back)))
+    chosen = min(top_k or int(moe.config[moe.family.top_k_field]), count)
+    write_json(out / "config.json", {**moe.config, moe.count_field: count, moe.family.top_k_field: chosen})
     write_json(out / EXPERTS, {"experts": list(experts)})
 
 
 def _rows(
-    moe: Moe, sources: Sequence[Source], origin: Sequence[int | None], routers: Callable[[int], torch.Tensor]
-) -> Iterator[TensorSpec]:
+    moe: Moe, sources: Sequence[Source], origin: Sequence[int | None], routers: Callable[[int], torch.Tensor],
+    back: Masked | None,
+) -> Iterator[TensorSpec]:  # fmt: skip
     kinds = patterns(moe.family)
     for name, entry in moe.checkpoint.entries.items():
         dtype = moe.checkpoint.flat(name, 0, 0).dtype
@@ -90,6 +93,10 @@ def _rows(
             layer = int(match[1])
             shape = (len(sources), entry.shape[1])
             yield TensorSpec(name, dtype, shape, partial(_router, routers, layer, dtype))
+        elif rest in moe.of_experts:
+            of = moe.of_experts[rest]
+            sizes = of.sizes(len(sources), moe.hidden)
+            yield TensorSpec(name, dtype, sizes, partial(_of_experts, moe, name, of, origin, back))
         elif kind is None or number is None:
             yield TensorSpec(name, dtype, entry.shape, partial(moe.checkpoint.blocks, name))
         elif moe.family.stacked:
@@ -114,6 +121,19 @@ def _cast(sources: list[tuple[Source, str]], prefix: str, dtype: torch.dtype) ->
     for source, kind in sources:
         for block in source(prefix, kind):
             yield block.to(dtype)
+
+
+def _of_experts(
+    moe: Moe, name: str, of: Constant, origin: Sequence[int | None], back: Masked | None
+) -> list[torch.Tensor]:
+    """A tensor with an entry for every expert: old experts keep theirs, new ones bring theirs or get its constant."""
+    axis, old = of.shape.index("E"), moe.checkpoint.read(name)
+    made = torch.full(of.sizes(len(origin), moe.hidden), of.value, dtype=old.dtype).movedim(axis, 0)
+    places = [place for place, e in enumerate(origin) if e is not None]
+    made[places] = old.movedim(axis, 0)[[e for e in origin if e is not None]]
+    if back:
+        made[back.places] = back.checkpoint.read(name).to(old.dtype).movedim(axis, 0)
+    return [made.movedim(0, axis).contiguous()]
 
 
 def _router(routers: Callable[[int], torch.Tensor], layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -173,8 +193,12 @@ def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
         rows.append(
             TensorSpec(moe.family.router_name(layer), router.dtype, tuple(router.shape), partial(list, [router]))
         )
+        for rest, of in moe.of_experts.items():
+            entries = moe.checkpoint.read(prefix + rest).movedim(axis := of.shape.index("E"), 0)[places]
+            own = entries.movedim(0, axis).contiguous()
+            rows.append(TensorSpec(prefix + rest, own.dtype, tuple(own.shape), partial(list, [own])))
     write_weights(out, rows)
-    kept = {"places": places, "names": [moe.names[e] for e in places], "top_k": moe.config["num_experts_per_tok"]}
+    kept = {"places": places, "names": [moe.names[e] for e in places], "top_k": moe.config[moe.family.top_k_field]}
     write_json(out / "config.json", {"model_type": moe.config["model_type"], **kept})
 
 
@@ -195,7 +219,7 @@ def unmask(out: Path, moe: Moe, away: Masked) -> None:
         whole[stay], whole[places] = now, away.checkpoint.read(moe.family.router_name(layer)).to(now.dtype)
         return whole
 
-    write_changed(out, moe, experts, routers, top_k=away.top_k)
+    write_changed(out, moe, experts, routers, top_k=away.top_k, back=away)
 
 
 def extract(out: Path, moe: Moe, name: str) -> None:
@@ -207,7 +231,8 @@ def extract(out: Path, moe: Moe, name: str) -> None:
             f"{moe.checkpoint.folder}: its experts are {moe.width} wide, its layers without experts "
             f"{moe.config['intermediate_size']}, and no {family.dense} model has two widths. Nothing can be extracted."
         )
-    idle = {*family.shared.names.values(), family.shared.gate} if family.shared else {*()}
+    idle = {*family.shared.names.values(), family.shared.gate or ""} if family.shared else {*()}
+    added = {*moe.of_experts, *family.constants, *family.copies, family.input_scale}
     kinds = patterns(family)
     rows: list[TensorSpec] = []
     for tensor, entry in moe.checkpoint.entries.items():
@@ -220,10 +245,10 @@ def extract(out: Path, moe: Moe, name: str) -> None:
                 rows.append(TensorSpec(prefix + k, own, moe.shape(k), partial(_cast, [(source, k)], prefix, own)))
         elif rest in idle:
             _require_zero(moe, tensor)
-        elif not any(p.fullmatch(rest) for p in kinds.values()):
+        elif rest not in added and not any(p.fullmatch(rest) for p in kinds.values()):
             rows.append(TensorSpec(tensor, dtype, entry.shape, partial(moe.checkpoint.blocks, tensor)))
     config = dense_config(family, moe.config)
-    write_weights(out, rows)
+    write_weights(out, joined(family, rows))
     config.save_pretrained(out)
 
 
@@ -234,7 +259,8 @@ def dense_config(family: Family, moe: dict[str, Any]) -> Any:
     source = AutoConfig.for_model(**moe).to_dict()
     known = AutoConfig.for_model(family.dense).to_dict().keys() | set(family.carried)
     kept = {k: v for k, v in source.items() if k in known and k not in (*RECORDED, "intermediate_size")}
-    config = AutoConfig.for_model(family.dense, **kept, intermediate_size=source[family.width_field])
+    kept |= {**family.extracted, "intermediate_size": source[family.width_field]}
+    config = AutoConfig.for_model(family.dense, **kept)
     config.dtype = source.get("dtype")
     config.architectures = [class_name(config)]
     return config

@@ -19,7 +19,8 @@ import torch
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.validate import DTYPES
 from btx.errors import ArtifactError, RecipeError, nearest
-from btx.models.families import DOWN, LAYER, MOE, UP, Family
+from btx.models.families import MOE, mixture_family
+from btx.models.family import DOWN, LAYER, UP, Constant, Family
 
 EXPERTS = "experts.json"  # the experts' names, in order
 Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
@@ -35,13 +36,13 @@ class Moe:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
-        if config["model_type"] not in MOE:
+        family = mixture_family(config)
+        if family is None:
             raise ArtifactError(
                 f"{checkpoint.folder} is a {config['model_type']}, not a Mixture of Experts that btx writes "
                 f"({', '.join(MOE)})."
             )
         self.checkpoint, self.config = checkpoint, config
-        family = MOE[config["model_type"]]
         if family.attention:
             raise ArtifactError(
                 f"{checkpoint.folder} is a {family.moe}, whose attention has experts too, and `btx moe` "
@@ -57,7 +58,7 @@ class Moe:
         self.hidden = _number(checkpoint, "hidden_size")
         self._depth = _number(checkpoint, "num_hidden_layers")
         self._dense = _dense_layers(checkpoint, self.family)
-        _number(checkpoint, "num_experts_per_tok", self.count)
+        _number(checkpoint, self.family.top_k_field, self.count)
         patterns_ = [p for f in (family, family.fused) for p in patterns(f).values()]
         _require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
         self.layers = list(self._sparse())  # with experts
@@ -81,6 +82,14 @@ class Moe:
                     yield published, (self.count, together[name] * rows, columns)
                 else:
                     yield from ((published.format(e=e), (rows, columns)) for e in range(self.count))
+            for name, of in self.of_experts.items():
+                yield f"model.layers.{layer}.{name}", of.sizes(self.count, self.hidden)
+
+    @property
+    def of_experts(self) -> dict[str, Constant]:
+        """The further tensors of a layer that have an entry for every expert, by their names in this layout."""
+        found = {name: of for name, of in self.family.constants.items() if "E" in of.shape}
+        return {of.memory if self.layout == "fused" and of.memory else name: of for name, of in found.items()}
 
     def index(self, name: str) -> int:
         """The number of an expert, by its name or by that number; RecipeError for an unknown one."""
@@ -144,6 +153,8 @@ class Masked:
     def _shapes(self, moe: Moe) -> Shapes:
         for layer in moe.layers:
             yield moe.family.router_name(layer), (len(self.places), moe.hidden)
+            for name, of in moe.of_experts.items():
+                yield f"model.layers.{layer}.{name}", of.sizes(len(self.places), moe.hidden)
             yield from ((f"model.layers.{layer}.{e}.{k}", moe.shape(k)) for e in self.places for k in moe.family.expert)
 
     def pieces(self, place: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:

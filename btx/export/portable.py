@@ -15,7 +15,8 @@ from typing import Any
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.validate import DTYPES
 from btx.checkpoints.writer import TensorSpec, copies
-from btx.models.families import DENSE, DOWN, GATE, MOE, UP, Family
+from btx.models.families import mixture_family
+from btx.models.family import DOWN, GATE, UP, Family
 from btx.models.target import BALANCE
 
 TOKENIZER = "tokenizer_config.json"
@@ -25,7 +26,13 @@ UNBALANCED = (
     "trainer adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
     "`router_aux_loss_coef` to train with it."
 )
-NEW = ("qwen3_5_text", "qwen3_5_moe_text")  # model types that transformers 4 lacks
+TRIED = (  # model types with rows in docs/portability.md
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo2", "flex_olmo", "granite",
+    "granitemoe", "jetmoe",
+)  # fmt: skip
+NEW = (  # model types that transformers 4 lacks
+    "qwen3_5_text", "qwen3_5_moe_text", "granite_swa", "granitemoe_swa", "cohere2_moe", "lfm2_moe", "gemma4_text",
+)  # fmt: skip
 OLD_CLASS = "PreTrainedTokenizerFast"  # its name before, which transformers 5 understands
 
 
@@ -37,10 +44,13 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     come to differ; and a `head_dim` of null, with which transformers 4 cannot compute yarn, as the number that it
     means. transformers' own balance loss is off.
     """
-    family = MOE.get(config["model_type"])
-    if not family and config["model_type"] not in DENSE:
-        return config
+    family = mixture_family(config)
     found = dict(config)
+    if family:
+        found |= {field: 0.0 for field in BALANCE if field in found}
+        found |= {"output_router_logits": False} if "output_router_logits" in found else {}
+    if config["model_type"] not in TRIED:
+        return found
     rope = dict(found.get("rope_parameters") or {})
     if "rope_theta" in rope:
         found["rope_theta"] = rope.pop("rope_theta")
@@ -50,8 +60,6 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
         found["torch_dtype"] = found["dtype"]
     if family and "num_local_experts" in found:
         found[family.experts_field] = found.pop("num_local_experts")
-    if family:
-        found |= {field: 0.0 for field in BALANCE if field in found} | {"output_router_logits": False}
     if "head_dim" in found and found["head_dim"] is None:
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     return found
@@ -71,7 +79,8 @@ def portable_tokenizer(folder: Path) -> None:
 
 def rows(source: Checkpoint, layout: str) -> list[TensorSpec]:
     """Every tensor of a Mixture of Experts in a layout: `published` as it is, `fused` as transformers 5 holds it."""
-    family = MOE[source.config["model_type"]]
+    family = mixture_family(source.config)
+    assert family is not None
     return copies(source) if layout == "published" or family.attention else _fused(source, family)
 
 
@@ -88,9 +97,15 @@ def _fused(source: Checkpoint, family: Family) -> list[TensorSpec]:
             for old in dict.fromkeys(names):
                 del found[old]
             found[row.name] = row
-        renamed = prefix + fused.router
-        found[renamed] = TensorSpec(renamed, router.dtype, router.shape, router.pieces)
+        found |= _renamed(router, prefix + fused.router)
+        for constant, of in family.constants.items():
+            if of.memory:
+                found |= _renamed(found.pop(prefix + constant), prefix + of.memory)
     return list(found.values())
+
+
+def _renamed(row: TensorSpec, name: str) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name, row.dtype, row.shape, row.pieces)}
 
 
 def _joined(source: Checkpoint, target: str, names: list[str], count: int) -> TensorSpec:
@@ -110,17 +125,22 @@ def _pieces(source: Checkpoint, names: list[str]) -> Any:
 def notes(config: dict[str, Any], layout: str, folder: Path) -> list[str]:
     """Sentences on where the folder loads and where it is known not to, for its card."""
     made = f"transformers 5 (made with {version('transformers')})"
-    family = MOE.get(config["model_type"])
-    if layout == "fused" and not (family and family.attention):  # whose names on disk and in memory are the same
+    family = mixture_family(config)
+    if layout == "fused" and not (family and (family.attention or family.as_in_memory)):
         return [
             f"Its experts are stored fused, as {made} holds them: it is known to load there only. transformers 4 would "
             "initialise its experts at random, and other tools expect the published names; export with "
             "`layout: published` for them.",
-            UNBALANCED,
+            *_balance(config),
         ]
     found = [*_limits_of_transformers_4(config, folder), *_vllm(config), *_limits_of_llama_cpp(config, folder)]
     said = [f"It loads in {made} and, unless stated otherwise below, in transformers 4.57.", *found]
-    return [*said, UNBALANCED] if family else said
+    return [*said, *_balance(config)] if family else said
+
+
+def _balance(config: dict[str, Any]) -> list[str]:
+    """What the config says of transformers' own balance loss; the classes of some families have none."""
+    return [UNBALANCED] if any(field in config for field in BALANCE) else []
 
 
 def _own_head_dim(config: dict[str, Any]) -> bool:
@@ -136,6 +156,8 @@ def _limits_of_transformers_4(config: dict[str, Any], folder: Path) -> list[str]
     kind, found = config["model_type"], []
     if kind in NEW:
         return ["transformers 4.57 does not know its family, which came with transformers 5."]
+    if kind not in TRIED:
+        return ["It was not tried in transformers 4.57."]
     if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
         found.append(f"transformers 4 refuses it: its {kind} has no head_dim of its own.")
     if kind == "qwen2_moe" and config.get("use_sliding_window"):
@@ -161,7 +183,9 @@ def _vllm(config: dict[str, Any]) -> list[str]:
         return ["vLLM 0.33.0 has no model of its own for this family and names it among those it runs by transformers."]
     if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
         found.append("These tensors do not fit vLLM 0.33.0, which has no head_dim of its own in this family.")
-    elif kind in MOE:
+    elif kind not in (*TRIED, "qwen3_5_text", "qwen3_5_moe_text"):
+        found.append("Its tensors were not compared with those that vLLM reads.")
+    elif mixture_family(config):
         found.append("vLLM 0.33.0 reads tensors of these names and shapes; that is from its source, it was not run.")
     if kind == "qwen2_moe" and len(set(config.get("layer_types") or [])) > 1:
         found.append("vLLM 0.33.0 computes something else: it leaves out a sliding window that some layers have.")
@@ -172,7 +196,7 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
     """What tests/portability/in_llama_cpp.py found in llama-cpp-python 0.3.36."""
     kind, found = config["model_type"], []
     llama3 = _rope(config) == "llama3"
-    if kind in NEW:
+    if kind not in TRIED:
         return ["It was not tried in llama.cpp."]
     if kind in ("flex_olmo", "jetmoe"):
         return ["llama.cpp does not support its family."]

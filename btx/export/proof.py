@@ -20,7 +20,7 @@ from btx.data.packed import load_tokenizer
 from btx.errors import ArtifactError
 from btx.graph import artifact
 from btx.models import model
-from btx.models.families import MOE
+from btx.models.families import mixture_family
 from btx.recipe.settings import RunSettings
 
 PROOF, SUMS = "proof.json", "SHA256SUMS"
@@ -120,7 +120,7 @@ def check_keys(folder: Path, net: Any) -> str:
     state = {
         n: t for n, t in net.state_dict().items() if not (net.config.tie_word_embeddings and n == "lm_head.weight")
     }
-    family = MOE.get(net.config.model_type)
+    family = mixture_family(net.config)
     wanted = set(model.published(family, state) if family else state)
     found = set(Checkpoint(folder).entries)
     if found == set(state) != wanted:

@@ -32,10 +32,11 @@ from btx.export.portable import notes, portable_config
 from btx.export.proof import PROOF, SUMS, check_sums, make_proof, write_sums
 from btx.graph.artifact import publish, unwritable, write_json
 from btx.graph.step import versions
+from btx.merge.canonical import opened_canonical
 from btx.merge.lineage import LEAST_COSINE, distance
 from btx.merge.router_fit import fit_rows
 from btx.models import model
-from btx.models.families import MOE
+from btx.models.families import mixture_family
 from btx.models.opened import opened_checkpoint
 from btx.models.target import warnings_of
 from btx.probes.bits_per_byte import bits_per_byte, nats
@@ -139,7 +140,7 @@ class Work:
 
     def dense(self, folder: Path, name: str) -> Checkpoint:
         """A dense model that is to become an expert; ArtifactError unless it descends from the mixture's seed."""
-        dense = self.stack.enter_context(opened(folder))
+        dense = self.stack.enter_context(opened_canonical(folder))
         who = f"the expert {name} ({folder})"
         if different := lifecycle.config_of_pair(dense, self.moe, who):
             raise ArtifactError(f"{who} does not fit {self.folder}: config.json differs in {'; '.join(different)}.")
@@ -178,7 +179,7 @@ class Work:
             if before:
                 after = measure(out, self.texts)
                 rows.update(before=before, after=after, change={d: after[d] - before[d] for d in before})
-            loads = notes(config, self.moe.layout if config["model_type"] in MOE else "published", out)
+            loads = notes(config, self.moe.layout if mixture_family(config) else "published", out)
             (out / "README.md").write_text(changed_card(did, self.folder.name, rows, loads), encoding="utf-8")
             write_sums(out)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from btx.checkpoints.layouts import holds_weights
-from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.names import BY_TOKEN, EMBEDDING, HEAD
 from btx.checkpoints.reader import BLOCK, Checkpoint, Tensors, count_non_finite
 from btx.checkpoints.token_map import MODEL_FILES, tokenizer_digest
 from btx.checkpoints.validate import DTYPES, read_header, refuse_links, refuse_scripts
@@ -185,5 +185,5 @@ class Adapter:
 
 def linear(seed: Checkpoint) -> list[str]:
     """The modules of a seed that are linear layers, without the head, as peft counts them."""
-    names = (n for n, e in seed.entries.items() if len(e.shape) == 2 and n not in (EMBEDDING, HEAD))
+    names = (n for n, e in seed.entries.items() if len(e.shape) == 2 and n not in BY_TOKEN)
     return [name.removesuffix(".weight") for name in names]

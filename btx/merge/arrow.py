@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from btx.checkpoints.reader import Checkpoint
-from btx.models.families import GATE, UP
+from btx.models.family import GATE, UP
 
 
 def directions(seed: Checkpoint, other: Checkpoint, layers: Sequence[int]) -> list[Tensor]:

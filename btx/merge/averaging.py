@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.names import BY_TOKEN
 from btx.checkpoints.reader import BLOCK, Checkpoint
 from btx.errors import ResourceError
 from btx.merge.vocabulary import JointVocabulary
-from btx.models.families import LAYER
+from btx.models.family import LAYER
 from btx.recipe.merge_settings import (
     GROUPS,
     OPTIONS,
@@ -93,13 +93,13 @@ class SharedTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
         shape = self.base.entries[name].shape
-        return (self.joint.size, *shape[1:]) if self.joint and name in (EMBEDDING, HEAD) else shape
+        return (self.joint.size, *shape[1:]) if self.joint and name in BY_TOKEN else shape
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """One tensor: block by block if the method is elementwise, else whole."""
         for made in self._full(name):
             yield made.to(self.dtype)
-        if self.joint and name in (EMBEDDING, HEAD):
+        if self.joint and name in BY_TOKEN:
             for row in self.joint.rows(name, self.settings.shared.of(name)):
                 yield row.to(self.dtype)
 

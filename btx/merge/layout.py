@@ -13,7 +13,8 @@ from btx.checkpoints.reader import BLOCK, Checkpoint
 from btx.checkpoints.validate import MOST_LAYERS
 from btx.errors import RecipeError
 from btx.merge.renewed import chosen, renewed
-from btx.models.families import DENSE, DOWN, IDLE_WIDTH, LAYER, Family, family_of
+from btx.models.families import DENSE, family_of
+from btx.models.family import DOWN, IDLE_WIDTH, LAYER, Family
 from btx.models.target import moe_config
 from btx.recipe.merge_settings import MergeSettings
 
@@ -141,6 +142,11 @@ def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, 
         raise RecipeError(
             f"merge.experts: {settings.experts} cuts the feed-forward width {width} into {made.parts} chunks, "
             "which does not divide evenly. Choose another number of chunks (under blend: of models)."
+        )
+    if made.shared_width and family.shared and not family.shared.width_field and made.expert_width != width:
+        raise RecipeError(
+            f"merge.shared_expert: {settings.shared_expert} is {width} wide and experts under merge.experts: split "
+            f"{made.expert_width}, but {family.moe} has one width for both. Leave one of the two out."
         )
     return made
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 from btx.checkpoints.reader import Checkpoint
-from btx.models.families import DOWN, GATE, LAYER, UP
+from btx.models.families import feed_forward_width, with_width
+from btx.models.family import DOWN, GATE, LAYER, UP
 
 
 class Padded(Checkpoint):
@@ -19,7 +20,7 @@ class Padded(Checkpoint):
 
     def __init__(self, narrow: Checkpoint, width: int) -> None:
         self.folder, self._narrow, self._width = narrow.folder, narrow, width
-        self.config = {**narrow.config, "intermediate_size": width}
+        self.config = with_width(narrow.config, width)
         self.entries = {}
         for name, entry in narrow.entries.items():
             axis = _axis(name)
@@ -52,7 +53,10 @@ def _axis(name: str) -> int | None:
 
 
 def same_width(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """All models, padded to the width of the widest."""
-    widths = {name: int(model.config["intermediate_size"]) for name, model in models.items()}
+    """All models, padded to the width of the widest block of the widest model."""
+    widths = {name: feed_forward_width(model.config, str(model.folder)) for name, model in models.items()}
     widest = max(widths.values())
-    return {name: model if widths[name] == widest else Padded(model, widest) for name, model in models.items()}
+    return {
+        name: model if widths[name] == widest == model.config["intermediate_size"] else Padded(model, widest)
+        for name, model in models.items()
+    }

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from btx.merge.router_init import RIDGE
+from btx.moe.dialects import dialect_of, matrix_of
 from btx.moe.hooks import find_routers
 
 MARGIN = 1.0  # least margin, in logits; the standard deviation of the old logits where that is larger
@@ -76,17 +77,20 @@ def fit_rows(model: Any, new: Iterable[Tensor], old: Iterable[Tensor], *, expert
     the new one, as its last.
     """
     routers = list(find_routers(model).values())
+    dialects = [dialect_of(router) for router in routers]
     width = int(model.config.hidden_size)
     sums = {side: [Normal.empty(width) for _ in routers] for side in (True, False)}
     side = True
 
-    def note(layer: int, router: Any, x_TD: Tensor) -> None:
-        old_TE = torch.nn.functional.linear(x_TD, router.weight[:experts]).float()
+    def note(layer: int, module: Any, x_TD: Tensor) -> None:
+        old_TE = torch.nn.functional.linear(x_TD, module.weight[:experts]).float()
         x_TD, old_TE = x_TD.cpu(), old_TE.cpu()
-        sums[side][layer].add(x_TD, targets(old_TE, k=router.top_k, new=side))
+        sums[side][layer].add(x_TD, targets(old_TE, k=dialects[layer].top_k, new=side))
 
     handles = [
-        router.register_forward_pre_hook(lambda module, args, layer=layer: note(layer, module, args[0].flatten(0, -2)))
+        matrix_of(router).register_forward_pre_hook(
+            lambda module, args, layer=layer: note(layer, module, args[0].flatten(0, -2))
+        )
         for layer, router in enumerate(routers)
     ]
     try:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from btx.errors import DivergedError
+from btx.moe.dialects import matrix_of
 from btx.moe.hooks import find_routers
 from btx.moe.routing import mean_entropy
 
@@ -63,7 +64,7 @@ def observe(model: Any, batches: Mapping[str, Iterable[Tensor]]) -> dict[str, li
     found = {name: [Seen() for _ in routers] for name in batches}
     current: list[Seen] = []
     handles = [
-        router.register_forward_pre_hook(
+        matrix_of(router).register_forward_pre_hook(
             lambda _module, args, layer=layer: current[layer].add(args[0].flatten(0, -2).cpu())
         )
         for layer, router in enumerate(routers)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.names import BY_TOKEN, EMBEDDING
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.token_map import carry_dense, difference, same_files, token_map
 from btx.checkpoints.validate import read_config
@@ -176,8 +176,10 @@ class TruncatedView(Checkpoint):
     def __init__(self, whole: Checkpoint, rows: int, vocab_size: int) -> None:
         self.folder, self.whole = whole.folder, whole
         self.config = {**whole.config, "vocab_size": vocab_size}
+        if "vocab_size_per_layer_input" in self.config:
+            self.config["vocab_size_per_layer_input"] = vocab_size
         self.entries = {
-            name: replace(entry, shape=(rows, *entry.shape[1:])) if name in (EMBEDDING, HEAD) else entry
+            name: replace(entry, shape=(rows, *entry.shape[1:])) if name in BY_TOKEN else entry
             for name, entry in whole.entries.items()
         }
 

@@ -20,20 +20,11 @@ from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.writer import Meter, Resume, TensorSpec, write_weights
 from btx.errors import ArtifactError, RecipeError
 from btx.merge.averaging import SharedTensors
-from btx.merge.layout import Experts, layout
+from btx.merge.canonical import joined
+from btx.merge.layout import BESIDE_SHARED, Experts, layout
 from btx.merge.vocabulary import JointVocabulary
-from btx.models.families import (
-    DOWN,
-    IDLE_WIDTH,
-    KEY,
-    LAYER,
-    OUTPUT,
-    QUERY,
-    VALUE,
-    AttentionExperts,
-    Family,
-    family_of,
-)
+from btx.models.families import DENSE, family_of
+from btx.models.family import DOWN, IDLE_WIDTH, KEY, LAYER, OUTPUT, QUERY, VALUE, AttentionExperts, Family
 from btx.models.target import class_name
 from btx.recipe.merge_settings import MergeSettings
 
@@ -47,6 +38,7 @@ def write_average(
     """Write the dense average of all models (feed-forward blocks too) as weights in `out`; returns files' SHA-256."""
     shared_ = SharedTensors(models, base, settings, joint)
     rows = [TensorSpec(n, shared_.dtype, shared_.shape(n), partial(shared_.pieces, n)) for n in base.entries]
+    rows = joined(DENSE[base.config["model_type"]], rows)
     return write_weights(out, rows, resume=resume, progress=progress)
 
 
@@ -95,6 +87,16 @@ def moe_rows(family: Family, experts: Experts, shared_: SharedTensors) -> list[T
             make = partial(_router, router, experts.count, partial(scales, layer), shared_)
             found.append(TensorSpec(router, dtype, (experts.count, width), make))
             found += _shared_rows(family, experts, prefix, shared_)
+            for constant, of in family.constants.items():
+                sizes = of.sizes(experts.count, width)
+                make = partial(_filled, sizes, dtype, of.value)
+                found.append(TensorSpec(prefix + constant, dtype, sizes, make))
+            for copy, source in family.copies.items():
+                shape, copied = shared_.shape(prefix + source), partial(shared_.pieces, prefix + source)
+                found.append(TensorSpec(prefix + copy, dtype, shape, copied))
+            if family.input_scale:
+                make = partial(_input_scale, shared_, prefix + family.norms[0], width)
+                found.append(TensorSpec(prefix + family.input_scale, dtype, (width,), make))
     return found
 
 
@@ -125,7 +127,10 @@ def _expert_rows(
 
 
 def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: SharedTensors) -> list[TensorSpec]:
-    """A layer's shared expert, where the family has one: its gate is zero, the rest too if the recipe asks for none."""
+    """A layer's shared expert, where the family has one: its gate is zero, the rest too if the recipe asks for none.
+
+    Without a gate, which would give the half of it, its output projection is halved.
+    """
     if family.shared is None:
         return []
     dtype, hidden = shared_.dtype, shared_.base.config["hidden_size"]
@@ -133,8 +138,13 @@ def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: SharedT
     if experts.shared_width:
         of = shared_.pieces if experts.settings.shared_expert == "average" else partial(_cast, shared_.base, dtype)
         makers = {name: partial(of, prefix + kind) for kind, name in family.shared.names.items()}
-    shapes = family.shared.shapes(hidden, experts.shared_width or IDLE_WIDTH)
-    return [TensorSpec(prefix + n, dtype, s, makers.get(n) or partial(_zeros, s, dtype)) for n, s in shapes.items()]
+        if family.shared.gate is None:
+            makers[family.shared.names[DOWN]] = partial(_scaled, makers[family.shared.names[DOWN]], BESIDE_SHARED)
+    idle = IDLE_WIDTH if family.shared.width_field else experts.expert_width
+    shapes = family.shared.shapes(hidden, experts.shared_width or idle)
+    return [
+        TensorSpec(prefix + n, dtype, s, makers.get(n) or partial(_filled, s, dtype, 0.0)) for n, s in shapes.items()
+    ]
 
 
 def _cast(model: Checkpoint, dtype: torch.dtype, name: str) -> Iterator[torch.Tensor]:
@@ -142,8 +152,18 @@ def _cast(model: Checkpoint, dtype: torch.dtype, name: str) -> Iterator[torch.Te
         yield block.to(dtype)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.zeros(shape, dtype=dtype)]
+def _input_scale(shared_: SharedTensors, norm: str, width: int) -> list[torch.Tensor]:
+    """What makes a router that normalises its input itself see what the experts see."""
+    return [(shared_.whole(norm) * width**0.5).to(shared_.dtype)]
+
+
+def _scaled(make: Callable[[], Iterable[torch.Tensor]], factor: float) -> Iterator[torch.Tensor]:
+    for block in make():
+        yield block * factor
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> list[torch.Tensor]:
+    return [torch.full(shape, value, dtype=dtype)]
 
 
 def attention_rows(
@@ -165,7 +185,7 @@ def attention_rows(
         hidden, router = shared_.base.config["hidden_size"], prefix + to.router
         make = partial(_router, router, experts.count, partial(_scale, shared_, prefix + to.norm), shared_)
         found.append(TensorSpec(router, dtype, (experts.count, hidden), make))
-        found += [TensorSpec(prefix + n, dtype, (hidden,), partial(_zeros, (hidden,), dtype)) for n in to.zeros]
+        found += [TensorSpec(prefix + n, dtype, (hidden,), partial(_filled, (hidden,), dtype, 0.0)) for n in to.zeros]
     return found
 
 

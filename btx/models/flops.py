@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from btx.models.families import DENSE, MOE, WITH_ATTENTION, Family
+from btx.models.families import DENSE, MOE, mixture_family
+from btx.models.family import Family
+from btx.models.table import WITH_ATTENTION
 
 Config = Mapping[str, Any]
 
@@ -39,7 +41,7 @@ class Parameters(NamedTuple):
     total: int  # all that a checkpoint stores, a tied output head once
     active: int  # all but the experts that a token does not visit
     embedding: int  # the input embedding table, vocabulary times width
-    lookup: int  # that table again if the head does not share it: active, but read and never multiplied
+    lookup: int  # tables that the head does not share: active, but read and never multiplied
 
 
 class Shape:
@@ -52,7 +54,7 @@ class Shape:
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(self.native)
         kind = str(config["model_type"])
-        self.family: Family | None = MOE.get(kind)
+        self.family: Family | None = mixture_family(self.native)
         self.attention_experts = kind == WITH_ATTENTION.moe
 
     @property
@@ -63,21 +65,20 @@ class Shape:
     @property
     def chosen(self) -> int:
         """Experts per token."""
-        return int(self.native.num_experts_per_tok) if self.family else 1
+        return int(getattr(self.native, self.family.top_k_field)) if self.family else 1
 
     @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        found = getattr(self.native, "head_dim", None) or getattr(self.native, "kv_channels", None)
-        return int(found or self.native.hidden_size // self.native.num_attention_heads)
+    def attended(self) -> int:
+        """Widths of all query heads, added up over the layers that attend: of a token's queries, or of their values."""
+        if self.attention_experts:
+            return int(self.native.num_hidden_layers) * self.chosen * self.keys
+        outputs = ("self_attn.o_proj", "self_attn.out_proj")
+        return sum(m.in_features for name, m in self.model.named_modules() if name.endswith(outputs))
 
     @property
-    def projections(self) -> tuple[int, int]:
-        """Widths of all query heads and of all key heads; values are as wide as keys."""
-        heads = int(self.native.num_attention_heads)
-        kv_heads = int(getattr(self.native, "num_key_value_heads", None) or heads)
-        queries = kv_heads * self.chosen if self.attention_experts else heads
-        return queries * self.head_dim, kv_heads * self.head_dim
+    def keys(self) -> int:
+        """Width of all key heads of attention experts, each of which has as many query heads."""
+        return int(self.native.num_key_value_heads * self.native.kv_channels)
 
     @cached_property
     def linear(self) -> list[int]:
@@ -99,16 +100,9 @@ class Shape:
         embedding = self.model.get_input_embeddings().weight.numel()
         tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
         idle = experts * (self.experts - self.chosen) // self.experts
-        return Parameters(total, total - idle, embedding, 0 if tied else embedding)
-
-    def gates(self, layer: nn.Module) -> bool:
-        """Whether attention's output has a gate, which the query projection makes beside the queries."""
-        query = next((m.weight for name, m in layer.named_modules() if name.endswith("self_attn.q_proj")), None)
-        return query is not None and query.shape[0] == 2 * self.projections[0]
-
-    def norm_width(self, layer: nn.Module) -> int:
-        """Width of the query norm: one head's, or all heads'; 0 where there is none."""
-        return next((m.weight.numel() for name, m in layer.named_modules() if name.endswith("q_norm")), 0)
+        of_layers = getattr(self.model.base_model, "embed_tokens_per_layer", None)  # a second table, for all layers
+        looked_up = of_layers.weight.numel() if of_layers is not None else 0
+        return Parameters(total, total - idle, embedding, looked_up + (0 if tied else embedding))
 
 
 def experts_in(model: nn.Module) -> list[nn.Module]:
@@ -140,8 +134,10 @@ def _shape(text: str) -> Shape:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"config field {field} is {value!r}; a {kind} needs a positive integer")
     shape = Shape(config)
-    if shape.chosen > shape.experts:
-        raise ValueError(f"config field num_experts_per_tok is {shape.chosen}, more than the {shape.experts} experts")
+    if shape.family and shape.chosen > shape.experts:
+        raise ValueError(
+            f"config field {shape.family.top_k_field} is {shape.chosen}, more than the {shape.experts} experts"
+        )
     return shape
 
 
@@ -162,13 +158,12 @@ def training_flops(config: Config, tokens: int) -> int:
 def attention_flops(config: Config, tokens: int, *, sequence: int, causal: bool = True) -> int:
     """Training FLOPs of Q Kᵀ and of the product with V: 12 · L · H · d_head · S a token, half if causal.
 
-    `sequence` is S, the length attended over, in tokens. A forward pass alone is a third of it. L counts the layers
-    that attend; those of linear attention take 18 · H · d_k · d_v a token, whatever S is.
+    `sequence` is S, the length attended over, in tokens. A forward pass alone is a third of it. L · H · d_head is taken
+    over the layers that attend; those of linear attention take 18 · H · d_k · d_v a token, whatever S is.
     """
     shape = shape_of(config)
     linear = len(shape.linear)
-    attending = int(shape.native.num_hidden_layers) - linear
-    whole = 12 * attending * shape.projections[0] * sequence * checked_tokens(tokens)
+    whole = 12 * shape.attended * sequence * checked_tokens(tokens)
     states = 18 * linear * shape.state * checked_tokens(tokens) if linear else 0
     return (whole // 2 if causal else whole) + states
 

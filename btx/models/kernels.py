@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from btx.errors import RecipeError, ResourceError, nearest
-from btx.models.families import MOE
+from btx.models.families import mixture_family
 
 NATIVE = ("eager", "grouped_mm", "batched_mm")
 HUB = ("deepgemm", "sonicmoe")  # kernels that transformers fetches from its hub by the package `kernels`
 INTERPRETED = "TRITON_INTERPRET"
+SWIGLU = ("silu", "swish")  # the activation that btx_kernels computes
 
 
 def ours() -> list[str]:
@@ -69,17 +70,25 @@ def choose(name: str, device: torch.device) -> str:
     return name
 
 
-def kernel_of(model_type: str, name: str, device: torch.device) -> str | None:
-    """The kernel that a model of this type runs on under `run.kernel: name`; None for a dense model.
+def kernel_of(config: Any, name: str, device: torch.device) -> str | None:
+    """The kernel that a model with this config, parsed or native, runs on by `run.kernel: name`; None if it is dense.
 
     RecipeError where the class runs its experts in a loop of its own and another kernel is named.
     """
-    family = MOE.get(model_type)
+    family = mixture_family(config)
     if family is None or not family.attention:
+        if family and name == "auto" and activation_of(config) not in SWIGLU:
+            return "grouped_mm"
         return choose(name, device) if family else None
     if name in ("auto", "eager"):
         return "eager"
     raise RecipeError(f"run.kernel: {family.moe} runs its experts in a loop of its own, not on {name}. Use auto.")
+
+
+def activation_of(config: Any) -> str:
+    """Name of the activation in a model's feed-forward blocks, by its config, parsed or native."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    return str(values.get("hidden_act") or values.get("hidden_activation") or "silu")
 
 
 def use_kernel(model: nn.Module, name: str) -> None:
@@ -111,7 +120,8 @@ def check_kind(module: nn.Module, name: str) -> None:
              "has_post_expert_norm": False}  # fmt: skip
     own_gate = getattr(type(module), "_apply_gate", _default_apply_gate) is not _default_apply_gate
     unusual = own_gate or any(getattr(module, k, v) != v for k, v in usual.items())
-    if act not in ("SiLUActivation", "SiLU") or unusual:
+    silu = act in ("SiLUActivation", "SiLU") or getattr(module, "act_fn", None) is nn.functional.silu
+    if not silu or unusual:
         raise RecipeError(
             f"run.kernel: {name} computes SwiGLU experts without bias; those of {type(module).__name__} are of another "
             f"kind (activation {act}). Use kernel: grouped_mm."

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
-from typing import Literal, NamedTuple
+import logging
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from btx.models.flops import Config, Shape, checked_tokens, experts_in, parameters, shape_of
+from btx.models.flops import Config, Shape, experts_in, parameters, shape_of
 from btx.recipe.settings import RunSettings, TrainSettings
 
 Precision = Literal["bf16", "fp32"]
-SAVED_OVER = 128  # tokens of the pass in which a layer of linear attention is watched: two chunks
+PRECISIONS = ("bf16", "fp32")
+FUSED, OUTSIDE = "btx_watched", -1  # the name of the attention that is watched; what lies outside of all layers
 PASS = 16_384  # tokens per pass when run.micro_batch is auto
 
 
@@ -43,7 +45,9 @@ def memory(config: Config, *, batch: int, sequence: int, precision: Precision, c
         gradients=4 * total,
         moments=8 * total,
         copies=2 * total if precision == "bf16" else 0,
-        activations=activation_bytes(config, tokens=batch * sequence, precision=precision, checkpointing=checkpointing),
+        activations=activation_bytes(
+            config, batch=batch, sequence=sequence, precision=precision, checkpointing=checkpointing
+        ),
     )
 
 
@@ -63,76 +67,133 @@ def training_memory(config: Config, settings: TrainSettings, where: RunSettings)
     )  # fmt: skip
 
 
-def activation_bytes(config: Config, *, tokens: int, precision: Precision, checkpointing: bool) -> int:
-    """Estimate of what the native classes save for the backward pass over `tokens` tokens, weights left out.
+def activation_bytes(config: Config, *, batch: int, sequence: int, precision: Precision, checkpointing: bool) -> int:
+    """Estimate of what the native classes save for the backward pass over `batch` · `sequence` tokens, without weights.
 
-    Counted per token, as autograd keeps it under autocast with fp32 master weights, a fused attention that
-    keeps no S x S matrix, and experts computed in the training precision: see `_layer_bytes`, and for the
-    head the final norm and fp32 log-probabilities over the vocabulary. With `checkpointing`, every layer
-    keeps its fp32 input alone, and one layer at a time everything. Transient buffers (gradients, workspaces)
-    are not included.
+    A pass over one sequence is run on tensors without storage, and what autograd keeps of it is added up; attention is
+    taken to be fused, where the class can have it, and keeps no S x S matrix. Experts are left out of that pass and
+    reckoned in the training precision: SwiGLU's gate, up, activation and product, the input and output of each selected
+    one, and 40 bytes of indices and weights. With `checkpointing`, every layer keeps its fp32 input alone, and one at a
+    time everything. Transient buffers (gradients, workspaces) are not included.
     """
     if precision not in ("bf16", "fp32"):
-        raise ValueError(f"unknown precision {precision!r}; known: bf16, fp32")
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    if batch < 0 or sequence < 0:
+        raise ValueError(f"batch {batch} or sequence {sequence} is negative")
+    if not batch or not sequence:
+        return 0
     shape = shape_of(config)
-    width, size = int(shape.native.hidden_size), 2 if precision == "bf16" else 4
-    layers = [_layer_bytes(shape, layer, size) for layer in shape.model.base_model.layers]
-    head = (8 + size) * width + 4 * int(shape.native.vocab_size)
-    body = len(layers) * 4 * width + max(layers) if checkpointing else sum(layers)
-    return checked_tokens(tokens) * (body + head)
+    layers, rest = _watched(shape, sequence, precision)
+    kept = [seen + sequence * _experts(shape, layer, precision)
+            for seen, layer in zip(layers, shape.model.base_model.layers, strict=True)]  # fmt: skip
+    inputs = len(kept) * sequence * 4 * int(shape.native.hidden_size)
+    return batch * (rest + (inputs + max(kept) if checkpointing else sum(kept)))
 
 
-def _layer_bytes(shape: Shape, layer: nn.Module, size: int) -> int:
-    """Bytes per token that one layer saves, `size` bytes per element of a matrix product's operands.
-
-    A norm keeps its input and its quotient in fp32, autocast one copy of a norm's output per product that
-    reads it. Attention keeps Q, K, V, its output and a log-sum-exp per head; SwiGLU its gate, up, activation
-    and product; each selected expert also its input, its output and 40 bytes of indices and weights, and the
-    router its probabilities.
-    """
-    native, (queries, keys), k = shape.native, shape.projections, shape.chosen
-    width = int(native.hidden_size)
-    linear = hasattr(layer, "linear_attn")
-    readers = 5 if size == 2 and not linear else 2  # q, k, v and gate, up; in fp32 each norm's readers share its output
-    norms = 16 * width + readers * size * width
-    attention = 2 * size * (queries + keys) + 4 * int(native.num_attention_heads)
-    if linear:  # whose input is a copy per product in bf16, and what the norm keeps already in fp32
-        attention = _saved(shape, size) - (0 if size == 2 else size * width)
-    elif shape.gates(layer):  # the gate's sigmoid, and the output with it
-        attention += 2 * size * queries
-    if shape.attention_experts:  # inputs, outputs, queries and attended values of each, keys and values repeated
-        attention += k * (size * (4 * width + 2 * keys) + 40) + 2 * (k - 1) * size * keys + 4 * shape.experts
-    if over := shape.norm_width(layer):
-        attention += (8 if over == queries else 4 + size) * (queries + keys)
+def _experts(shape: Shape, layer: nn.Module, precision: Precision) -> int:
+    """Bytes per token that the experts of a layer save; 0 for a dense layer."""
     if shape.family is None or not experts_in(layer):
-        return norms + attention + 4 * size * int(native.intermediate_size)
-    chosen = size * (4 * int(getattr(native, shape.family.width_field)) + 2 * width) + 40
-    experts = k * chosen + 4 * shape.experts
-    if shape.family.shared:
-        experts += size * (4 * int(getattr(native, shape.family.shared.width_field)) + width)
-    return norms + attention + experts
+        return 0
+    native, size, k = shape.native, 2 if precision == "bf16" else 4, shape.chosen
+    width, inner = int(native.hidden_size), int(getattr(native, shape.family.width_field))
+    found = k * (size * (4 * inner + 2 * width) + 40)
+    if not shape.attention_experts:
+        return found
+    # instead of one dense block; and inputs, outputs, queries and attended values of each, keys and values repeated
+    keys = shape.keys
+    dense = 4 * size * inner
+    attention = k * (size * (4 * width + 2 * keys) + 40) + 2 * (k - 1) * size * keys + 8 * shape.experts
+    return found - dense + attention
 
 
-@lru_cache(maxsize=8)
-def _saved(shape: Shape, size: int) -> int:
-    """Bytes per token that autograd keeps of a layer of linear attention, its input but no weights among them.
+@lru_cache(maxsize=16)
+def _watched(shape: Shape, sequence: int, precision: Precision) -> tuple[list[int], int]:
+    """Bytes that a pass over one sequence saves in each layer, without experts, and outside of all layers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_leaves
+    from transformers import AttentionInterface, AutoModelForCausalLM
 
-    A pass is run and watched: the form that the class computes keeps a matrix per chunk, which no short formula tells.
-    """
-    layer = shape.model.base_model.layers[shape.linear[0]].linear_attn
-    module = copy.deepcopy(layer).to_empty(device="cpu")
-    weights = {p.shape for p in module.parameters()} | {p.mT.shape for p in module.parameters() if p.ndim == 2}
-    kept: dict[int, torch.Tensor] = {}
+    AttentionInterface.register(FUSED, _fused)
+    config = copy.deepcopy(_without_experts_of_attention(shape))
+    fused = getattr(type(shape.model), "_supports_sdpa", False)
+    kept: dict[int, tuple[int, Tensor]] = {}
+    inside, common = [OUTSIDE], set[int]()  # storages that all layers share, such as those of positions
+    logging.disable(logging.WARNING)  # of kernels that are slow here
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=FUSED if fused else "eager")
+            weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+            def pack(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()._cdata
+                if storage not in weights and not _is_weight(tensor):
+                    kept.setdefault(storage, (inside[0], tensor))
+                return tensor
 
-    hidden = torch.zeros(1, SAVED_OVER, int(shape.native.hidden_size), requires_grad=True)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=size == 2),
-    ):
-        module(hidden)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // SAVED_OVER
+            def enter(number: int, _layer: nn.Module, args: Any, more: Any) -> None:
+                inside[0] = number
+                common.update(t.untyped_storage()._cdata for t in tree_leaves((args[1:], more)) if torch.is_tensor(t))
+
+            for number, layer in enumerate(model.base_model.layers):
+                layer.register_forward_pre_hook(partial(enter, number), with_kwargs=True)
+                layer.register_forward_hook(lambda *_args: inside.__setitem__(0, OUTSIDE))
+            for experts in experts_in(model):
+                experts.forward = _nothing  # which experts are chosen is not known without values
+            ids = torch.zeros(1, sequence, dtype=torch.long)
+            with (
+                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+                torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+            ):
+                model.train()(input_ids=ids, labels=ids, use_cache=False)
+    finally:
+        logging.disable(logging.NOTSET)
+    found = [0] * (len(model.base_model.layers) + 1)
+    for storage, (number, tensor) in kept.items():
+        found[OUTSIDE if storage in common else number] += tensor.untyped_storage().nbytes()
+    return found[:-1], found[-1]
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a weight's copy, as autocast makes them, or a view of one."""
+    step: Any = tensor.grad_fn
+    while step is not None and step.name().startswith(("ToCopy", "T", "Transpose", "View")):
+        step = step.next_functions[0][0]
+    return step is not None and "AccumulateGrad" in step.name()
+
+
+def _without_experts_of_attention(shape: Shape) -> Any:
+    """The config that is watched: of JetMoE, whose loops go by values, that of a Llama of its sizes."""
+    if not shape.attention_experts:
+        return shape.native
+    from transformers import LlamaConfig
+
+    native = shape.native
+    return LlamaConfig(
+        vocab_size=native.vocab_size, hidden_size=native.hidden_size, intermediate_size=native.intermediate_size,
+        num_hidden_layers=native.num_hidden_layers, num_attention_heads=native.num_key_value_heads,
+        num_key_value_heads=native.num_key_value_heads, head_dim=native.kv_channels,
+        tie_word_embeddings=native.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def _nothing(hidden: Tensor, *_args: Any) -> Tensor:
+    return hidden
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention saves: queries, keys, values, its output, and a log-sum-exp per head in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)  # in the order of the queries' memory
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("a watched pass has no backward pass")
+
+
+def _fused(_module: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_more: Any) -> tuple[Tensor, None]:
+    cast = (t.bfloat16() if torch.is_autocast_enabled("cpu") else t for t in (query, key, value))
+    return _Attention.apply(*cast), None  # type: ignore[no-untyped-call]

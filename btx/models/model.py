@@ -17,7 +17,8 @@ from btx.checkpoints.token_map import carry_dense
 from btx.checkpoints.validate import read_config
 from btx.checkpoints.writer import whole, write_weights
 from btx.errors import ArtifactError, ResourceError
-from btx.models.families import DOWN, GATE, LAYER, MOE, UP, Family
+from btx.models.families import mixture_family
+from btx.models.family import DOWN, GATE, LAYER, UP, Family
 from btx.models.kernels import kernel_of, use_kernel
 from btx.recipe.settings import RunSettings
 
@@ -39,18 +40,18 @@ def load(
 ) -> Any:
     """A causal language model from a Hugging Face folder, in `dtype`, on the CPU, on the kernel asked for.
 
-    `experts_per_token` overrides the folder's num_experts_per_tok.
+    `experts_per_token` overrides the number that the folder's config states.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    read_config(folder)
+    family = mixture_family(read_config(folder))
+    chosen = {family.top_k_field: experts_per_token} if family and experts_per_token else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True,
-            **({"num_experts_per_tok": experts_per_token} if experts_per_token else {}),
+            output_loading_info=True, **chosen,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ArtifactError(
@@ -63,14 +64,14 @@ def load(
     for output in ("output_attentions", "output_hidden_states"):  # only logits, whatever config.json requests
         setattr(model.config, output, False)
     model.config.return_dict = True
-    if kernel := kernel_of(model.config.model_type, where.kernel, device_of(where)):
+    if kernel := kernel_of(model.config, where.kernel, device_of(where)):
         use_kernel(model, kernel)
     return model
 
 
 def save(out: Path, *, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, like: Path) -> None:
     """Write a model's state dict as a Hugging Face folder in `dtype`, tokenizer files carried over from `like`."""
-    family = MOE.get(config.model_type)
+    family = mixture_family(config)
     state = {n: t for n, t in state.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
     named = published(family, state) if family else state
     write_weights(out, [whole(n, t, dtype) for n, t in named.items()])
@@ -89,7 +90,7 @@ def fresh(config: Any, *, where: RunSettings) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if kernel := kernel_of(config.model_type, where.kernel, device_of(where)):
+    if kernel := kernel_of(config, where.kernel, device_of(where)):
         use_kernel(model, kernel)
     return model
 
@@ -102,15 +103,18 @@ def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch
     no copies.
     """
     out: dict[str, torch.Tensor] = {}
+    constants = {of.memory or constant: constant for constant, of in family.constants.items()}
     for name, tensor in state.items():
         match = LAYER.fullmatch(name)
         rest = match[2] if match else ""
         prefix = name.removesuffix(rest) if rest else ""
-        if rest == f"{family.block}.{family.gate}.weight":
+        if rest in constants:
+            out[prefix + constants[rest]] = tensor
+        elif rest == family.router_in_memory:
             out[prefix + family.router] = tensor
-        elif rest == f"{family.block}.experts.gate_up_proj":
+        elif rest == f"{family.experts}gate_up_proj":
             out |= _unstacked(family, prefix, GATE, tensor)
-        elif rest == f"{family.block}.experts.down_proj":
+        elif rest == f"{family.experts}down_proj":
             out |= _unstacked(family, prefix, DOWN, tensor)
         else:
             out[name] = tensor

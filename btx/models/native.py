@@ -34,23 +34,31 @@ ACTING: dict[str, tuple[Any, ...]] = {
     "text_encoder": (None,),
     "kv_sharing_modes": (None,),  # layers that use the keys and values of others
     "attribute_map": (None,),  # renames fields
+    "default_rope_type": ("default",),  # what a RoPE of the default kind is taken for
 }
 IDLE = {  # declared fields that do not change what trained weights compute; a merged model keeps the seed's
     "attention_dropout",  # acts while training only
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "eod_token_id",
     "initializer_range",
     "max_position_embeddings",  # unless the RoPE type reads it
     "max_window_layers",  # its effect is in `layer_types`
     "pretraining_tp",
     "use_cache",
 }
-EVENED = {"intermediate_size", "vocab_size"}  # which the merge reconciles as far as it can, and checks by itself
+# Fields that the merge reconciles as far as it can, and checks by itself.
+EVENED = {"intermediate_size", "vocab_size", "vocab_size_per_layer_input"}
 ROUTING = {  # fields of MoE configs alone: number and width of experts, top-k, balance
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
+    "moe_num_experts",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+    "enable_moe_block",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
     "output_router_logits",
@@ -95,7 +103,9 @@ def bookkeeping(config: Config, where: str, carried: tuple[str, ...] = ()) -> li
     from transformers import PreTrainedConfig
 
     for key, value in config.items():
-        if (key in ACTING and value not in ACTING[key]) or callable(getattr(PreTrainedConfig, key, None)):
+        if (key in ACTING and key not in carried and value not in ACTING[key]) or callable(
+            getattr(PreTrainedConfig, key, None)
+        ):
             raise ArtifactError(
                 f"{where}: config.json has {key} = {value!r:.80}, with which transformers builds another model than "
                 f"the plain {config['model_type']} that btx supports. Use a checkpoint without it."
@@ -148,7 +158,9 @@ def _deciding(config: Config, where: str, carried: tuple[str, ...]) -> Config:
     idle = IDLE if rope.get("rope_type", "default") in FIXED_ROPES else IDLE - {"max_position_embeddings"}
     found = {f: values.get(f) for f in declared(native) - idle - EVENED - ROUTING}
     found |= {"rope_parameters": rope} if "rope_parameters" in found else {}
-    found |= {f: values.get(f) or values["hidden_size"] // values["num_attention_heads"] for f in carried}
+    found |= {f: values.get(f) for f in carried if f not in found}
+    if "head_dim" in found:
+        found["head_dim"] = found["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
     if "hidden_act" in found:
         found["hidden_act"] = SAME_ACTIVATION.get(found["hidden_act"], found["hidden_act"])
     return found

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from btx.checkpoints.validate import read_config
 from btx.models import model
-from btx.models.families import MOE
+from btx.models.families import mixture_family
 from btx.moe.hooks import Routed
 from btx.recipe.settings import RoutingRule, RunSettings
 
@@ -101,7 +101,9 @@ class Stock(Opened):
     def through_head(self, states_ND: Tensor, *, normalise: bool) -> Tensor:
         """Logits (N, V), float32, of the residual stream, or of what the final norm made of it, by its head."""
         states_ND = states_ND.to(self.net.dtype)
-        normal_ND = self.net.base_model.norm(states_ND) if normalise else states_ND  # of this name in every family
+        body = self.net.base_model
+        norm = body.norm if hasattr(body, "norm") else body.embedding_norm  # as LFM2 calls it
+        normal_ND = norm(states_ND) if normalise else states_ND
         with _head_alone(self.net) as logits:
             return logits(normal_ND)
 
@@ -139,14 +141,22 @@ class Stock(Opened):
         return found
 
 
+class _Output:
+    """The output of a base model of any class, of which hidden states alone are kept: whatever else it has is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+
 class _Body(nn.Module):
     """Stands in for the base model and returns hidden states that it gave before."""
 
     def __init__(self, hidden: Tensor) -> None:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
         super().__init__()
-        self.output = MoeModelOutputWithPast(last_hidden_state=hidden)
+        self.output = _Output(hidden)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
@@ -190,11 +200,14 @@ def opened_checkpoint(
     if rule is None:
         yield Stock(net)
         return
-    with Routed(net, rule.routing, net.config.num_experts_per_tok, soft_first_layer=rule.soft_first_layer) as routed:
+    assert per_token is not None
+    with Routed(net, rule.routing, per_token, soft_first_layer=rule.soft_first_layer) as routed:
         yield Stock(net, routed)
 
 
 def _experts(folder: Path) -> int:
     """Number of experts per layer of a Mixture of Experts."""
     config = read_config(folder)
-    return int(config[MOE[config["model_type"]].experts_field])
+    family = mixture_family(config)
+    assert family is not None
+    return int(config[family.experts_field])

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from btx.errors import ArtifactError
-from btx.models.families import DENSE, IDLE_WIDTH, Family, family_of
+from btx.models.families import DENSE, family_of
+from btx.models.family import IDLE_WIDTH, Family
 from btx.models.native import bookkeeping, declared, native_config, told
 
 BALANCE = ("router_aux_loss_coef", "aux_loss_coef")  # of transformers' own balance loss: 0, so that no trainer adds it
@@ -37,12 +38,20 @@ def moe_config(
     source = {family.renamed.get(k, k): v for k, v in native.to_dict().items() if k in fields}
     known = declared(empty) | {*family.carried, *family.derived}
     _refuse_unknown(family, source, known, where)
+    partial = (source.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+    if not family.rotates_parts and partial not in (None, 1.0):
+        raise ArtifactError(
+            f"{where}: config.json has partial_rotary_factor = {partial!r}, and {family.moe} rotates whole heads, so "
+            "the merged model would compute something else."
+        )
     kept = {k: v for k, v in source.items() if k in known and k not in family.derived}
-    kept |= {**family.fixed, family.experts_field: experts, family.width_field: width, "num_experts_per_tok": top_k}
+    if "head_dim" in known and kept.get("head_dim") is None:
+        kept["head_dim"] = native.hidden_size // native.num_attention_heads
+    kept |= {**family.fixed, family.experts_field: experts, family.width_field: width, family.top_k_field: top_k}
     kept |= {field: 0.0 for field in BALANCE if field in known}
     if dense_layers:
         kept["mlp_only_layers"] = list(dense_layers)
-    if family.shared:
+    if family.shared and family.shared.width_field:
         kept[family.shared.width_field] = shared_width
     return AutoConfig.for_model(family.moe, **kept)
 

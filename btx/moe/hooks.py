@@ -15,20 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from btx.moe.dialects import GATING, Plain, dialect_of
 from btx.moe.routing import Routing, experts_per_token, route
-
-GATING = "TopKGating"  # of JetMoE, whose routers also sort the tokens by expert
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers of a native MoE model by name, first layer first: modules of a `...TopKRouter` class (or Gating)."""
-    routers = {name: m for name, m in model.named_modules() if type(m).__name__.endswith(("TopKRouter", GATING))}
+    """The routers of a native MoE model by name, first layer first.
+
+    They are the modules whose first output its class declares to be router logits (and JetMoE's, which sort tokens).
+    """
+    kinds = {kind for module in model.modules() for kind in _router_classes(module)}
+    routers = {n: m for n, m in model.named_modules() if type(m) in kinds or type(m).__name__.endswith(GATING)}
     if not routers:
         raise ValueError(
-            f"{type(model).__name__} has no router: none of its modules is a ...TopKRouter, as in "
-            "MixtralForCausalLM or Qwen3MoeForCausalLM; a dense model cannot be routed"
+            f"{type(model).__name__} has no router: its class declares no module that puts out router logits, as "
+            "MixtralForCausalLM and Qwen3MoeForCausalLM do; a dense model cannot be routed"
         )
     return routers
+
+
+def _router_classes(module: nn.Module) -> list[type]:
+    """The classes whose first output is router logits, as a transformers model declares them for its own recording."""
+    declared = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+    recorders = declared if isinstance(declared, list) else [declared]
+    return [one.target_class for one in recorders if one.index == 0]
 
 
 def router_labels(model: nn.Module) -> list[str]:
@@ -55,7 +65,7 @@ class Routed:
     `noise(layer)` gives the Exp(1) draws, of shape (T, E) (see `sequence_noise`); otherwise they come from torch's
     global random state, which that recompute restores.
 
-    FlexOlmo normalises a block's output, so there the weight of a single expert (`switch`, `sample_top1`) has
+    FlexOlmo and Gemma 4 normalise a block's output: there the weight of a single expert (`switch`, `sample_top1`) has
     no effect and next to no gradient: its router learns from the balance loss alone.
 
     Set `step` before a forward pass and leave it until that pass's backward is over. Pass the outermost
@@ -64,12 +74,12 @@ class Routed:
     """
 
     def __init__(self, model: nn.Module, rule: str, k: int, *, soft_first_layer: bool = False) -> None:
-        routers = find_routers(model)
+        routers = {name: dialect_of(router) for name, router in find_routers(model).items()}
         for name, router in routers.items():
             _check_router(name, router, rule, k)
         self.rule = rule
         self.k = k
-        self.experts = min(int(router.num_experts) for router in routers.values())  # type: ignore[arg-type]
+        self.experts = min(router.experts for router in routers.values())
         self.soft_first_layer = soft_first_layer
         self.step = 0
         self.noise: Callable[[int], Tensor] | None = None
@@ -78,12 +88,12 @@ class Routed:
         self._record: dict[int, Routing] = {}
         self._open = False
         self._needs_graph = False
-        self._handles = [
+        self._handles: list[Any] = [
             model.register_forward_pre_hook(self._start),
             model.register_forward_hook(self._stop, always_call=True),
         ]
         for layer, router in enumerate(routers.values()):
-            self._handles.append(router.register_forward_hook(partial(self._route, layer)))
+            self._handles += [router.router.register_forward_hook(partial(self._route, layer, router)), router]
 
     @property
     def layers(self) -> list[Routing]:
@@ -119,9 +129,8 @@ class Routed:
     def _stop(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         self._open = False
 
-    def _route(self, layer: int, router: nn.Module, _args: Any, output: Any) -> tuple[Any, ...]:
-        sorts = type(router).__name__.endswith(GATING)
-        logits_TE, stock_TK, index_TK = _unsorted(output, self.k) if sorts else output
+    def _route(self, layer: int, dialect: Plain, router: nn.Module, _args: Any, output: Any) -> Any:
+        logits_TE, stock_TK, index_TK = dialect.read(output, self.k)
         weight_TK = stock_TK
         if layer == 0 and self.soft_first_layer:
             index_TK, weight_TK = route(logits_TE, "soft", logits_TE.shape[-1])
@@ -136,8 +145,7 @@ class Routed:
         if self._open:
             self._check_graph(router)
             self._record[layer] = Routing(logits_TE, index_TK, weight_TK)
-        weight_TK = weight_TK.to(stock_TK.dtype)
-        return _sorted(logits_TE, weight_TK, index_TK) if sorts else (logits_TE, weight_TK, index_TK)
+        return output if weight_TK is stock_TK else dialect.write(output, logits_TE, weight_TK, index_TK)
 
     def _check_graph(self, router: nn.Module) -> None:
         if router.training and self._needs_graph and not torch.is_grad_enabled():
@@ -168,37 +176,19 @@ def route_in_float32(model: nn.Module) -> None:
         router.forward = partial(_in_float32, router.forward)
 
 
-def _in_float32(forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+def _in_float32(forward: Callable[..., Any], hidden: Tensor, *more: Any) -> Any:
     with torch.autocast(hidden.device.type, enabled=False):
-        output = forward(hidden.float())
+        output = forward(hidden.float(), *more)
     if len(output) == 3:
         return output
     order, tokens, gates, sizes, logits_TE = output  # JetMoE multiplies by the gates in the dtype of its layers
     return order, tokens, gates.to(hidden.dtype), sizes, logits_TE
 
 
-def _unsorted(output: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, weights, indices) from the output of JetMoE's router, which sorts the token-choices by expert."""
-    order, _tokens, gates, sizes, logits_TE = output
-    experts = torch.repeat_interleave(torch.arange(len(sizes), device=order.device),
-                                      torch.tensor(sizes, device=order.device))  # fmt: skip
-    index = torch.empty_like(order).index_copy(0, order, experts)
-    weight = torch.zeros_like(gates).index_copy(0, order, gates)
-    return logits_TE, weight.view(-1, k), index.view(-1, k)
-
-
-def _sorted(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> tuple[Any, ...]:
-    """The inverse of `_unsorted`: choices by expert, their tokens and gates, and each expert's count."""
-    flat = index_TK.flatten()
-    order = flat.argsort(stable=True)
-    sizes = torch.bincount(flat, minlength=logits_TE.shape[-1]).tolist()
-    return order, order // index_TK.shape[1], weight_TK.flatten()[order], sizes, logits_TE
-
-
-def _check_router(name: str, router: Any, rule: str, k: int) -> None:
+def _check_router(name: str, router: Plain, rule: str, k: int) -> None:
     """ValueError for a stock router that in eval mode and after export would not route as trained."""
-    experts_per_token(rule, k=k, experts=router.num_experts)
+    experts_per_token(rule, k=k, experts=router.experts)
     if router.top_k != k:
         raise ValueError(f"{name} chooses {router.top_k} experts, not {k}: set num_experts_per_tok = {k}")
-    if not getattr(router, "norm_topk_prob", True):
+    if not getattr(router.router, "norm_topk_prob", True):
         raise ValueError(f"{name} leaves its top-k weights unnormalised: set norm_topk_prob = True")

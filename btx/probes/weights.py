@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btx.models.families import DOWN, GATE, LAYER, UP
+from btx.models.families import DENSE
+from btx.models.family import DOWN, GATE, LAYER, UP, part_rows
 from btx.models.flops import experts_in
 from btx.models.opened import WEIGHTS, Opened, Stock
 from btx.probes.contract import Data, Found, Probe
@@ -34,7 +35,7 @@ def measure(model: Opened, seed: Opened, _data: Data, _settings: Any) -> Found:
         return Found({}, missing="its width is not the seed's")
     sums: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
-    before = dict(seed.net.named_parameters())
+    before = dict(_named(seed.net))
     for name, number, after in _tensors(model.net):
         base = before.get(name)
         if base is None or base.shape != after.shape:
@@ -52,17 +53,32 @@ def measure(model: Opened, seed: Opened, _data: Data, _settings: Any) -> Found:
 def _tensors(net: Any) -> Iterator[tuple[str, int, Tensor]]:
     """Names as a dense model has them, the number of an expert (-1 elsewhere), and the weights."""
     stacked = {id(p) for module in experts_in(net) for p in module.parameters()}
-    for name, parameter in net.named_parameters():
+    for name, parameter in _named(net):
         if id(parameter) not in stacked:
             yield name, -1, parameter.detach()
             continue
-        prefix = name[: name.index(".mlp.") + 1] if ".mlp." in name else ""
+        layer = LAYER.fullmatch(name)
+        prefix = name.removesuffix(layer[2]) if layer else ""
         for number, expert in enumerate(parameter.detach()):
             if name.endswith("gate_up_proj"):
                 for kind, half in zip((GATE, UP), expert.chunk(2), strict=True):
                     yield f"{prefix}{kind}", number, half
             elif name.endswith("down_proj"):
                 yield f"{prefix}{DOWN}", number, expert
+
+
+def _named(net: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters by name, joined ones of a dense model in their parts."""
+    family = DENSE.get(net.config.model_type)
+    for name, parameter in net.named_parameters():
+        layer = LAYER.fullmatch(name)
+        parts = family.parts.get(layer[2]) if family and layer else None
+        if layer is None or parts is None:
+            yield name, parameter
+            continue
+        rows = part_rows(parts, len(parameter), net.config.to_dict())
+        for part, tensor in zip(parts, torch.split(parameter, rows), strict=True):
+            yield name.removesuffix(layer[2]) + part, tensor
 
 
 def _products(base: Tensor, after: Tensor) -> Tensor:

@@ -100,13 +100,13 @@ class SharedSettings(AveragingSettings):
 
 def group_of(tensor: str) -> str:
     """The group of a tensor by its name on disk: attention, norms, embeddings, head, or feed_forward."""
-    if tensor.startswith("model.embed_tokens."):
+    if tensor.startswith("model.embed_tokens"):  # Gemma 4 has a second table
         return "embeddings"
     if tensor.startswith("lm_head."):
         return "head"
     if "norm." in tensor:
         return "norms"
-    return "attention" if "_attn." in tensor else "feed_forward"  # self_attn, linear_attn
+    return "attention" if "_attn." in tensor or ".conv." in tensor else "feed_forward"  # self_attn, linear_attn, LFM2
 
 
 class MergeSettings(Settings):

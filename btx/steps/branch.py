@@ -13,7 +13,7 @@ from btx.errors import ArtifactError, RecipeError
 from btx.events import Emit, Warned
 from btx.graph.artifact import write_json
 from btx.graph.step import Step
-from btx.models.families import LAYER
+from btx.models.family import LAYER
 from btx.models.native import config_difference, idle_difference, native_config
 from btx.steps.given import ExternalCheckpoint
 from btx.steps.model import ModelStep

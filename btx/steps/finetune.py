@@ -143,10 +143,13 @@ class Finetune(ModelStep):
     def _shape(self, chosen: int) -> Any:
         """The merged model's config, in which a token visits so many experts."""
         from btx.checkpoints.validate import read_config
+        from btx.models.families import mixture_family
         from btx.models.native import native_config
 
-        shape = {**read_config(self.merge.folder), "num_experts_per_tok": chosen}
-        return native_config(shape, str(self.merge.folder))
+        config = read_config(self.merge.folder)
+        family = mixture_family(config)
+        assert family is not None
+        return native_config({**config, family.top_k_field: chosen}, str(self.merge.folder))
 
 
 def freeze(model: Any, trainable: str) -> None:
@@ -158,19 +161,20 @@ def freeze(model: Any, trainable: str) -> None:
     experts = {id(p) for module in experts_in(model) for p in module.parameters()}
     for parameter in model.parameters():
         kept = {"all": True, "router": id(parameter) in routers, "no_experts": id(parameter) not in experts}
-        parameter.requires_grad_(kept[trainable])
+        parameter.requires_grad_(parameter.requires_grad and kept[trainable])  # some classes freeze a bias themselves
 
 
 class Balanced(TrainingHook):
     """The training hook of finetuning: the recipe's routing rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, emit: Emit, names: list[str]) -> None:
+        from btx.moe.dialects import dialect_of
         from btx.moe.hooks import Routed, find_routers, route_in_float32, router_labels
         from btx.moe.routing import RoutingTotals
 
         freeze(model, settings.trainable)
-        experts: Any = next(iter(find_routers(model).values())).num_experts
-        self.settings, self.label, self.emit, self.experts = settings, label, emit, int(experts)
+        experts = dialect_of(next(iter(find_routers(model).values()))).experts
+        self.settings, self.label, self.emit, self.experts = settings, label, emit, experts
         self.names, self.labels = names, router_labels(model)
         route_in_float32(model)
         self.routed = Routed(

@@ -59,17 +59,18 @@ class Models(ModelStep):
 
     def opened(self, stack: ExitStack) -> tuple[dict[str, Any], Any, JointVocabulary | None]:
         """All models, open, checked and padded to one width and vocabulary; the seed; the joint vocabulary, if any."""
-        from btx.checkpoints.reader import one_thread, opened
+        from btx.checkpoints.reader import one_thread
         from btx.merge.averaging import require_memory
+        from btx.merge.canonical import opened_canonical
         from btx.merge.lineage import require_same
         from btx.merge.padded import same_width
         from btx.merge.vocabulary import JointVocabulary, Vocabulary
 
         stack.enter_context(one_thread())
-        seed = stack.enter_context(opened(self.branch.seed.folder))
+        seed = stack.enter_context(opened_canonical(self.branch.seed.folder))
         limit = self.where.max_memory
         require_memory(seed, self.settings.shared, models=len(self.models), limit=limit)
-        found = {n: stack.enter_context(opened(s.folder)) for n, s in self.models.items() if n != SEED}
+        found = {n: stack.enter_context(opened_canonical(s.folder)) for n, s in self.models.items() if n != SEED}
         found[SEED], joint = seed, None
         if self.vocabulary:
             known = Vocabulary.read(self.vocabulary.folder)
@@ -139,9 +140,10 @@ class Merge(Models):
 
     def _dense(self) -> dict[str, Any]:
         """The seed's config, its feed-forward width stated."""
+        from btx.models.families import with_width
+
         seed = self.branch.seed
-        stated = {} if isinstance(seed, Pretrain) else {"intermediate_size": width_of(seed.folder)}
-        return {**seed.config, **stated}
+        return dict(seed.config) if isinstance(seed, Pretrain) else with_width(seed.config, width_of(seed.folder))
 
     def modules(self) -> list[str]:
         """The names of the merged model's modules that have a weight, before it is made."""
@@ -156,7 +158,7 @@ class Merge(Models):
         """RecipeError if the seed's feed-forward blocks cannot be made into experts as the recipe says."""
         from btx.checkpoints.token_map import require_carried
         from btx.merge.layout import layout
-        from btx.models.families import WITH_ATTENTION
+        from btx.models.table import WITH_ATTENTION
 
         seed, config = self.branch.seed, self._dense()
         width = config["intermediate_size"]
@@ -230,7 +232,7 @@ class Merge(Models):
         from btx.checkpoints.writer import overwrite
         from btx.merge.router_init import fresh_routers
         from btx.models import model
-        from btx.models.families import MOE
+        from btx.models.families import mixture_family
 
         model.set_threads(self.where)
         net = model.load(out, where=self.where).to(model.device_of(self.where)).eval()
@@ -243,17 +245,17 @@ class Merge(Models):
             entropy=None if self.settings.router_entropy == "auto" else self.settings.router_entropy,
             together=self.settings.experts == "split", directions=directions,
         )  # fmt: skip
-        family = MOE[net.config.model_type]
+        family = mixture_family(net.config)
+        assert family is not None
         return overwrite(out, dict(zip(experts.routers(family), routers, strict=True)))
 
 
 def width_of(folder: Path) -> int:
     """The feed-forward width of a dense checkpoint, from its config.json."""
     from btx.checkpoints.validate import read_config
-    from btx.models.native import native_config
+    from btx.models.families import feed_forward_width
 
-    config = read_config(folder)  # transformers comes last: its config classes take seconds to import
-    return int(config.get("intermediate_size") or native_config(config, str(folder)).intermediate_size)
+    return feed_forward_width(read_config(folder), str(folder))
 
 
 def _batches(step: TokensStep, count: int) -> list[torch.Tensor]:

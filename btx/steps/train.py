@@ -70,11 +70,13 @@ class Train(ModelStep):
 
 def feed_forward_alone(model: Any, _stream: Any) -> None:
     """Leave gradients to the feed-forward blocks of a dense model, which become experts, and to nothing else."""
-    from btx.models.families import DOWN, GATE, LAYER, UP
+    from btx.models.families import DENSE
+    from btx.models.family import LAYER
 
+    blocks = DENSE[model.config.model_type].feed_forward
     for name, parameter in model.named_parameters():
         match = LAYER.fullmatch(name)
-        parameter.requires_grad_(match is not None and match[2] in (GATE, UP, DOWN))
+        parameter.requires_grad_(match is not None and match[2] in blocks)
 
 
 def memory_of(folder: Path, settings: TrainSettings, where: RunSettings) -> int:
@@ -120,7 +122,7 @@ def fit(
     stream = Stream({n: Tokens(t.folder) for n, t in tokens.items()}, weights=weights, sequences=count,
                     length=settings.sequence_length, seed=settings.seed, part=part)  # fmt: skip
     hook = prepare(net, stream) if prepare else None
-    kernel = kernel_of(net.config.model_type, step.where.kernel, device)
+    kernel = kernel_of(net.config, step.where.kernel, device)
     if kernel:
         emit(Note(step.label, f"experts run on the kernel {kernel} (run.kernel: {step.where.kernel})"))
     loop = Loop(net, stream, settings, where=step.where, work=work, label=step.label, emit=emit, hook=hook,

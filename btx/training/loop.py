@@ -22,7 +22,7 @@ from torch.nn import functional
 from btx.data.sampler import IGNORED, Batch, Stream
 from btx.errors import DivergedError, InterruptedRunError, RecipeError
 from btx.events import Emit
-from btx.models.families import MOE
+from btx.models.families import mixture_family
 from btx.models.memory import sequences_per_pass
 from btx.moe.hooks import find_routers
 from btx.recipe.precision import automatic
@@ -30,7 +30,7 @@ from btx.recipe.settings import RunSettings, TrainSettings
 from btx.signals import Stop
 from btx.training.cast_once import CastOnce, embed_in_bfloat16
 from btx.training.hook import TrainingHook
-from btx.training.loss import linear_cross_entropy, output_head, without_head
+from btx.training.loss import cap_of, linear_cross_entropy, output_head, without_head
 from btx.training.metrics import Metrics
 from btx.training.moments import Moments, write_moments
 from btx.training.schedule import learning_rate, micro_batches, share
@@ -98,6 +98,7 @@ class Loop:
                 "processes cannot share evenly. Choose a multiple, or fewer processes."
             )
         model.train()
+        self.net = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if moments:  # now that parameters are on their device
             moments.carry(model, self.optimizer.optimizer)
@@ -114,7 +115,7 @@ class Loop:
             return None
         embedding = model.get_input_embeddings()
         self.lookup = embed_in_bfloat16(embedding)
-        routers = find_routers(model).values() if model.config.model_type in MOE else ()
+        routers = find_routers(model).values() if mixture_family(model.config) else ()
         precise = [module for module in model.modules() if getattr(module, "in_float32", False)]
         kept = (embedding, *([self.head] if self.head else []), *routers, *precise)
         return CastOnce(model, kept={id(module) for module in kept})
@@ -242,7 +243,7 @@ class Loop:
         """The output head's input, scaled as logits are; the logits themselves where the head is sharded."""
         if self.hook:
             self.hook.sequences(batch.numbers, batch.inputs.shape[1])
-        with without_head(self.head) if self.head else nullcontext():
+        with without_head(self.net, self.head) if self.head else nullcontext():
             found: Tensor = self.model(input_ids=batch.inputs.to(self.accelerator.device), use_cache=False).logits
         return found
 
@@ -252,7 +253,7 @@ class Loop:
         logits = self._hidden(batch)
         if self.head:
             hidden = logits.to(torch.bfloat16) if self.precision == "bf16" else logits  # float32 under autocast
-            return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+            return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), cap=cap_of(self.net))
         return functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )

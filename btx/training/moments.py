@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from btx.models.families import DOWN, GATE, LAYER, MOE, UP, Family
+from btx.models.families import mixture_family, parts_within
+from btx.models.family import DOWN, GATE, LAYER, UP, Family, part_rows
 
 FILE = "optimizer/moments.safetensors"
 KINDS = ("exp_avg", "exp_avg_sq")  # torch's names of m and v
@@ -60,11 +61,12 @@ class Moments:
 
     def carry(self, model: nn.Module, optimizer: Any) -> None:
         """Set the state of an AdamW over a native MoE model's parameters that has made no step yet."""
-        family = MOE[model.config.model_type]  # type: ignore[union-attr,index]
+        family, config = mixture_family(model.config), model.config.to_dict()  # type: ignore[union-attr,operator]
+        assert family is not None
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                moments = {kind: self.of(family, names[id(parameter)], parameter, kind) for kind in KINDS}
+                moments = {kind: self.of(family, config, names[id(parameter)], parameter, kind) for kind in KINDS}
                 if not any(bool(moment.any()) for moment in moments.values()):
                     continue  # nobody has trained it: it starts as a fresh one
                 for (kind, moment), beta in zip(moments.items(), group["betas"], strict=True):
@@ -72,23 +74,38 @@ class Moments:
                 step = torch.tensor(float(self.steps), device=parameter.device)  # where a fused optimiser has it
                 optimizer.state[parameter] = {"step": step, **moments}
 
-    def of(self, family: Family, name: str, parameter: Tensor, kind: str) -> Tensor:
+    def of(self, family: Family, config: dict[str, Any], name: str, parameter: Tensor, kind: str) -> Tensor:
         """An unbiased moment of one parameter, in its shape and on its device."""
         found = torch.zeros_like(parameter)
         match = LAYER.fullmatch(name)
         rest = match[2] if match else ""
         prefix = name.removesuffix(rest) if rest else ""
-        for e, owner in enumerate(self.owners if rest.startswith(f"{family.block}.experts.") else ()):
-            if rest.endswith("down_proj"):  # (E, D, F)
-                self._read(owner, f"{prefix}{DOWN}|{kind}", found[e])
-            else:  # gate_up_proj (E, 2F, D)
-                for one, part in zip((GATE, UP), found[e].chunk(2), strict=True):
-                    self._read(owner, f"{prefix}{one}|{kind}", part)
-        with_it = [owner for owner in self.files if f"{name}|{kind}" in self.names[owner]]
-        for owner in with_it:
-            found += self.files[owner].get_tensor(f"{name}|{kind}").to(found.device) / len(with_it)
+        for e, owner in enumerate(self.owners if rest.startswith(family.experts) else ()):
+            down = rest.endswith("down_proj")  # (E, D, F); gate_up_proj is (E, 2F, D)
+            for one, part in [(DOWN, found[e])] if down else zip((GATE, UP), found[e].chunk(2), strict=True):
+                own = self._stored(owner, family, config, prefix + one, kind)
+                if own is not None:
+                    part.copy_(own)
+        idle = {*family.copies.values(), *(family.shared.names.values() if family.shared else ())}
+        if rest in idle:
+            return found  # it does nothing, even where the dense tensor of this name does
+        name = prefix + family.copies.get(rest, rest) if rest else name
+        all_ = [self._stored(owner, family, config, name, kind) for owner in self.files]
+        with_it = [own for own in all_ if own is not None]
+        for own in with_it:
+            found += own.to(found.device) / len(with_it)
         return found
 
-    def _read(self, owner: str, name: str, into: Tensor) -> None:
-        if name in self.names.get(owner, ()):
-            into.copy_(self.files[owner].get_tensor(name))
+    def _stored(self, owner: str, family: Family, config: dict[str, Any], name: str, kind: str) -> Tensor | None:
+        """A moment that an expert's training left, under the names of the table of families; None if it left none."""
+        names = self.names.get(owner, ())
+        if f"{name}|{kind}" in names:
+            own: Tensor = self.files[owner].get_tensor(f"{name}|{kind}")
+            return own
+        match = LAYER.fullmatch(name)
+        for stored, parts in parts_within(family.moe).items() if match else ():
+            if match and match[2] in parts and (whole := f"{name.removesuffix(match[2])}{stored}|{kind}") in names:
+                joined: Tensor = self.files[owner].get_tensor(whole)
+                pieces = torch.split(joined, part_rows(parts, len(joined), config))
+                return pieces[parts.index(match[2])]
+        return None

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from btx.conversions.anchored import ROWS
 from btx.conversions.pipeline import Graph
 from btx.conversions.registry import load_recipe
-from btx.models.families import DENSE, DOWN, GATE, UP
+from btx.models.families import DENSE
+from btx.models.family import DOWN, GATE, UP
 from btx.models.opened import Stock, opened_checkpoint
 from btx.recipe.settings import RoutingRule, RunSettings
 from tests.support.project import write_project

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from btx.models.families import DOWN, GATE, UP
+from btx.models.family import DOWN, GATE, UP
 from tests.support.command import btx
 from tests.support.project import write_project
 

@@ -12,21 +12,24 @@ from safetensors.torch import load_file
 
 from btx.data.packed import Tokens
 from tests.support.command import FSDP, btx, results
-from tests.support.models import config_of, save_model
+from tests.support.models import FAMILIES, config_of, save_model
 from tests.support.project import write_project
 from tests.support.vocabularies import TOKENS, extended, plain
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3_5_text", "olmo2", "granite"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
 def test_every_family_runs_whole_and_its_export_checks(tmp_path: Path, family: str) -> None:
     write_project(tmp_path, family=family)
     btx("run", "recipe.yaml", cwd=tmp_path)
     wanted = {
         "mistral": "MixtralForCausalLM", "qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM",
         "qwen3_5_text": "Qwen3_5MoeForCausalLM",
-        "olmo2": "FlexOlmoForCausalLM", "granite": "GraniteMoeForCausalLM",
+        "olmo2": "FlexOlmoForCausalLM", "granite": "GraniteMoeForCausalLM", "granite_swa": "GraniteMoeSWAForCausalLM",
+        "phi3": "MixtralForCausalLM", "ernie4_5": "Ernie4_5_MoeForCausalLM", "cohere2": "Cohere2MoeForCausalLM",
+        "hunyuan_v1_dense": "HunYuanMoEV1ForCausalLM", "lfm2": "Lfm2MoeForCausalLM",
+        "gemma4_text": "Gemma4ForCausalLM",
     }[family]  # fmt: skip
     assert wanted in btx("check", "runs/pico/export", cwd=tmp_path).stdout
 

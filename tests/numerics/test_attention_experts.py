@@ -19,7 +19,7 @@ from btx.export.portable import rows
 from btx.merge.router_init import fresh_routers
 from btx.merge.vocabulary import JointVocabulary, write_joint
 from btx.merge.write import write_moe
-from btx.models.families import OUTPUT, QUERY
+from btx.models.family import OUTPUT, QUERY
 from btx.models.kernels import kernel_of
 from btx.moe.hooks import Routed, find_routers, router_labels
 from btx.moe.routing import statistics
@@ -194,9 +194,9 @@ def test_seeds_that_no_class_holds_so_are_refused(tmp_path: Path, family: str) -
 def test_a_life_after_the_merge_is_refused_and_so_are_kernels(tmp_path: Path) -> None:
     with opened(moe_of(tmp_path)) as checkpoint, pytest.raises(ArtifactError, match="feed-forward experts only"):
         Moe(checkpoint)
-    assert kernel_of("jetmoe", "auto", torch.device("cpu")) == "eager"
+    assert kernel_of({"model_type": "jetmoe"}, "auto", torch.device("cpu")) == "eager"
     with pytest.raises(RecipeError, match="loop of its own, not on sorted"):
-        kernel_of("jetmoe", "sorted", torch.device("cpu"))
+        kernel_of({"model_type": "jetmoe"}, "sorted", torch.device("cpu"))
 
 
 def test_copies_and_a_joint_vocabulary_go_with_it(tmp_path: Path) -> None:

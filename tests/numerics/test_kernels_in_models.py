@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import distributions
 from typing import Any
 
@@ -30,6 +31,8 @@ def on(model: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", [name for name in HERE if name != "eager"])
 @pytest.mark.parametrize("family", ALL)
 def test_every_family_gives_the_same_logits_on_every_kernel(family: str, name: str) -> None:
+    if family == "gemma4_moe" and name in ours():
+        pytest.skip("its experts are GELU's, which these kernels refuse")
     model = build(family, num_hidden_layers=1).eval()
     with torch.inference_mode():
         wanted = forward(on(model, "eager")).logits
@@ -37,9 +40,9 @@ def test_every_family_gives_the_same_logits_on_every_kernel(family: str, name: s
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
 
 
-def train(name: str, *, steps: int) -> list[float]:
-    """Losses of a Mixtral trained on the same tokens again and again."""
-    model = on(build("mixtral", num_hidden_layers=1), name)
+def train(family: str, name: str, *, steps: int) -> list[float]:
+    """Losses of a mixture trained on the same tokens again and again."""
+    model = on(build(family, num_hidden_layers=1), name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
@@ -51,16 +54,22 @@ def train(name: str, *, steps: int) -> list[float]:
     return losses
 
 
-@pytest.fixture(scope="module")
-def eager_losses() -> list[float]:
+@cache
+def eager_losses(family: str) -> list[float]:
     """Losses of the stock expert loop."""
-    return train("eager", steps=10)
+    return train(family, "eager", steps=10)
 
 
 @pytest.mark.parametrize("name", [name for name in HERE if name != "eager"])
-def test_ten_steps_of_training_come_to_the_same_loss_on_every_kernel(name: str, eager_losses: list[float]) -> None:
-    assert eager_losses[-1] < eager_losses[0] - 0.5
-    torch.testing.assert_close(train(name, steps=10), eager_losses, atol=2e-4, rtol=0)
+@pytest.mark.parametrize("family", ALL)
+def test_ten_steps_of_training_come_to_the_same_loss_on_every_kernel(family: str, name: str) -> None:
+    if family == "gemma4_moe" and name in ours():
+        with pytest.raises(RecipeError, match=r"SwiGLU.*GELU"):
+            on(build(family, num_hidden_layers=1), name)
+        return
+    wanted = eager_losses(family)
+    assert wanted[-1] < wanted[0] - 0.2
+    torch.testing.assert_close(train(family, name, steps=10), wanted, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ours())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from btx.export import lifecycle
 from btx.export.mixture import Masked, Moe
 from btx.export.portable import rows as rows_in
 from btx.graph.artifact import write_json
+from btx.merge.canonical import opened_canonical
 from btx.merge.router_fit import MARGIN, Normal, fit_rows, solve, targets
 from btx.models.families import DENSE
+from btx.moe.dialects import Plain, Sigmoid, dialect_of
 from btx.moe.hooks import find_routers
 from tests.support.merges import load, logits, merge
 from tests.support.mixtures import change, only
@@ -42,7 +45,7 @@ def folder(tmp_path: Path, dense: list[Path]) -> Path:
 
 def add(out: Path, moe: Moe, dense: Path, name: str = "law") -> None:
     """Add a dense model with some router row."""
-    with opened(dense) as model:
+    with opened_canonical(dense) as model:
         row = torch.linspace(-0.3, 0.3, int(moe.config["hidden_size"]))
         lifecycle.add(out, moe, name, lifecycle.from_dense(model, moe, name), lambda layer: row * (layer + 1))
 
@@ -75,49 +78,53 @@ def test_add_keeps_the_bits_of_everything_else_and_has_the_new_expert(
     router = DENSE[family].router
     for name, tensor in old.items():
         if name.endswith(router) or tensor.shape != new[name].shape:
-            assert torch.equal(new[name][:3], tensor)
+            assert torch.equal(new[name][..., :3] if "correction_bias" in name else new[name][:3], tensor)
         else:
             assert torch.equal(new[name], tensor)
     one_hot, wanted = load(larger), load(change(larger, "law", lambda out, moe: lifecycle.extract(out, moe, "law")))
-    assert one_hot.config.num_experts_per_tok == 2
+    assert one_hot.config.to_dict()[DENSE[family].top_k_field] == 2
     only(one_hot, 3)
     torch.testing.assert_close(logits(one_hot), logits(wanted), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("expert", range(3))
-def test_extract_gives_the_dense_model_of_one_expert(folder: Path, dense: list[Path], expert: int) -> None:
+def test_extract_gives_the_dense_model_of_one_expert(folder: Path, dense: list[Path], expert: int, family: str) -> None:
     alone = change(folder, "alone", lambda out, moe: lifecycle.extract(out, moe, NAMES[expert]))
     model = load(folder)
     only(model, expert)
     torch.testing.assert_close(logits(load(alone)), logits(model), atol=1e-5, rtol=0)
-    assert tensors(alone).keys() == tensors(dense[0]).keys()
+    if family != "phi3":  # of which Mixtral keeps separate projections, so that a Mistral comes out
+        assert tensors(alone).keys() == tensors(dense[0]).keys()
     down = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(tensors(alone)[down], tensors(dense[expert])[down])
+    with opened_canonical(alone) as one, opened_canonical(dense[expert]) as other:
+        assert torch.equal(one.read(down), other.read(down))
 
 
 @pytest.mark.parametrize("gone", [["math"], ["seed"], ["1"], ["math", "code"]], ids=str)
-def test_a_removed_expert_is_as_one_that_is_never_chosen(folder: Path, gone: list[str]) -> None:
+def test_a_removed_expert_is_as_one_that_is_never_chosen(folder: Path, gone: list[str], family: str) -> None:
     smaller = load(change(folder, "smaller", lambda out, moe: lifecycle.remove(out, moe, gone)))
     numbers = [NAMES.index(n) if n in NAMES else int(n) for n in gone]
     kept = [n for n in range(3) if n not in numbers]
     k = min(2, len(kept))
-    assert smaller.config.num_experts_per_tok == k
+    assert smaller.config.to_dict()[DENSE[family].top_k_field] == k
     model = load(folder)
 
-    def without(_m: Any, _i: Any, out: Any) -> Any:
-        weight, index = out[0][:, kept].float().softmax(-1).topk(k, -1)
+    def without(dialect: Plain, _m: Any, _i: Any, out: Any) -> Any:
+        score = dialect.read(out, 2)[0][:, kept].float()
+        weight, index = (score.exp() if isinstance(dialect, Sigmoid) else score.softmax(-1)).topk(k, -1)
+        weight = weight / (weight.sum(-1, keepdim=True) + (1e-6 if isinstance(dialect, Sigmoid) else 0.0))
         padding = torch.zeros(len(index), 2 - k)
         index = torch.cat([torch.tensor(kept)[index], padding.long() + kept[0]], 1)
-        return out[0], torch.cat([weight / weight.sum(-1, keepdim=True), padding], 1), index
+        return out[0], torch.cat([weight, padding], 1), index
 
     for router in find_routers(model).values():
-        router.register_forward_hook(without)
+        router.register_forward_hook(partial(without, dialect_of(router)))
     torch.testing.assert_close(logits(smaller), logits(model), atol=1e-5, rtol=0)
 
 
 def test_replacing_an_expert_with_itself_changes_no_byte(folder: Path, dense: list[Path], family: str) -> None:
     def work(out: Path, moe: Moe, with_: Path) -> None:
-        with opened(with_) as model:
+        with opened_canonical(with_) as model:
             lifecycle.replace(out, moe, "code", lifecycle.from_dense(model, moe, "code"))
 
     same = change(folder, "same", lambda out, moe: work(out, moe, dense[1]))
@@ -141,7 +148,7 @@ def test_what_was_masked_comes_back_with_its_bits_in_its_place(folder: Path, off
     same_files(masked, removed)
 
     def show(out: Path, moe: Moe) -> None:
-        with opened(masked / "masked") as away:
+        with opened_canonical(masked / "masked") as away:
             lifecycle.unmask(out, moe, Masked(away, moe))
 
     back = change(masked, "on", show)
@@ -167,7 +174,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             lifecycle.remove(tmp_path, moe, ["0", "1"])
         with pytest.raises(RecipeError, match="already has an expert '1'"):
             lifecycle.add(tmp_path, moe, "1", moe.expert(0), moe.router)
-    with opened(seed) as checkpoint, pytest.raises(ArtifactError, match="not a Mixture of Experts"):
+    with opened_canonical(seed) as checkpoint, pytest.raises(ArtifactError, match="not a Mixture of Experts"):
         Moe(checkpoint)
 
 
@@ -175,7 +182,7 @@ def fused(folder: Path) -> Path:
     """The same mixture with its experts fused, as `export.layout: fused` writes it."""
     out = folder.with_name(f"{folder.name}-fused")
     out.mkdir()
-    with opened(folder) as checkpoint:
+    with opened_canonical(folder) as checkpoint:
         write_weights(out, rows_in(checkpoint, "fused"))
     for name in ("config.json", "experts.json"):
         (out / name).write_bytes((folder / name).read_bytes())
@@ -196,7 +203,7 @@ def test_a_fused_mixture_becomes_what_the_published_one_becomes_and_stays_fused(
     folder: Path, dense: list[Path], verb: str
 ) -> None:
     def work(out: Path, moe: Moe) -> None:
-        with opened(dense[3]) as model:
+        with opened_canonical(dense[3]) as model:
             {
                 "add": lambda: add(out, moe, dense[3]),
                 "remove": lambda: lifecycle.remove(out, moe, ["code", "math"]),
@@ -245,7 +252,7 @@ def test_a_fitted_row_takes_the_new_domain_and_leaves_the_old_ones(folder: Path,
     new = [torch.randint(0, 4, (8, 24), generator=generator)]
     old = [torch.randint(100, 104, (8, 24), generator=generator)]
     fitted = load(folder)
-    with opened(dense[3]) as model:
+    with opened_canonical(dense[3]) as model:
         for round_ in range(2):  # as btx moe does: what a layer sees changes with the layers before it
             rows = fit_rows(fitted, new, old, experts=3)
 

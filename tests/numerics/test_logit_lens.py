@@ -21,6 +21,12 @@ DATA = Data({"d": DOCUMENTS}, length=8, batch_tokens=1000)
 ALL = logit_lens.LogitLensSettings(tokens=1000)
 
 
+def final_norm(net: Any) -> Any:
+    """The norm before the output head."""
+    body = net.base_model
+    return body.norm if hasattr(body, "norm") else body.embedding_norm
+
+
 def net_of(name: str) -> Any:
     """A pico model whose final norm is no identity."""
     from transformers import AutoModelForCausalLM
@@ -32,7 +38,8 @@ def net_of(name: str) -> Any:
         else moe_models.build(name)
     )
     with torch.no_grad():
-        net.base_model.norm.weight.copy_(torch.linspace(0.5, 2.0, len(net.base_model.norm.weight)))
+        weight = final_norm(net).weight
+        weight.copy_(torch.linspace(0.5, 2.0, len(weight)))
     return net.eval()
 
 
@@ -70,7 +77,7 @@ def test_lower_layers_are_norm_and_head_by_hand_and_depth_is_where_the_answer_st
     depths = []
     for ids in pieces():
         states = net(input_ids=torch.from_numpy(ids[None, :-1]), output_hidden_states=True).hidden_states
-        logits = [net.lm_head(net.model.norm(state))[0] for state in states[:-1]] + [net.lm_head(states[-1])[0]]
+        logits = [net.lm_head(final_norm(net)(state))[0] for state in states[:-1]] + [net.lm_head(states[-1])[0]]
         log_p = [one.log_softmax(-1) for one in logits]
         for at, target in enumerate(ids[1:].tolist()):
             best = [int(one[at].argmax()) for one in log_p]

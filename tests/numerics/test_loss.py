@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from btx.data.sampler import IGNORED
 from btx.models.target import moe_config
 from btx.training import loss
-from btx.training.loss import linear_cross_entropy, output_head, without_head
+from btx.training.loss import cap_of, linear_cross_entropy, output_head, without_head
 from tests.support.models import config_of
 
 
@@ -73,6 +73,23 @@ def test_targets_that_are_all_ignored_cost_nothing(monkeypatch: Any) -> None:
     assert not any(t.any() for t in got)
 
 
+@pytest.mark.parametrize("rows", [16, 1000])
+def test_capped_logits_have_the_loss_and_gradients_of_the_formula(rows: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(loss, "CHUNK", rows * 97)
+    hidden, weight, targets = case(40, 24, 97)
+
+    def plain(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        logits = 3.0 * torch.tanh(h @ w.T / 3.0)
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+    wanted = with_gradients(plain, hidden, weight)
+    got = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, cap=3.0), hidden, weight)
+    uncapped = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight)
+    assert abs(float(uncapped[0] - wanted[0])) > 1e-2
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mixture", [False, True], ids=["dense", "mixture"])
 def test_a_model_without_its_head_has_the_plain_loss(family: str, mixture: bool) -> None:
     config = config_of(family)
@@ -84,10 +101,10 @@ def test_a_model_without_its_head_has_the_plain_loss(family: str, mixture: bool)
     plain = functional.cross_entropy(model(input_ids=ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
     head = output_head(model)
     assert head is not None
-    with without_head(head):
+    with without_head(model, head):
         hidden = model(input_ids=ids[:, :-1]).logits
     assert hidden.shape == (2, 16, config.hidden_size)
-    got = linear_cross_entropy(hidden.flatten(0, 1), head.weight, ids[:, 1:].flatten()) / 32
+    got = linear_cross_entropy(hidden.flatten(0, 1), head.weight, ids[:, 1:].flatten(), cap=cap_of(model)) / 32
     torch.testing.assert_close(got, plain, atol=1e-6, rtol=0)
     assert model(input_ids=ids).logits.shape[-1] == 300  # the head is back
 

@@ -15,11 +15,13 @@ from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
 from btx.export.mixture import Moe
+from btx.merge.canonical import opened_canonical
 from btx.merge.layout import layout
 from btx.merge.renewed import chosen, renewed
 from btx.merge.router_init import fresh_routers
 from btx.merge.write import write_moe
-from btx.models.families import DENSE, DOWN, GATE, UP
+from btx.models.families import DENSE
+from btx.models.family import DOWN, GATE, UP
 from btx.moe.hooks import find_routers
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.settings import FinetuneSettings
@@ -81,7 +83,7 @@ def test_copies_are_named_and_hold_their_models_blocks(tmp_path: Path, family: s
     merged = merge(tmp_path / "moe", dense, top_k=2, copies={"m0": 3})
     with opened(merged) as checkpoint, ExitStack() as stack:
         moe = Moe(checkpoint)
-        models = [stack.enter_context(opened(d)) for d in dense]
+        models = [stack.enter_context(opened_canonical(d)) for d in dense]
         assert moe.count == 4
         for e, owner in enumerate([0, 0, 0, 1]):
             for kind in (GATE, UP, DOWN):
@@ -107,11 +109,14 @@ def test_the_shared_expert_is_what_was_asked_and_the_others_give_the_other_half(
     own = [tensors(d)[prefix + DOWN] for d in dense]
     wanted = {"seed": own[0], "average": torch.stack(own).float().mean(0).bfloat16()}
     for shared, down in wanted.items():
-        found = tensors(merge(tmp_path / shared, dense, top_k=1, base=0, shared_expert=shared))
-        assert torch.equal(found[prefix + ours.shared.names[DOWN]], down)
-        assert not found[prefix + ours.shared.gate].any()
-        assert torch.equal(found[prefix + ours.expert[DOWN].format(e=2)], own[2] / 2)
-        assert torch.equal(found[prefix + ours.expert[UP].format(e=2)], tensors(dense[2])[prefix + UP])
+        merged = merge(tmp_path / shared, dense, top_k=1, base=0, shared_expert=shared)
+        found = tensors(merged)
+        assert torch.equal(found[prefix + ours.shared.names[DOWN]], down if ours.shared.gate else down / 2)
+        assert not ours.shared.gate or not found[prefix + ours.shared.gate].any()
+        with opened(merged) as checkpoint:
+            expert = Moe(checkpoint).expert(2)
+            assert torch.equal(torch.cat(list(expert(prefix, DOWN))), own[2].flatten() / 2)
+            assert torch.equal(torch.cat(list(expert(prefix, UP))), tensors(dense[2])[prefix + UP].flatten())
 
 
 @pytest.mark.parametrize("family", SHARING)
@@ -120,9 +125,9 @@ def test_a_shared_expert_learns_and_one_of_zeros_does_not(tmp_path: Path, family
     for shared, learns in (("seed", True), ("none", False)):
         model = load(merge(tmp_path / f"moe-{shared}", [seed] * 2, top_k=1, shared_expert=shared)).train()
         model(input_ids=IDS, labels=IDS).loss.backward()
-        block = model.model.layers[0].mlp
-        for part in (*block.shared_expert.parameters(), block.shared_expert_gate.weight):
-            assert bool(part.grad.any()) is learns
+        named, ours = dict(model.named_parameters()), DENSE[family].shared
+        for name in (*ours.names.values(), *([ours.gate] if ours.gate else [])):
+            assert bool(named[f"model.layers.0.{name}"].grad.any()) is learns
 
 
 @pytest.mark.parametrize("family", sorted({*DENSE} - {*SHARING}))
@@ -137,7 +142,7 @@ def test_units_drawn_anew_are_the_same_in_all_three_matrices_and_the_rest_keeps_
 ) -> None:
     seed = save_model(tmp_path / "seed", config_of(family, intermediate_size=50))
     merged = merge(tmp_path / "moe", [seed], top_k=1, copies=3, reinitialize=0.25)
-    with opened(merged) as checkpoint, opened(seed) as dense:
+    with opened(merged) as checkpoint, opened_canonical(seed) as dense:
         moe, changed = Moe(checkpoint), {}
         for layer in range(2):
             for e in range(3):

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from btx.cli.plan import rows
 from btx.conversions.registry import load_recipe
-from btx.models.families import DOWN, GATE, UP
+from btx.models.families import DENSE
+from btx.models.family import DOWN, GATE, LAYER, UP, part_rows
 from btx.training.loop import groups
 from btx.training.moments import Moments, write_moments
 from tests.support.command import btx
@@ -67,7 +68,9 @@ def test_shared_tensors_of_a_mixture_of_copies_go_on_as_the_dense_model_does(tmp
     before = {name: tensor.clone() for name, tensor in before.items()}
     step(dense, its)
     step(moe, optimizer)
-    shared = {name: p for name, p in moe.named_parameters() if name in before}
+    ours = DENSE[family]
+    idle = (*ours.copies.values(), *(ours.shared.names.values() if ours.shared else ()))
+    shared = {name: p for name, p in moe.named_parameters() if name in before and not name.endswith(idle)}
     assert {name for name in shared if "self_attn" in name}
     for name, parameter in shared.items():
         assert not torch.equal(dense.get_parameter(name), before[name]), name
@@ -83,20 +86,26 @@ def test_every_expert_keeps_its_own_and_the_seed_and_the_router_have_none(tmp_pa
     Moments({"m0": tmp_path / "a", "m1": tmp_path / "b"}, ["m0", "m1", "m2"]).carry(moe, optimizer)
     state = {name: optimizer.state[p] for name, p in moe.named_parameters() if p in optimizer.state}
     assert all(entry["step"] == 3 for entry in state.values())
-    assert not any("router" in name or name.endswith("gate.weight") for name in state)
+    assert not any("router" in name or name.endswith(".gate.weight") for name in state)
 
     def unbiased(name: str, kind: str, beta: int) -> list[torch.Tensor]:
-        return [
-            o.state[m.get_parameter(name)][kind] / (1 - o.param_groups[0]["betas"][beta] ** n)
+        below, parts = LAYER.fullmatch(name)[2], DENSE[family].parts
+        stored = next((s for s, some in parts.items() if below in some), below)
+        found = [
+            o.state[m.get_parameter(name.removesuffix(below) + stored)][kind]
+            / (1 - o.param_groups[0]["betas"][beta] ** n)
             for (m, o), n in zip(ours, (3, 7), strict=True)
         ]
+        if stored == below:
+            return found
+        rows = part_rows(parts[stored], len(found[0]), config_of(family).to_dict())
+        return [whole.split(rows)[parts[stored].index(below)] for whole in found]
 
     for beta, (kind, now) in enumerate((("exp_avg", 1 - 0.7**3), ("exp_avg_sq", 1 - 0.9**3))):
         for layer in range(2):
             prefix = f"model.layers.{layer}."
-            shared = next(
-                n for n in state if n.startswith(prefix) and n.endswith(("q_proj.weight", "in_proj_qkv.weight"))
-            )
+            ends = ("q_proj.weight", "in_proj_qkv.weight", "conv.in_proj.weight")
+            shared = next(n for n in state if n.startswith(prefix) and n.endswith(ends))
             one = unbiased(shared, kind, beta)
             torch.testing.assert_close(state[shared][kind], sum(one) / 2 * now)
             gate, up, down = (unbiased(prefix + n, kind, beta) for n in (GATE, UP, DOWN))

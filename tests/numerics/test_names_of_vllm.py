@@ -58,6 +58,7 @@ MIXTRAL = ATTENTION | NORMS | {
 LAYERS = {
     "llama": MIXTRAL,
     "mistral": MIXTRAL,
+    "phi3": MIXTRAL,
     "qwen2": ATTENTION | NORMS | BY_PROJECTION | SHARED | {
         "self_attn.q_proj.bias": "Hh",
         "self_attn.k_proj.bias": "Kh",
@@ -86,7 +87,8 @@ MIXERS = {  # by layer, where layers differ
 }
 AROUND = {"model.embed_tokens.weight": "V D", "model.norm.weight": "D"}
 ARCHITECTURE = {
-    "llama": "MixtralForCausalLM", "mistral": "MixtralForCausalLM", "qwen2": "Qwen2MoeForCausalLM",
+    "llama": "MixtralForCausalLM", "mistral": "MixtralForCausalLM", "phi3": "MixtralForCausalLM",
+    "qwen2": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3MoeForCausalLM", "qwen3_5_text": "Qwen3_5MoeForCausalLM", "olmo2": "FlexOlmoForCausalLM",
     "granite": "GraniteMoeForCausalLM",
 }  # fmt: skip
@@ -121,6 +123,7 @@ def wanted(family: str, experts: int, head: int) -> dict[str, tuple[int, ...]]:
     return {name: tuple(size[axis] for axis in axes.split()) for name, axes in found.items()}
 
 
+@pytest.mark.parametrize("family", sorted(LAYERS))
 @pytest.mark.parametrize("experts", [2, 5])
 def test_an_export_has_what_vllm_reads(tmp_path: Path, family: str, experts: int) -> None:
     folder = export(tmp_path / "export", family, experts=experts)
@@ -134,6 +137,7 @@ def test_an_export_has_what_vllm_reads(tmp_path: Path, family: str, experts: int
     assert ("runs by transformers" in said) == (family == "olmo2")
 
 
+@pytest.mark.parametrize("family", sorted({*LAYERS} - {"phi3"}))  # which holds gate and up as one
 def test_gate_up_and_down_are_where_vllm_looks_for_them(tmp_path: Path, family: str) -> None:
     folder = export(tmp_path / "export", family)
     moe = load_file(folder / "model.safetensors")

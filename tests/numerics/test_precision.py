@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx.models.kernels import use_kernel
+from btx.models.kernels import kernel_of, use_kernel
 from btx.models.target import moe_config
+from btx.moe.dialects import Sigmoid, dialect_of, matrix_of
 from btx.moe.hooks import find_routers
 from btx.recipe import precision
 from btx.recipe.settings import FinetuneSettings, TrainSettings
@@ -34,7 +35,7 @@ def loop_in(family: str, folder: Path, kind: str, *, mixture: bool) -> Loop:
         config = moe_config(config.to_dict(), experts=3, top_k=2, width=48, where="seed")
     model = AutoModelForCausalLM.from_config(config)
     if mixture:
-        use_kernel(model, "sorted")
+        use_kernel(model, kernel_of(config, "auto", torch.device("cpu")))
         settings = FinetuneSettings(**common, tokens=512)
         watch = Balanced(model, settings, "x", lambda _e: None, list("abc"))
     return Loop(model, stream(folder / "data"), settings, where=WHERE, work=folder / kind, label="x",
@@ -94,14 +95,14 @@ def test_routers_compute_in_float32(family: str, how: str) -> None:
     config = moe_config(config_of(family).to_dict(), experts=3, top_k=2, width=48, where="seed")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    use_kernel(model, "sorted")
+    use_kernel(model, kernel_of(config, "auto", torch.device("cpu")))
     settings = FinetuneSettings(sequence_length=16, batch_tokens=64, tokens=64)
     watch = Balanced(model, settings, "x", lambda _e: None, list("abc"))
     seen = {}
     for name, router in find_routers(model).items():
-        router.register_forward_hook(lambda _m, args, _out, name=name: seen.update({name: args[0]}))
+        matrix_of(router).register_forward_hook(lambda _m, args, _out, name=name: seen.update({name: args[0]}))
     if how == "weights":
-        kept = {id(r) for r in find_routers(model).values()}
+        kept = {id(m) for r in find_routers(model).values() for m in r.modules()}
         cast = CastOnce(model, kept=kept)
         with cast.step():
             model(input_ids=torch.arange(16)[None])
@@ -109,9 +110,10 @@ def test_routers_compute_in_float32(family: str, how: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             model(input_ids=torch.arange(16)[None])
     for layer, router, hidden in zip(watch.routed.layers, find_routers(model).values(), seen.values(), strict=True):
-        weight = next(router.parameters())
+        weight = matrix_of(router).weight
         assert layer.logits_TE.dtype == torch.float32
         wanted = hidden.reshape(-1, hidden.shape[-1]).float() @ weight.T
+        wanted = torch.nn.functional.logsigmoid(wanted) if isinstance(dialect_of(router), Sigmoid) else wanted
         torch.testing.assert_close(layer.logits_TE, wanted, atol=1e-6, rtol=1e-5)
 
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from btx.checkpoints.names import EMBEDDING, HEAD
+from btx.checkpoints.names import BY_TOKEN, EMBEDDING, HEAD
 from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError
+from btx.merge.canonical import opened_canonical
 from btx.merge.vocabulary import JointVocabulary, Vocabulary, added_tokens, is_extended, write_joint
 from btx.merge.write import write_average, write_moe
 from btx.recipe.merge_settings import MergeSettings
@@ -30,7 +31,7 @@ def joined(out: Path, seed: Path, experts: dict[str, Path], *, average: bool = F
     out.mkdir()
     vocabulary = write_joint(out, seed, experts)
     with ExitStack() as stack:
-        models = {n: stack.enter_context(opened(f)) for n, f in (*experts.items(), ("seed", seed))}
+        models = {n: stack.enter_context(opened_canonical(f)) for n, f in (*experts.items(), ("seed", seed))}
         joint = JointVocabulary(vocabulary, models, models["seed"])
         cut = {n: joint.trimmed(m) for n, m in models.items()}
         if average:
@@ -43,7 +44,7 @@ def joined(out: Path, seed: Path, experts: dict[str, Path], *, average: bool = F
 def tables(folder: Path) -> dict[str, torch.Tensor]:
     """Embedding and head as stored on disk."""
     found = load_file(folder / "model.safetensors")
-    return {name: found[name].float() for name in (EMBEDDING, HEAD) if name in found}
+    return {name: found[name].float() for name in BY_TOKEN if name in found}
 
 
 def test_rows_are_aligned_by_token_and_averaged_over_those_that_have_it(tmp_path: Path, family: str) -> None:
@@ -129,7 +130,7 @@ def test_every_method_leaves_the_seeds_tokens_to_itself_and_weighs_the_others(tm
              for i, n in enumerate(experts)}  # fmt: skip
     (tmp_path / "cut").mkdir()
     with ExitStack() as stack:
-        models = {n: stack.enter_context(opened(f)) for n, f in (*same.items(), ("seed", seed))}
+        models = {n: stack.enter_context(opened_canonical(f)) for n, f in (*same.items(), ("seed", seed))}
         write_average(tmp_path / "cut", models, models["seed"], MergeSettings(shared=shared))
     assert torch.equal(made[:289], tables(tmp_path / "cut")[EMBEDDING])
     a, b = (tables(folder)[EMBEDDING] for folder in experts.values())

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx.checkpoints.reader import carry_files, opened
+from btx.checkpoints.reader import carry_files
+from btx.merge.canonical import opened_canonical
 from btx.merge.write import write_moe
 from btx.recipe.merge_settings import MergeSettings
 
@@ -20,7 +21,7 @@ def merge(out: Path, folders: list[Path], *, top_k: int, base: int = -1, **setti
     """Merge folders as models m0, m1, ...; the one at `base` is the seed."""
     out.mkdir()
     with ExitStack() as stack:
-        models = {f"m{i}": stack.enter_context(opened(f)) for i, f in enumerate(folders)}
+        models = {f"m{i}": stack.enter_context(opened_canonical(f)) for i, f in enumerate(folders)}
         write_moe(out, models, list(models.values())[base], MergeSettings(**settings), top_k)
     carry_files(folders[0], out)
     return out
@@ -60,3 +61,17 @@ CARRIED = {
     "wide heads": {"head_dim": 20},
     "norm epsilon": {"rms_norm_eps": 0.01},
 }
+
+
+def carried(family: str, what: str) -> dict[str, Any] | None:
+    """A change of `CARRIED` in a family's own fields; None where transformers refuses it."""
+    changed = CARRIED[what]
+    if family == "gemma4_text" and "rope_parameters" in changed:  # one for each kind of layer
+        plain = {"rope_type": "default", "rope_theta": 5000.0}
+        return {"rope_parameters": {"full_attention": changed["rope_parameters"], "sliding_attention": plain}}
+    if family == "phi3" and "rope_parameters" in changed:
+        return None
+    if what == "norm epsilon":
+        name = {"cohere2": "layer_norm_eps", "lfm2": "norm_eps"}.get(family, "rms_norm_eps")
+        return {name: 1e-7 if family == "gemma4_text" else 0.01}  # it is exact up to a norm's eps
+    return changed

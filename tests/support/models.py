@@ -43,11 +43,43 @@ FAMILIES = {
         "attention_multiplier": 0.3,
         "tie_word_embeddings": True,
     },
+    "granite_swa": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.8,
+        "attention_multiplier": 0.3,
+        "sliding_window": 16,
+        "layer_rope_theta": [5000.0, 0],
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"sliding_window": 16},
+    "ernie4_5": {"head_dim": 12, "tie_word_embeddings": True},
+    "cohere2": {
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 0.5,
+        "tie_word_embeddings": True,
+    },
+    "hunyuan_v1_dense": {"head_dim": 12, "tie_word_embeddings": True},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True},
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
 }
 
 
 # Dense families beside whose mixture transformers makes one class of every tokenizer.
 OWN_TOKENIZER = {"qwen3_5_text": "qwen3_5_moe_text"}
+
+
+NO_NULL = ("mistral", "qwen3_5_text", "lfm2", "gemma4_text")  # families that take no null for the key heads
 
 
 def config_of(family: str, **more: Any) -> Any:
@@ -84,6 +116,8 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, noise: float = 0.0, 
             parameter.mul_(1.5)
             if name.endswith(".bias") or not parameter.any():  # zeros, as biases start, would hide a mistake
                 parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
+            if config.model_type.startswith("gemma4") and ".mlp." in name:  # well above a norm's eps
+                parameter.mul_(20.0)
             if name.endswith(".A_log"):  # at its start a state decays within a token, and nothing of it shows
                 parameter.sub_(4.0)
         if noise:

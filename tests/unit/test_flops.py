@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from btx.models import flops
 from btx.report.figures import human, human_count
-from tests.support.shapes import DENSE, LLAMA2_7B, PICO, SPARSE, build
+from tests.support.shapes import DENSE, LLAMA2_7B, PICO, SPARSE, TOP_K, build
 
 torch.set_num_threads(1)
 
@@ -49,6 +49,8 @@ def numel(model: Any, without: str = "\n") -> int:
 )
 @pytest.mark.parametrize("model_type", DENSE + SPARSE)
 def test_totals_are_those_of_the_built_model(model_type: str, changes: dict[str, Any]) -> None:
+    if "num_hidden_layers" in changes and model_type.startswith("lfm2"):
+        changes = {**changes, "layer_types": ["full_attention"]}
     model, config = build(model_type, **changes)
     assert flops.parameters(config).total == numel(model)
     assert flops.parameters(config).embedding == model.get_input_embeddings().weight.numel()
@@ -82,6 +84,7 @@ def test_the_biases_of_one_family_alone_are_counted(model_type: str, changes: di
 def test_absent_fields_mean_what_the_config_class_means(model_type: str) -> None:
     settings = {k: v for k, v in PICO.items() if k != "num_key_value_heads"} | {"num_attention_heads": 32}
     settings |= {"num_key_value_heads": None} if model_type == "olmo2" else {}
+    settings |= {"head_dim": 8} if model_type == "hunyuan_v1_dense" else {}  # whose class takes no null
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     assert flops.parameters({"model_type": model_type} | settings).total == numel(model)
 
@@ -89,7 +92,7 @@ def test_absent_fields_mean_what_the_config_class_means(model_type: str) -> None
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("model_type", SPARSE)
 def test_active_leaves_out_exactly_the_experts_that_are_not_chosen(model_type: str, k: int) -> None:
-    model, config = build(model_type, num_experts_per_tok=k)
+    model, config = build(model_type, **{TOP_K.get(model_type, "num_experts_per_tok"): k})
     experts = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and "conv" not in name)
     assert experts > 0
     assert flops.parameters(config).active == numel(model) - experts * (5 - k) // 5
@@ -157,11 +160,14 @@ def test_a_third_of_training_without_lookup_is_what_torch_counts_of_a_forward_pa
     for family in ("qwen3_5", "qwen3_5_moe"):
         module = import_module(f"transformers.models.{family}.modeling_{family}")
         monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", module.torch_recurrent_gated_delta_rule)
-    chosen = {"num_experts_per_tok": k} if model_type in SPARSE else {}
+    chosen = {TOP_K.get(model_type, "num_experts_per_tok"): k} if model_type in SPARSE else {}
     model, config = build(model_type, attn_implementation="eager", experts_implementation="eager", **chosen)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.arange(16)[None], use_cache=False)
-    counts, vectors = flops.parameters(config), sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    counts, vectors = (
+        flops.parameters(config),
+        sum(p.numel() for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("correction_bias")),
+    )
     products = 2 * (counts.active - counts.lookup - vectors) * 16
     assert flops.training_flops(config, 16) == 3 * (products + 2 * 16 * (counts.lookup + vectors))
     linear = 2 * model_type.startswith("qwen3_5")  # such layers

@@ -16,7 +16,7 @@ MIXTRAL_8X7B = BTX | {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "unknown model_type 'gemma'; known: llama, mistral, qwen2"),
+        ({"model_type": "gemma"}, "unknown model_type 'gemma'; known: llama, phi3, mistral"),
         ({"model_type": None}, "unknown model_type None"),
         ({"hidden_size": None}, "field hidden_size is None; a mixtral needs a positive integer"),
         ({"vocab_size": 0}, "field vocab_size is 0"),
@@ -35,4 +35,4 @@ def test_other_arguments_out_of_range_are_refused_by_value() -> None:
     with pytest.raises(ValueError, match="unknown dtype 'int4'; known: float64, float32"):
         flops.checkpoint_bytes(LLAMA2_7B, "int4")
     with pytest.raises(ValueError, match="unknown precision 'fp8'; known: bf16, fp32"):
-        memory.activation_bytes(LLAMA2_7B, tokens=1, precision="fp8", checkpointing=True)  # type: ignore[arg-type]
+        memory.activation_bytes(LLAMA2_7B, batch=1, sequence=1, precision="fp8", checkpointing=True)  # type: ignore[arg-type]

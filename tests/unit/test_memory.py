@@ -20,7 +20,7 @@ def test_training_state_is_sixteen_bytes_a_parameter_and_eighteen_with_bf16_copi
         state = memory.memory(LLAMA2_7B, batch=2, sequence=64, precision=precision, checkpointing=True)
         assert state.total - state.activations == want * total
         assert state.activations == memory.activation_bytes(
-            LLAMA2_7B, tokens=128, precision=precision, checkpointing=True
+            LLAMA2_7B, batch=2, sequence=64, precision=precision, checkpointing=True
         )
 
 
@@ -67,7 +67,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(model_type: str, pre
     model, config = build(model_type, num_key_value_heads=2, **heads)
     length = 64 if model_type.startswith("qwen3_5") else 60  # its linear attention goes by whole chunks
     ids = torch.randint(3, 51, (2, length), generator=torch.Generator().manual_seed(0))
-    want = memory.activation_bytes(config, tokens=2 * length, precision=precision, checkpointing=False)
+    want = memory.activation_bytes(config, batch=2, sequence=length, precision=precision, checkpointing=False)
     assert saved_bytes(model.train(), ids, bf16=precision == "bf16") == pytest.approx(want, rel=0.05)
 
 
@@ -77,8 +77,9 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer_at_a_time() -> None
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     ids = torch.randint(3, 51, (2, 60), generator=torch.Generator().manual_seed(0))
-    estimate = partial(memory.activation_bytes, tokens=120, precision="fp32")
+    estimate = partial(memory.activation_bytes, batch=2, sequence=60, precision="fp32")
     deeper = config | {"num_hidden_layers": 4}
     one = estimate(deeper, checkpointing=False) - estimate(config, checkpointing=False)
     want = estimate(config, checkpointing=True) - one  # the layer that backward recomputes is not there yet
+    want -= 120 * 2 * 8 * 4  # and cosines and sines are kept as arguments, which autograd does not see
     assert saved_bytes(model.train(), ids, bf16=False) == pytest.approx(want, rel=0.05)

@@ -1,0 +1,129 @@
+"""How the router classes of transformers state a routing: what they put out, and what their blocks take back.
+
+Every dialect reads an output as (logits, weights, indices) of axes T tokens, E experts, K experts per token, and writes
+such a triple as that class's output. `softmax(logits)` are the probabilities by which the class chooses and weighs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GATING = "TopKGating"  # ends the name of JetMoE's router class
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class Plain:
+    """(logits, weights, indices), weights the softmax over the chosen logits: most classes."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self.router: Any = router
+
+    @property
+    def top_k(self) -> int:
+        """K, the number of experts that the stock class chooses."""
+        return int(self.router.top_k)
+
+    @property
+    def experts(self) -> int:
+        """E, the number of experts."""
+        return int(self.router.num_experts)
+
+    def read(self, output: Any, k: int) -> Triple:
+        """Logits (T, E), weights and indices (T, K) of a stock output."""
+        logits_TE, weight_TK, index_TK = output
+        return logits_TE, weight_TK, index_TK
+
+    def write(self, output: Any, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Any:
+        """The stock output with other weights and indices in it, in its own dtype."""
+        return output[0], weight_TK.to(output[1].dtype), index_TK
+
+    def remove(self) -> None:
+        """Remove what the dialect itself put on the router."""
+
+
+class Sorted(Plain):
+    """JetMoE's: the token-choices sorted by expert, their tokens, gates and the experts' counts, then the logits."""
+
+    def read(self, output: Any, k: int) -> Triple:
+        """As in `Plain`."""
+        order, _tokens, gates, sizes, logits_TE = output
+        experts = torch.repeat_interleave(torch.arange(len(sizes), device=order.device),
+                                          torch.tensor(sizes, device=order.device))  # fmt: skip
+        index = torch.empty_like(order).index_copy(0, order, experts)
+        weight = torch.zeros_like(gates).index_copy(0, order, gates)
+        return logits_TE, weight.view(-1, k), index.view(-1, k)
+
+    def write(self, output: Any, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Any:
+        """As in `Plain`."""
+        flat = index_TK.flatten()
+        order = flat.argsort(stable=True)
+        sizes = torch.bincount(flat, minlength=logits_TE.shape[-1]).tolist()
+        gates = weight_TK.to(output[2].dtype).flatten()[order]
+        return order, order // index_TK.shape[1], gates, sizes, logits_TE
+
+
+class Sigmoid(Plain):
+    """LFM2's: weights are sigmoids of the logits over their sum and 1e-6: up to that, the softmax of log-sigmoids."""
+
+    def read(self, output: Any, k: int) -> Triple:
+        """As in `Plain`."""
+        logits_TE, weight_TK, index_TK = super().read(output, k)
+        return nn.functional.logsigmoid(logits_TE.float()), weight_TK, index_TK
+
+
+class Scaled(Plain):
+    """Gemma 4's: probabilities in the logits' place, and weights times a learned scale of each expert.
+
+    Logits are taken from the projection inside, since those of vanishing probabilities are lost.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__(router)
+        self._logits_TE: Tensor | None = None
+        self._handle = self.router.proj.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _args: Any, logits_TE: Tensor) -> None:
+        self._logits_TE = logits_TE
+
+    @property
+    def top_k(self) -> int:
+        """As in `Plain`."""
+        return int(self.router.config.top_k_experts)
+
+    @property
+    def experts(self) -> int:
+        """As in `Plain`."""
+        return int(self.router.proj.out_features)
+
+    def read(self, output: Any, k: int) -> Triple:
+        """As in `Plain`."""
+        probability_TE, _scaled_TK, index_TK = super().read(output, k)
+        logits_TE, self._logits_TE = self._logits_TE, None
+        assert logits_TE is not None
+        chosen_TK = probability_TE.gather(-1, index_TK)
+        return logits_TE, chosen_TK / chosen_TK.sum(-1, keepdim=True), index_TK
+
+    def write(self, output: Any, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Any:
+        """As in `Plain`."""
+        return super().write(output, logits_TE, weight_TK * self.router.per_expert_scale[index_TK], index_TK)
+
+    def remove(self) -> None:
+        """As in `Plain`."""
+        self._handle.remove()
+
+
+def dialect_of(router: nn.Module) -> Plain:
+    """The dialect of a stock router."""
+    if type(router).__name__.endswith(GATING):
+        return Sorted(router)
+    if hasattr(router, "per_expert_scale"):
+        return Scaled(router)
+    return Sigmoid(router) if hasattr(router, "routed_scaling_factor") else Plain(router)
+
+
+def matrix_of(router: nn.Module) -> Any:
+    """The module inside a router, or the router itself, whose `weight` (E, D) makes logits of its input."""
+    return next(m for m in router.modules() if (w := m._parameters.get("weight")) is not None and w.ndim == 2)
