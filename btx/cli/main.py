@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, and run, compare, status, path, plan, check, import, doctor, init, schema,
+"""The command line: one verb per stage, and run, compare, status, path, plan, check, import, push, doctor, init, schema,
 text, bench, moe, lm-eval, chat, passrate.
 
 Heavy imports wait until a verb needs them, so that `btx --help` answers at once.
@@ -22,6 +22,7 @@ from btx.cli.lm_eval import lm_eval
 from btx.cli.moe import moe
 from btx.cli.passrate import passrate
 from btx.cli.terminal import plain_where_needed
+from btx.cli.transfer import import_, push
 from btx.conversions import STAGES
 from btx.errors import BtxError, full_disks_told
 
@@ -204,19 +205,6 @@ def check(folder: Path) -> None:
         click.echo(f"ok  {line}")
 
 
-@main.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True,
-              help="Dtype of the written weights; fp32 holds the file's values exactly.")  # fmt: skip
-@click.option("--sha256", metavar="HEX", help="Refuse the file unless it has this SHA-256.")
-def import_(file: Path, folder: Path, dtype: str, sha256: str | None) -> None:
-    """Dequantise a GGUF file into a checkpoint folder, for use as a seed or an expert."""
-    from btx.checkpoints.gguf import import_gguf
-
-    import_gguf(file, folder, dtype=dtype, sha256=sha256, say=click.echo)
-
-
 @main.command()
 def doctor() -> None:
     """Show what this machine and environment support, and what is missing."""
@@ -268,6 +256,8 @@ main.add_command(moe)
 main.add_command(lm_eval)
 main.add_command(chat)
 main.add_command(passrate)
+main.add_command(import_)
+main.add_command(push)
 
 
 @main.command("_step", hidden=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from btx.checkpoints.hub import described
 from btx.checkpoints.validate import read_config, require_size, sees_images
 from btx.conversions import experts
 from btx.conversions.planned import Config, seed_config
@@ -13,7 +14,7 @@ from btx.conversions.registry import conversions
 from btx.errors import RecipeError
 from btx.merge.layout import layout
 from btx.models import flops, memory
-from btx.models.families import family_of
+from btx.models.families import family_of, feed_forward_width, with_width
 from btx.models.native import native_config
 from btx.models.target import warnings_of
 from btx.recipe.mixing import mix
@@ -40,16 +41,22 @@ class Row:
     disk: int
 
 
+def _experts(recipe: Recipe, base: Path) -> list[Path]:
+    """The folders that describe the experts trained elsewhere."""
+    domains = recipe.domains.items()
+    return [described(c, base, f"domains.{name}.checkpoint") for name, domain in domains for c in domain.checkpoints]
+
+
 def merged_shape(recipe: Recipe, base: Path, dense: Config) -> Config:
     """The seed's config as the merge pads it for given experts: the widest feed-forward, all added tokens."""
     from btx.merge.adapter import is_adapter
     from btx.merge.vocabulary import is_extended, join
 
-    paths = [base / Path(c).expanduser() for domain in recipe.domains.values() for c in domain.checkpoints]
+    paths = _experts(recipe, base)
     experts = {str(path): path for path in paths if (path / "config.json").is_file() and not is_adapter(path)}
-    seed = base / Path(recipe.seed.checkpoint).expanduser()
-    widths = [native_config(read_config(path), str(path)).intermediate_size for path in experts.values()]
-    made = {**dense, "intermediate_size": max(dense["intermediate_size"], *widths, 0)}
+    seed = described(recipe.seed.checkpoint, base, "seed.checkpoint")
+    widths = [feed_forward_width(read_config(path), str(path)) for path in experts.values()]
+    made = with_width(dense, max(feed_forward_width(dense, "the seed"), *widths, 0))
     if extended := {name: path for name, path in experts.items() if is_extended(seed, path)}:
         vocabulary, _ = join(seed, extended)
         made["vocab_size"] = max(dense["vocab_size"], vocabulary.common + len(vocabulary.tokens))
@@ -149,8 +156,8 @@ def warnings(recipe: Recipe, base: Path) -> list[str]:
     """Warnings about the recipe's checkpoints, as far as they exist."""
     from btx.merge.adapter import is_adapter
 
-    given = [recipe.seed.checkpoint, *(c for domain in recipe.domains.values() for c in domain.checkpoints)]
-    folders = [base / Path(c).expanduser() for c in given if c]
+    seed = described(recipe.seed.checkpoint, base, "seed.checkpoint")
+    folders = [seed, *_experts(recipe, base)]
     models = [folder for folder in folders if (folder / "config.json").is_file() and not is_adapter(folder)]
     configs = {folder: read_config(folder) for folder in models}
     return [
@@ -164,7 +171,7 @@ def sustained(recipe: Recipe, base: Path, said: float | None, *, here: bool) -> 
     """TFLOP/s of one device: measured if `here`, or on a CPU if nothing is `said`; else `said` or a GPU's."""
     from btx.models.model import device_of
 
-    at_hand = recipe.seed.is_builtin or (base / Path(recipe.seed.checkpoint).expanduser()).is_dir()
+    at_hand = recipe.seed.is_builtin or described(recipe.seed.checkpoint, base, "seed.checkpoint").is_dir()
     if here or (said is None and at_hand and device_of(recipe.run).type == "cpu"):
         return measured_tflops(recipe, seed_config(recipe, base))
     return said or GPU
@@ -228,7 +235,8 @@ def notes(recipe: Recipe, found: list[Row], tflops: float, devices: int) -> list
         "FLOPs: 6 · active parameters · tokens, and attention (causal). Memory: weights, gradients and AdamW state in "
         f"fp32, {'bf16 copies, ' * (settings.precision == 'bf16')}and an estimate of the activations, on one device "
         f"without sharding. Precision: {settings.precision} (train.precision; auto follows run.device).",
-        f"Finetuning: {settings.routing}, balance {settings.balance.type} · {settings.balance.weight:g}; "
+        f"Finetuning: {settings.routing}, balance {settings.balance.type} · {settings.balance.weight:g}"
+        f"{f', z-loss · {settings.balance.z:g}' if settings.balance.z else ''}; "
         f"data: {shares}.",
     ]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from btx.checkpoints.hub import short_name
 from btx.conversions import STAGES, experts
 from btx.conversions.place import check_place
 from btx.conversions.registry import conversions
@@ -64,7 +65,7 @@ class Graph:
         export = sources.add(Export(
             model=exported, evaluate=evaluate, settings=recipe.export,
             title=recipe.export.name or recipe.name,
-            base_model=recipe.export.base_model or Path(recipe.seed.checkpoint).name, **sources.place(),
+            base_model=recipe.export.base_model or short_name(recipe.seed.checkpoint), **sources.place(),
         ))  # fmt: skip
         sources.add(Report(evaluate=evaluate, export=export, **sources.place()))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btx.checkpoints.hub import described
 from btx.checkpoints.validate import read_config
 from btx.errors import RecipeError
 from btx.recipe.recipe import Recipe
@@ -28,7 +29,7 @@ def seed_config(recipe: Recipe, base: Path) -> Config:
     """The seed's config: of the builtin seed, from its folder, or from seed.architecture; RecipeError without any."""
     if recipe.seed.is_builtin:
         return recipe.seed.builtin.config
-    folder = base / Path(recipe.seed.checkpoint).expanduser()
+    folder = described(recipe.seed.checkpoint, base, "seed.checkpoint")
     if (folder / "config.json").is_file():
         return read_config(folder)
     if recipe.seed.architecture:

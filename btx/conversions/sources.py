@@ -117,8 +117,8 @@ class Sources:
         """A checkpoint folder that the recipe names at a key, its header and config checked, its content hashed."""
         from btx.checkpoints.reader import Checkpoint
 
+        path, origin = self.local(checkpoint, key)
         try:
-            path = (self.base / Path(checkpoint).expanduser()).resolve()
             found, hint = path.is_dir(), corpus.hint(path)
         except (OSError, RuntimeError) as error:  # unknown ~user, name too long, no permission
             raise ArtifactError(f"{key}: {checkpoint:.200} cannot be looked up: {error}. Correct the path.") from error
@@ -128,17 +128,29 @@ class Sources:
                 "relative paths start at the recipe."
             )
         checkpoint_ = Checkpoint(path)
-        return ExternalCheckpoint(content=checkpoint_.digest(self.digests), path=path, **self.place(name))
+        content = checkpoint_.digest(self.digests)
+        return ExternalCheckpoint(content=content, path=path, origin=origin, **self.place(name))
+
+    def local(self, checkpoint: str, key: str) -> tuple[Path, str | None]:
+        """The folder of a checkpoint that a recipe names; if it is the hub's, fetched, and its name with the commit."""
+        from btx.checkpoints import hub
+
+        if hub.is_hub(checkpoint):
+            return hub.checkpoint(checkpoint, key)
+        try:
+            return (self.base / Path(checkpoint).expanduser()).resolve(), None
+        except (OSError, RuntimeError) as error:  # unknown ~user, a link to itself
+            raise ArtifactError(f"{key}: {checkpoint:.200} cannot be looked up: {error}. Correct the path.") from error
 
     def expert(self, name: str, domain: str, checkpoint: str, seed: ModelStep) -> ModelStep:
         """An expert trained elsewhere: a model, or a LoRA adapter of the seed."""
         from btx.merge.adapter import WEIGHTS, is_adapter
         from btx.merge.lora_config import CONFIG
 
+        path, _origin = self.local(checkpoint, f"domains.{domain}.checkpoint")
         try:
-            path = (self.base / Path(checkpoint).expanduser()).resolve()
             found = is_adapter(path)
-        except (OSError, RuntimeError):
+        except OSError:  # `given` says what is wrong
             found = False
         if not found:
             return self.given(name, checkpoint, f"domains.{domain}.checkpoint")

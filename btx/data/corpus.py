@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from btx.checkpoints import hub
 from btx.data import builtin
 from btx.data.documents import Document, parse
 from btx.data.readers import KINDS, READ, kind_of, records
@@ -63,7 +64,7 @@ def _meant(pattern: str, base: Path, where: str, notes: list[str]) -> list[str]:
         if name not in builtin.NAMES:
             raise RecipeError(f"{where}: there is no {pattern}; {nearest(name, builtin.NAMES)}")
         return [pattern]
-    path = base / expanded(pattern, where)
+    path = hub.dataset(pattern, where) if hub.is_hub(pattern) else base / expanded(pattern, where)
     try:
         found = files_of(path)
     except OSError as error:  # a name that is too long, a folder without permission

@@ -20,6 +20,7 @@ from btx.errors import ArtifactError, ResourceError
 from btx.models.families import mixture_family
 from btx.models.family import DOWN, GATE, LAYER, UP, Family
 from btx.models.kernels import kernel_of, use_kernel
+from btx.moe.dialects import BIAS
 from btx.recipe.settings import RunSettings
 
 
@@ -105,6 +106,8 @@ def published(family: Family, state: dict[str, torch.Tensor]) -> dict[str, torch
     out: dict[str, torch.Tensor] = {}
     constants = {of.memory or constant: constant for constant, of in family.constants.items()}
     for name, tensor in state.items():
+        if name.endswith(f".{BIAS}"):
+            continue  # acts in training alone
         match = LAYER.fullmatch(name)
         rest = match[2] if match else ""
         prefix = name.removesuffix(rest) if rest else ""

@@ -273,6 +273,8 @@ WITH_ATTENTION = Family(  # it has as many query heads as key heads, so no group
     harmless={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": ANY},
 )
 REFUSED = {
+    "gemma4": "its checkpoint sees and hears too; take its language model out (btx import FOLDER NEW_FOLDER) and "
+    "name that",
     "glm4": "no MoE class of transformers has its norms after attention and feed-forward block "
     "(post_self_attn_layernorm, post_mlp_layernorm)",
     "exaone4": "exaone_moe normalises what goes into its blocks, exaone4 what comes out (post_feedforward_layernorm)",

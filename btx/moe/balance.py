@@ -137,6 +137,15 @@ def transformers_loss(layers: Sequence[Routing], everywhere: Everywhere = here) 
     return _experts(layers) * load_E @ prob_E
 
 
+def z_loss(layers: Sequence[Routing]) -> Tensor:
+    """Σ_layers mean over tokens of (log Σ_i exp z_i)², which keeps logits small; ST-MoE weighs it by 0.001.
+
+    arXiv 2202.08906, equation 5. A mean over tokens, so the passes of a step add up by their shares.
+    """
+    squares = [torch.logsumexp(layer.logits_TE.float(), -1).square().mean() for layer in layers]
+    return torch.stack(squares).sum()
+
+
 def _experts(layers: Sequence[Routing]) -> int:
     return layers[0].logits_TE.shape[-1]
 

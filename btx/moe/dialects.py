@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+BIAS = "balance_bias"  # name of the buffer of `btx.moe.bias`, which no checkpoint has
 GATING = "TopKGating"  # ends the name of JetMoE's router class
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -30,6 +31,30 @@ class Plain:
     def experts(self) -> int:
         """E, the number of experts."""
         return int(self.router.num_experts)
+
+    @property
+    def holds_bias(self) -> bool:
+        """Whether the stock class adds a bias of its own to the probabilities by which it chooses (ERNIE 4.5)."""
+        return hasattr(self.router, "moe_statics")
+
+    def give_bias(self) -> None:
+        """Give the router a bias (E,) of zeros that acts in training, unless its class has one."""
+        if not self.holds_bias and not hasattr(self.router, BIAS):
+            weight = matrix_of(self.router).weight
+            self.router.register_buffer(BIAS, torch.zeros(self.experts, dtype=torch.float32, device=weight.device))
+
+    @property
+    def bias_E(self) -> Tensor:
+        """The bias on the choice, a view that can be changed in place; zeros (E,) where there is none."""
+        if self.holds_bias:
+            return self.router.moe_statics.e_score_correction_bias.data[0]  # type: ignore[no-any-return]
+        found = getattr(self.router, BIAS, None)
+        return torch.zeros(self.experts) if found is None else found
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether there is a bias."""
+        return self.holds_bias or hasattr(self.router, BIAS)
 
     def read(self, output: Any, k: int) -> Triple:
         """Logits (T, E), weights and indices (T, K) of a stock output."""

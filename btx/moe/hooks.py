@@ -75,6 +75,7 @@ class Routed:
 
     def __init__(self, model: nn.Module, rule: str, k: int, *, soft_first_layer: bool = False) -> None:
         routers = {name: dialect_of(router) for name, router in find_routers(model).items()}
+        self.dialects = list(routers.values())
         for name, router in routers.items():
             _check_router(name, router, rule, k)
         self.rule = rule
@@ -137,8 +138,9 @@ class Routed:
         elif router.training:
             noise_TE = self.noise(layer).to(logits_TE.device) if self.noise else None
             index_TK, weight_TK = route(
-                logits_TE, self.rule, self.k, step=self.step, exponential_TE=noise_TE, training=True
-            )
+                logits_TE, self.rule, self.k, step=self.step, exponential_TE=noise_TE, training=True,
+                bias_E=dialect.bias_E.to(logits_TE.device) if dialect.has_bias else None,
+            )  # fmt: skip
         elif self.without is not None:
             left_TE = logits_TE.index_fill(-1, torch.tensor(self.without, device=logits_TE.device), -torch.inf)
             index_TK, weight_TK = route(left_TE, self.rule, self.k)

@@ -68,6 +68,7 @@ def route(
     generator: torch.Generator | None = None,
     exponential_TE: Tensor | None = None,
     training: bool = False,
+    bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts by `rule`: (index_TK, weight_TK), differentiable in the logits through the weights.
 
@@ -82,6 +83,8 @@ def route(
       the largest entry is kept, its soft value being the weight; otherwise the arg max with weight 1, which
       is stock top-1.
 
+    `bias_E` is added to the probabilities by which `top_k` and `switch` choose, and to no weight (`btx.moe.bias`).
+
     Weights are float32 (float64 for float64 logits). Noise is `exponential_TE`, draws from Exp(1), or else comes
     from `generator`, by default torch's global state. Under activation checkpointing, pass the noise or use the
     global state: the recompute restores no other generator.
@@ -91,21 +94,30 @@ def route(
     if rule == "soft":
         return _soft(logits_TE)
     if rule == "switch":
-        return _switch(logits_TE)
+        return _switch(logits_TE, bias_E)
     if rule == "sample_top1" and training:
         if exponential_TE is None:
             exponential_TE = torch.empty_like(logits_TE, requires_grad=False).exponential_(generator=generator)
         return _gumbel_top1(logits_TE, temperature(step), exponential_TE)
-    return _top_k(logits_TE, k)
+    return _top_k(logits_TE, k, bias_E)
 
 
-def _top_k(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    prob_TK, index_TK = logits_TE.softmax(-1).topk(k, -1)
+def _chosen(logits_TE: Tensor, k: int, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k largest probabilities, or those of the k largest sums of probability and bias; and whose they are."""
+    prob_TE = logits_TE.softmax(-1)
+    if bias_E is None:
+        return prob_TE.topk(k, -1)
+    index_TK = (prob_TE.detach() + bias_E).topk(k, -1).indices
+    return prob_TE.gather(-1, index_TK), index_TK
+
+
+def _top_k(logits_TE: Tensor, k: int, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    prob_TK, index_TK = _chosen(logits_TE, k, bias_E)
     return index_TK, prob_TK / prob_TK.sum(-1, keepdim=True)
 
 
-def _switch(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    prob_T1, index_T1 = logits_TE.softmax(-1).topk(1, -1)
+def _switch(logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    prob_T1, index_T1 = _chosen(logits_TE, 1, bias_E)
     return index_T1, prob_T1 / prob_T1.detach()
 
 

@@ -15,7 +15,10 @@ BUILTIN_DATA = ["builtin:math", "builtin:code", "builtin:prose"]
 class SeedRecipe(Settings):
     """The checkpoint that everything starts from."""
 
-    checkpoint: Text = Field(description="a local Hugging Face folder, or `builtin`: a small Llama that btx pretrains")
+    checkpoint: Text = Field(
+        description="a local Hugging Face folder, hf://org/name@revision of the hub, or `builtin`: a small Llama that "
+        "btx pretrains"
+    )
     data: list[Text] = Field(default_factory=list, description="text like the seed's training data, for the finetuning")
     valid: list[Text] = Field(default_factory=list)
     tokens: Count | None = Field(None, description="its weight in the finetuning mix; default: the domains' mean")
@@ -55,7 +58,9 @@ class DomainRecipe(Settings):
         "anchored or adapter; with settings that differ from train's as a mapping, {train: {trainable: ffn}}",
     )
     checkpoint: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="an expert trained elsewhere: a model, or a LoRA adapter; a list of them for several"
+        None,
+        description="an expert trained elsewhere: a model, or a LoRA adapter, in a folder or of the hub "
+        "(hf://org/name); a list of them for several",
     )
 
     @property

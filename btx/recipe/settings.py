@@ -166,12 +166,16 @@ def torch_dtype(name: str, seed: torch.dtype) -> torch.dtype:
 class BalanceSettings(Settings):
     """The load-balancing loss. A weight means nothing without its convention, so both are stated."""
 
-    type: Literal["btx", "switch", "transformers", "none"] = Field(
+    type: Literal["btx", "switch", "transformers", "bias", "none"] = Field(
         "btx",
         description="btx: the paper's, summed over layers; switch: hard counts, mean over layers; "
-        "transformers: load_balancing_loss_func, layers pooled",
+        "transformers: load_balancing_loss_func, layers pooled; bias: no loss, but a bias on each expert's probability "
+        "in the choice alone, moved by `weight` after each step against its load (DeepSeek-V3, theirs is 0.001)",
     )
     weight: Weight = 0.01
+    z: Weight = later(
+        0.0, description="weight of the router z-loss, summed over layers, besides; ST-MoE's is 0.001; 0: none"
+    )
 
 
 class FinetuneSettings(TrainSettings):
@@ -212,6 +216,8 @@ class FinetuneSettings(TrainSettings):
     def _soft_first(self) -> FinetuneSettings:
         if self.soft_first_layer and self.routing != "sample_top1":
             raise ValueError(f"soft_first_layer belongs to routing sample_top1, not to {self.routing}")
+        if self.balance.type == "bias" and self.routing not in ("top_k", "switch"):
+            raise ValueError(f"balance.type bias moves the choice of routing top_k and switch; {self.routing} has none")
         return self
 
 

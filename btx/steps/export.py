@@ -13,7 +13,9 @@ from btx.graph.step import Step
 from btx.recipe.settings import ExportSettings
 from btx.steps.evaluate import Evaluate
 from btx.steps.finetune import Finetune
+from btx.steps.given import ExternalCheckpoint
 from btx.steps.measure import experts_of
+from btx.steps.model import ModelStep
 
 if TYPE_CHECKING:
     from btx.export.card import About
@@ -63,10 +65,16 @@ class Export(Step):
         return About(
             title=self.title, base_model=self.base_model, license=self.settings.license, layout=self.settings.layout,
             attention=merge.settings.attention, experts=experts_of(finetune.folder),
-            parents=[(name, model.kind, model.digest) for name, model in merge.models.items()],
+            parents=[(name, _made_by(model), model.digest) for name, model in merge.models.items()],
             data=[(name, about["train_tokens"], about["valid_documents"]) for name, about in facts.items()],
             recipe={"merge": merge.settings.identity(), "finetune": finetune.settings.identity()}, results=results,
         )  # fmt: skip
+
+
+def _made_by(model: ModelStep) -> str:
+    """What made a model: a step's kind, and of what was fetched from the hub its repository and commit."""
+    origin = model.origin if isinstance(model, ExternalCheckpoint) else None
+    return f"{model.kind}, {origin}" if origin else model.kind
 
 
 def write_model(source: Path, out: Path, settings: ExportSettings) -> int:

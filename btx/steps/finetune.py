@@ -11,7 +11,7 @@ from btx.errors import RecipeError
 from btx.events import Emit, Warned
 from btx.recipe.fields import later
 from btx.recipe.joint_settings import AdapterRule
-from btx.recipe.settings import FinetuneSettings, torch_dtype
+from btx.recipe.settings import FinetuneSettings, steps_of, torch_dtype
 from btx.steps.branch import require_positions
 from btx.steps.merge import Merge
 from btx.steps.model import ModelStep
@@ -168,6 +168,7 @@ class Balanced(TrainingHook):
     """The training hook of finetuning: the recipe's routing rule, its balance loss, and per-layer figures."""
 
     def __init__(self, model: Any, settings: FinetuneSettings, label: str, emit: Emit, names: list[str]) -> None:
+        from btx.moe.bias import LoadBias
         from btx.moe.dialects import dialect_of
         from btx.moe.hooks import Routed, find_routers, route_in_float32, router_labels
         from btx.moe.routing import RoutingTotals
@@ -183,6 +184,10 @@ class Balanced(TrainingHook):
             settings.experts_per_token or self.experts,
             soft_first_layer=settings.soft_first_layer,
         )
+        balance, self.step = settings.balance, 0
+        steps = steps_of(settings.tokens, settings)
+        self.bias = LoadBias(self.routed, rate=balance.weight, steps=steps) if balance.type == "bias" else None
+        self.form = "none" if self.bias else balance.type
         self.warned: set[tuple[int, int]] = set()
         self.dead: list[list[int]] = []
         self.window = RoutingTotals()
@@ -192,7 +197,9 @@ class Balanced(TrainingHook):
         """Start a step: sets Sample Top-1's temperature, and resets means and figures, which are per step."""
         from btx.moe.routing import RoutingTotals
 
-        self.routed.step = step
+        self.routed.step = self.step = step
+        if self.bias:
+            self.bias.begin(step)
         self.means: StepMeans | None = None
         self.totals = RoutingTotals()
 
@@ -209,7 +216,7 @@ class Balanced(TrainingHook):
 
     def surveys(self, passes: int) -> bool:
         """Whether a forward survey is needed: the balance loss spans the whole step, also one cut into passes."""
-        return passes > 1 and self.settings.balance.type != "none"
+        return passes > 1 and self.form != "none"
 
     def survey(self, share: float) -> None:
         """Add the routing means of the last forward pass."""
@@ -217,22 +224,28 @@ class Balanced(TrainingHook):
 
         if self.means is None:
             self.means = StepMeans()
-        self.means.observe(self.settings.balance.type, self.routed.layers, share)
+        self.means.observe(self.form, self.routed.layers, share)
 
     def loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The weighted balance loss of the step, with the gradient of the last pass's tokens, and its value."""
-        from btx.moe.balance import balance_loss, over_processes
+        from btx.moe.balance import balance_loss, over_processes, z_loss
 
         everywhere = self.means.everywhere() if self.means else over_processes
-        raw = balance_loss(self.settings.balance.type, self.routed.layers, everywhere)
+        raw = balance_loss(self.form, self.routed.layers, everywhere)
         self.totals.add(self.routed.layers)
         self.window.add(self.routed.layers)
-        return self.settings.balance.weight * raw, {"balance": float(raw.detach())}
+        added, seen = self.settings.balance.weight * raw, {"balance": float(raw.detach())}
+        if self.settings.balance.z:
+            z = z_loss(self.routed.layers)
+            added, seen = added + self.settings.balance.z * z, seen | {"z": float(z.detach())}
+        return added, seen | ({"bias": self.bias.largest} if self.bias else {})
 
     def figures(self) -> dict[str, Any]:
         """Load and entropy of each layer in the step, and the experts found dead when that was last judged."""
         layers = self.totals.statistics()
         self.routed.clear()
+        if self.bias:
+            self.bias.update(self.step, layers)
         self._judge()
         return {
             "load": [[round(x, 4) for x in layer.load] for layer in layers],

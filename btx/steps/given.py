@@ -16,6 +16,7 @@ class ExternalCheckpoint(ModelStep):
     kind: ClassVar[str] = "given"
     content: str  # SHA-256 of config, tokenizer and weights
     path: Path = execution(Path())
+    origin: str | None = execution(None)  # the repository and the commit that it was fetched from
 
     @property
     def folder(self) -> Path:
