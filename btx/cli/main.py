@@ -1,5 +1,5 @@
-"""The command line: one verb per stage, and run, compare, status, path, plan, check, import, push, doctor, init, schema,
-text, bench, moe, lm-eval, chat, passrate.
+"""The command line: one verb per stage, and run, compare, status, path, plan, check, import, push, doctor, init,
+schema, text, bench, moe, lm-eval, chat, passrate.
 
 Heavy imports wait until a verb needs them, so that `btx --help` answers at once.
 """
