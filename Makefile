@@ -30,7 +30,7 @@ help:
 	@echo "make $(STAGES)"
 	@echo "make plan | status | doctor           cost estimate, state, environment"
 	@echo "make megablocks                       install the packages of the sparse kernel"
-	@echo "make portability                      pico exports in transformers 4.57, lm-eval and llama.cpp (builds it: minutes)"
+	@echo "make portability                      pico exports in other transformers, peft, trl, lm-eval, llama.cpp (minutes)"
 	@echo "variables: RECIPE=file.yaml DOMAIN=name SET='a.b=value c.d=value' PYTHON=python3 VENV=.venv"
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -149,11 +149,24 @@ $(AWAY)/.done: $(VENV)/.dev
 		$(AWAY)/bin/python -m pip --quiet install --no-build-isolation --no-deps $(abspath $(AWAY)/$(LLAMA))
 	@touch $@
 
-portability: $(SCORE)/.done $(AWAY)/.done
+# The newest transformers, before the one or other of btx's dependencies; the rest are the packages of $(VENV).
+NEWEST = $(VENV)/newest
+$(NEWEST)/.done: $(VENV)/.dev
+	@echo "setting up $(NEWEST) (once)"
+	@$(PYTHON) -m venv $(NEWEST)
+	@at="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+		echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$$at")')" > "$$($(NEWEST)/bin/python -c "$$at")/behind.pth"
+	@$(NEWEST)/bin/python -m pip --quiet install --no-deps --no-warn-conflicts transformers==5.24.0
+	@touch $@
+
+portability: $(SCORE)/.done $(AWAY)/.done $(NEWEST)/.done
 	@rm -rf $(AWAY)/exports $(AWAY)/gguf
 	@$(VENV)/bin/python -m tests.portability.exports $(AWAY)/exports
 	@rm -rf $(AWAY)/exports/*-parents
-	@$(AWAY)/bin/python tests/portability/in_transformers_4.py $(AWAY)/exports/*
+	@$(AWAY)/bin/python tests/portability/in_transformers.py $(AWAY)/exports/*
+	@$(NEWEST)/bin/python tests/portability/in_transformers.py $(AWAY)/exports/*
+	@$(VENV)/bin/python -c "import trl" 2>/dev/null || $(PIP) install -c $(PINS) -e '.[rl]'
+	@$(VENV)/bin/python tests/portability/in_peft_and_trl.py $(AWAY)/exports/*
 	@HF_HUB_OFFLINE=1 $(SCORE)/bin/python tests/portability/in_lm_eval.py $(AWAY)/exports/*
 	@HF_HUB_OFFLINE=1 $(SCORE)/bin/python -m pytest -m engine tests/portability/test_lm_eval.py
 	@$(AWAY)/bin/python tests/portability/in_llama_cpp.py $(AWAY)/$(LLAMA)/vendor/llama.cpp $(AWAY)/gguf $(AWAY)/exports/*

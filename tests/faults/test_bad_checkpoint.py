@@ -102,7 +102,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
     "config is a list": (put("config.json", "[]"), ("config.json", "model_type")),
     "config is broken": (put("config.json", '{"a": '), ("config.json", "JSON")),
     "config without end": (put("config.json", "[" * 200_000), ("config.json", "JSON")),
-    "unknown family": (config("seed", model_type="gemma"), ("gemma", "Use one of llama, mistral, qwen2, qwen3, ")),
+    "unknown family": (config("seed", model_type="gemma"), ("gemma", "Use one of llama, phi3, mistral, qwen2, ")),
     "a mixture already": (config("seed", model_type="mixtral"), ("already a Mixture of Experts", "dense")),
     "width in words": (config("seed", hidden_size="wide"), ("config.json", "hidden_size", "Correct it")),
     "odd heads": (config("seed", num_attention_heads=5), ("config.json", "attention heads")),

@@ -65,6 +65,8 @@ def _any(family: str, shape: dict[str, Any]) -> Any:
     own |= {name: E for name in ("num_experts", "num_local_experts", "moe_num_experts") if name in own}
     own |= {"moe_intermediate_size": 24} if "moe_intermediate_size" in own else {}
     own |= {TOP_K[family]: shape.pop("num_experts_per_tok")} if family in TOP_K else {}
+    if "vocab_size_per_layer_input" in own:
+        own["vocab_size_per_layer_input"] = shape["vocab_size"]
     if "layer_types" in own:
         own["layer_types"] = own["layer_types"][-shape["num_hidden_layers"] :]
     kind = family.replace("gemma4_moe", "gemma4_text")

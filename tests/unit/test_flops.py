@@ -49,7 +49,7 @@ def numel(model: Any, without: str = "\n") -> int:
 )
 @pytest.mark.parametrize("model_type", DENSE + SPARSE)
 def test_totals_are_those_of_the_built_model(model_type: str, changes: dict[str, Any]) -> None:
-    if "num_hidden_layers" in changes and model_type.startswith("lfm2"):
+    if "num_hidden_layers" in changes and model_type.startswith(("lfm2", "gemma4")):
         changes = {**changes, "layer_types": ["full_attention"]}
     model, config = build(model_type, **changes)
     assert flops.parameters(config).total == numel(model)
