@@ -54,7 +54,8 @@ def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
 def _shared_outputs(moe: Moe) -> list[str]:
     """The output projections of the shared experts, where the family has them."""
     shared = moe.family.shared
-    return [f"model.layers.{layer}.{shared.names[DOWN]}" for layer in moe.layers] if shared else []
+    names = [f"model.layers.{layer}.{shared.names[DOWN]}" for layer in moe.layers] if shared else []
+    return [name for name in names if name in moe.checkpoint.entries]
 
 
 def write_changed(

@@ -69,8 +69,8 @@ class Experts:
 
     @property
     def shared_width(self) -> int | None:
-        """Feed-forward width of the shared expert; None where the recipe asks for none."""
-        return None if self.settings.shared_expert == "none" else self.width
+        """Feed-forward width of all shared experts together; None where the recipe asks for none."""
+        return len(self.settings.shared_experts) * self.width or None
 
     @property
     def scale(self) -> float:
@@ -82,7 +82,8 @@ class Experts:
         """The native MoE config made from a dense config."""
         return moe_config(
             dict(dense), experts=self.count, top_k=top_k, width=self.expert_width, where=where,
-            dense_layers=self.dense, shared_width=self.shared_width or IDLE_WIDTH, attention=self.settings.attention,
+            dense_layers=self.dense, shared_width=self.shared_width or IDLE_WIDTH,
+            shared=len(self.settings.shared_experts), attention=self.settings.attention,
         )  # fmt: skip
 
     def sources(self, expert: int) -> list[tuple[int, int]]:
@@ -130,7 +131,7 @@ def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, 
     """The recipe's expert layout over models by name, for a dense config; RecipeError for an impossible one."""
     family, width = family_of(dict(config), where, attention=settings.attention), config["intermediate_size"]
     layers = sparse_layers(settings, config["num_hidden_layers"], family)
-    if settings.shared_expert != "none" and not family.shared:
+    if settings.shared_experts and not family.shared:
         can = _names(f.dense for f in DENSE.values() if f.shared)
         raise RecipeError(
             f"merge.shared_expert: {settings.shared_expert} needs an MoE class with a shared expert, but {where} "
@@ -143,11 +144,17 @@ def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, 
             f"merge.experts: {settings.experts} cuts the feed-forward width {width} into {made.parts} chunks, "
             "which does not divide evenly. Choose another number of chunks (under blend: of models)."
         )
-    if made.shared_width and family.shared and not family.shared.width_field and made.expert_width != width:
-        raise RecipeError(
-            f"merge.shared_expert: {settings.shared_expert} is {width} wide and experts under merge.experts: split "
-            f"{made.expert_width}, but {family.moe} has one width for both. Leave one of the two out."
-        )
+    if made.shared_width and family.shared and not family.shared.width_field:
+        if made.expert_width != width:
+            raise RecipeError(
+                f"merge.shared_expert: {settings.shared_expert} is {width} wide and experts under merge.experts: split "
+                f"{made.expert_width}, but {family.moe} has one width for both. Leave one of the two out."
+            )
+        if len(settings.shared_experts) > 1 and not family.shared.count_field:
+            raise RecipeError(
+                f"merge.shared_expert: {settings.shared_expert} are several, and {family.moe} has one, as wide as a "
+                "routed expert. Name one."
+            )
     return made
 
 

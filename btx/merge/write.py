@@ -8,7 +8,7 @@ averaging in bf16 rounds a quarter of the weights wrongly.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -129,17 +129,24 @@ def _expert_rows(
 def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: SharedTensors) -> list[TensorSpec]:
     """A layer's shared expert, where the family has one: its gate is zero, the rest too if the recipe asks for none.
 
-    Without a gate, which would give the half of it, its output projection is halved.
+    Several are one block of their widths together, the sum of their outputs divided by their number. Without a gate,
+    which would give the half of it, the output projection is halved.
     """
     if family.shared is None:
         return []
     dtype, hidden = shared_.dtype, shared_.base.config["hidden_size"]
     makers: dict[str, Callable[[], Iterable[torch.Tensor]]] = {}
-    if experts.shared_width:
-        of = shared_.pieces if experts.settings.shared_expert == "average" else partial(_cast, shared_.base, dtype)
-        makers = {name: partial(of, prefix + kind) for kind, name in family.shared.names.items()}
-        if family.shared.gate is None:
-            makers[family.shared.names[DOWN]] = partial(_scaled, makers[family.shared.names[DOWN]], BESIDE_SHARED)
+    made_of, cast = experts.settings.shared_experts, partial(_cast, shared_.base, dtype)
+    if family.shared.count_field and not made_of:
+        return []
+    if made_of:
+        sources = [shared_.pieces if one == "average" else cast for one in made_of]
+        for kind, name in family.shared.names.items():
+            some = [partial(source, prefix + kind) for source in sources]
+            makers[name] = partial(_one_after_another, some) if kind != DOWN else partial(_beside, some, hidden)
+        factor = (1.0 if family.shared.gate else BESIDE_SHARED) / len(made_of)
+        if factor != 1.0:
+            makers[family.shared.names[DOWN]] = partial(_scaled, makers[family.shared.names[DOWN]], factor)
     idle = IDLE_WIDTH if family.shared.width_field else experts.expert_width
     shapes = family.shared.shapes(hidden, experts.shared_width or idle)
     return [
@@ -155,6 +162,15 @@ def _cast(model: Checkpoint, dtype: torch.dtype, name: str) -> Iterator[torch.Te
 def _input_scale(shared_: SharedTensors, norm: str, width: int) -> list[torch.Tensor]:
     """What makes a router that normalises its input itself see what the experts see."""
     return [(shared_.whole(norm) * width**0.5).to(shared_.dtype)]
+
+
+def _beside(parts: Sequence[Callable[[], Iterable[torch.Tensor]]], rows: int) -> Iterator[torch.Tensor]:
+    """Matrices of `rows` rows with their columns one beside another; blocks as they come where there is one."""
+    if len(parts) == 1:
+        yield from parts[0]()
+        return
+    whole = [torch.cat([piece.flatten() for piece in part()]).view(rows, -1) for part in parts]
+    yield torch.cat(whole, 1)
 
 
 def _scaled(make: Callable[[], Iterable[torch.Tensor]], factor: float) -> Iterator[torch.Tensor]:

@@ -23,6 +23,8 @@ class SharedExpert:
     names: dict[str, str]  # dense feed-forward tensor -> its name on disk
     gate: str | None = None  # name of the gate's weight (1, D)
     width_field: str | None = None  # config field with its feed-forward width; None: as wide as a routed expert
+    count_field: str | None = None  # config field with how many there are, each as wide as a routed one: as one block
+    # of their widths together. Without the field there is one block always, which zeros make idle
 
     def shapes(self, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
         """Shapes of its tensors in a layer, by name, for the hidden width and its own feed-forward width."""
@@ -33,6 +35,8 @@ class SharedExpert:
 
     def width(self, config: Any, expert: int) -> int:
         """Its feed-forward width by a native config, with experts of width `expert`."""
+        if self.count_field:
+            return expert * int(getattr(config, self.count_field))
         return int(getattr(config, self.width_field)) if self.width_field else expert
 
 

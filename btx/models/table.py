@@ -26,6 +26,14 @@ _QWEN_SHARED = SharedExpert(
     gate="mlp.shared_expert_gate.weight",
     width_field="shared_expert_intermediate_size",
 )
+
+
+def _several_shared(count_field: str) -> SharedExpert:
+    """Shared experts without a gate, as one block beside the routed ones, as many as a config field says."""
+    names = {kind: kind.replace("mlp.", "mlp.shared_experts.") for kind in (GATE, UP, DOWN)}
+    return SharedExpert(names, count_field=count_field)
+
+
 _GRANITE = {
     GATE: "block_sparse_moe.input_linear.weight",
     UP: "block_sparse_moe.input_linear.weight",
@@ -157,13 +165,13 @@ ALL = (
         width_field="moe_intermediate_size",
         top_k_field="moe_k",
         fixed={
-            "moe_num_shared_experts": 0,
             "moe_layer_start_index": 0,
             "moe_layer_end_index": -1,
             "moe_layer_interval": 1,
             "moe_norm_min": 1e-12,
         },
         carried=("head_dim",),
+        shared=_several_shared("moe_num_shared_experts"),
         constants={
             "mlp.moe_statics.e_score_correction_bias": Constant(
                 (1, "E"), 0.0, "mlp.gate.moe_statics.e_score_correction_bias"
@@ -245,11 +253,12 @@ ALL = (
         norms=("input_layernorm.weight",),
         fixed={
             "first_k_dense_replace": 0,
-            "num_shared_experts": 0,
+            "shared_expert_combination_strategy": "sum",
             "expert_selection_fn": "softmax",
             "norm_topk_prob": True,
             "rms_norm_eps": None,
         },
+        shared=_several_shared("num_shared_experts"),
         carried=("head_dim", "rope_parameters"),
     ),
 )

@@ -21,12 +21,13 @@ BALANCE = ("router_aux_loss_coef", "aux_loss_coef")  # of transformers' own bala
 
 def moe_config(
     dense: dict[str, Any], *, experts: int, top_k: int, width: int, where: str, dense_layers: Sequence[int] = (),
-    shared_width: int = IDLE_WIDTH, attention: bool = False,
+    shared_width: int = IDLE_WIDTH, shared: int = 0, attention: bool = False,
 ) -> Any:  # fmt: skip
     """The native MoE config that gives a dense model's logits when all experts are that model.
 
     `dense` is the parsed config.json; `width` an expert's feed-forward width, `dense_layers` those without experts,
-    `shared_width` that of the shared expert where the family has one, `attention` as in `family_of`. ArtifactError
+    `shared_width` that of the shared expert where the family has one, of which `shared` are live, `attention` as in
+    `family_of`. ArtifactError
     names the field when the dense model uses something that the MoE class does not have.
     """
     from transformers import AutoConfig
@@ -51,6 +52,8 @@ def moe_config(
     kept |= {field: 0.0 for field in BALANCE if field in known}
     if dense_layers:
         kept["mlp_only_layers"] = list(dense_layers)
+    if family.shared and family.shared.count_field:
+        kept[family.shared.count_field] = shared
     if family.shared and family.shared.width_field:
         kept[family.shared.width_field] = shared_width
     return AutoConfig.for_model(family.moe, **kept)

@@ -17,6 +17,7 @@ Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "sler
 Group = Literal["attention", "norms", "embeddings", "head"]
 Router = Literal["auto", "random", "orthogonal", "activations", "embeddings", "arrow"]
 ATTENTION = "ffn+attention"
+SharedExperts = Annotated[list[Literal["average", "seed"]], Field(min_length=1, max_length=8)]
 RANDOM_ENTROPY = 0.99
 ROUTER_TOKENS = (4_000, 20_000)
 FROM_DATA = ("activations", "embeddings", "arrow")
@@ -140,10 +141,10 @@ class MergeSettings(Settings):
         description="share of each expert's hidden units that are reinitialised, different ones in each expert, from a "
         "normal distribution like that of the weights they replace (Drop-Upcycling; 0.5 there)",
     )
-    shared_expert: Literal["none", "average", "seed"] = Field(
+    shared_expert: Literal["none", "average", "seed"] | SharedExperts = Field(
         "none",
         description="one more expert that every token visits, half of each block's output: the models' average, or the "
-        "seed's own block (Qwen2 seeds only: the others' classes have none)",
+        "seed's own block; a list of these for several (where the MoE class has them)",
     )
     router_tokens: Count | Literal["auto"] = Field(
         "auto",
@@ -168,7 +169,7 @@ class MergeSettings(Settings):
 
     @model_validator(mode="after")
     def _whole_experts(self) -> MergeSettings:
-        if self.experts == ATTENTION and (self.layers != "all" or self.shared_expert != "none"):
+        if self.experts == ATTENTION and (self.layers != "all" or self.shared_experts):
             raise ValueError(f"experts: {ATTENTION} requires experts in all layers, and no shared expert")
         if self.experts in ("split", "blend") and (self.copies != 1 or self.reinitialize):
             raise ValueError(
@@ -214,6 +215,13 @@ class MergeSettings(Settings):
     def attention(self) -> bool:
         """Whether attention has experts too."""
         return self.experts == ATTENTION
+
+    @property
+    def shared_experts(self) -> list[str]:
+        """What each expert that every token visits is made of; empty for none."""
+        if isinstance(self.shared_expert, str):
+            return [] if self.shared_expert == "none" else [self.shared_expert]
+        return list(self.shared_expert)
 
     def owners(self, models: Iterable[str]) -> dict[str, str]:
         """The name of every MoE expert, in order, with the model it is made of (empty for one blended of all)."""

@@ -114,7 +114,7 @@ class Finetune(ModelStep):
         if elsewhere := [name for name, step in self.merge.experts.items() if not isinstance(step, Train)]:
             raise RecipeError(f"{asked} needs the optimiser's moments of every expert, and {elsewhere[0]} was made "
                               "elsewhere, or not by `train`. Use moments: fresh.")  # fmt: skip
-        if merge.experts != "per_model" or merge.reinitialize or merge.shared_expert != "none":
+        if merge.experts != "per_model" or merge.reinitialize or merge.shared_experts:
             raise RecipeError(f"{asked} is for experts that are whole feed-forward blocks of the models: merge.experts "
                               "per_model, nothing reinitialised, no shared expert. Use moments: fresh.")  # fmt: skip
         if self.where.launch:
