@@ -57,6 +57,6 @@ def same_width(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
     widths = {name: feed_forward_width(model.config, str(model.folder)) for name, model in models.items()}
     widest = max(widths.values())
     return {
-        name: model if widths[name] == widest == model.config["intermediate_size"] else Padded(model, widest)
+        name: model if widths[name] == widest == model.config.get("intermediate_size") else Padded(model, widest)
         for name, model in models.items()
     }

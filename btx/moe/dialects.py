@@ -65,8 +65,11 @@ class Plain:
         """The stock output with other weights and indices in it, in its own dtype."""
         return output[0], weight_TK.to(output[1].dtype), index_TK
 
+    def listen(self) -> None:
+        """Put on the router what `read` needs; called once before it."""
+
     def remove(self) -> None:
-        """Remove what the dialect itself put on the router."""
+        """Remove what `listen` put on the router."""
 
 
 class Sorted(Plain):
@@ -108,6 +111,10 @@ class Scaled(Plain):
     def __init__(self, router: nn.Module) -> None:
         super().__init__(router)
         self._logits_TE: Tensor | None = None
+        self._handle: Any = None
+
+    def listen(self) -> None:
+        """As in `Plain`."""
         self._handle = self.router.proj.register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _args: Any, logits_TE: Tensor) -> None:

@@ -94,6 +94,7 @@ class Routed:
             model.register_forward_hook(self._stop, always_call=True),
         ]
         for layer, router in enumerate(routers.values()):
+            router.listen()
             self._handles += [router.router.register_forward_hook(partial(self._route, layer, router)), router]
 
     @property
