@@ -287,12 +287,13 @@ REFUSED = {
     "glm4": "no MoE class of transformers has its norms after attention and feed-forward block "
     "(post_self_attn_layernorm, post_mlp_layernorm)",
     "exaone4": "exaone_moe normalises what goes into its blocks, exaone4 what comes out (post_feedforward_layernorm)",
-    "gemma": "no MoE class of transformers adds one to its norm weights as Gemma does",
-    "gemma2": "no MoE class of transformers has its four norms a layer and its soft-capped logits",
-    "gemma3_text": "no MoE class of transformers has its four norms a layer",
+    "gemma": "no MoE class of transformers has its norms, its scaled embedding and its activation together",
+    "gemma2": "the one MoE class of transformers with its four norms a layer, Gemma 4's, caps no attention logits",
+    "gemma3_text": "the one MoE class of transformers with its four norms a layer, Gemma 4's, normalises values too "
+    "(v_norm)",
     "olmo": "no MoE class of transformers has its norms without weights",
-    "ministral": "no MoE class of transformers has its mix of sliding and full layers (a mistral that states "
+    "ministral": "btx has no exact MoE target with its mix of sliding and full layers (a mistral that states "
     "layer_types is read as one; if all of its layers slide, remove that key, and if none does, set "
     "sliding_window: null too)",
-    "olmo3": "no MoE class of transformers has its mix of sliding and full layers",
+    "olmo3": "no MoE class of transformers has its norms and its mix of sliding and full layers",
 }
