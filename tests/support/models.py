@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def config_of(family: str, **more: Any) -> Any:
     """A pico config of a dense family."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **more})
+    values = deepcopy({**COMMON, **FAMILIES[family], **more})  # configs change the mappings that they are given
+    return AutoConfig.for_model(family, **values)
 
 
 def tokenizer_into(folder: Path, *, extra: str = "") -> None:
