@@ -26,10 +26,24 @@ UNBALANCED = (
     "trainer adds that loss unasked to a router that is balanced already; set `output_router_logits: true` and "
     "`router_aux_loss_coef` to train with it."
 )
-TRIED = (  # model types that were compared with the source of vLLM, and tried in llama.cpp
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo2", "flex_olmo", "granite",
-    "granitemoe", "jetmoe",
+COMPARED = (  # model types whose tensors were compared with the source of vLLM
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "flex_olmo", "granitemoe", "jetmoe",
 )  # fmt: skip
+NOT_IN_LLAMA_CPP = {  # model types that llama.cpp does not compute, whatever their options
+    "flex_olmo": "llama.cpp does not support its family.",
+    "jetmoe": "llama.cpp does not support its family.",
+    "qwen3_5_text": "llama.cpp's converter refuses pico models of this family; real ones were not tried.",
+    "qwen3_5_moe_text": "llama.cpp's converter refuses pico models of this family; real ones were not tried.",
+    "gemma4_text": "llama.cpp's converter wants a sentencepiece or Llama tokenizer in this family; none was tried.",
+    "ernie4_5": "llama.cpp's converter wants a sentencepiece tokenizer in this family; none was tried.",
+    "ernie4_5_moe": "llama.cpp's converter wants a sentencepiece tokenizer in this family; none was tried.",
+    "granite_swa": "llama.cpp computes something else in this family.",
+    "granitemoe_swa": "llama.cpp computes something else in this family.",
+    "hunyuan_v1_moe": "llama.cpp's converter refuses it: it wants a moe_intermediate_size, which the class has not.",
+    "lfm2_moe": "llama.cpp does not load its file.",
+    "cohere2": "llama.cpp's converter refuses it: it wants a rotary_pct, which transformers 5 does not write.",
+    "phi3": "llama.cpp does not load its file.",
+}
 NEW = (  # model types that transformers 4 lacks
     "qwen3_5_text", "qwen3_5_moe_text", "granite_swa", "granitemoe_swa", "cohere2_moe", "lfm2_moe", "gemma4_text",
 )  # fmt: skip
@@ -181,7 +195,7 @@ def _vllm(config: dict[str, Any]) -> list[str]:
         return ["vLLM 0.33.0 has no model of its own for this family and names it among those it runs by transformers."]
     if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
         found.append("These tensors do not fit vLLM 0.33.0, which has no head_dim of its own in this family.")
-    elif kind not in (*TRIED, "qwen3_5_text", "qwen3_5_moe_text"):
+    elif mixture_family(config) and kind not in COMPARED:
         found.append("Its tensors were not compared with those that vLLM reads.")
     elif mixture_family(config):
         found.append("vLLM 0.33.0 reads tensors of these names and shapes; that is from its source, it was not run.")
@@ -194,15 +208,15 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
     """What tests/portability/in_llama_cpp.py found in llama-cpp-python 0.3.36."""
     kind, found = config["model_type"], []
     llama3 = _rope(config) == "llama3"
-    if kind not in TRIED:
-        return ["It was not tried in llama.cpp."]
-    if kind in ("flex_olmo", "jetmoe"):
-        return ["llama.cpp does not support its family."]
+    if kind in NOT_IN_LLAMA_CPP:
+        return [NOT_IN_LLAMA_CPP[kind]]
     if config.get("mlp_only_layers"):
         return ["llama.cpp's converter refuses layers without experts in this family."]
     if kind in ("granite", "granitemoe") and llama3:
         found.append("llama.cpp's converter refuses its rope scaling (llama3) in this family.")
-    if kind in ("olmo2", "qwen2", "qwen3", "qwen3_moe") and llama3:
+    if kind == "cohere2_moe" and _rope(config) != "default":
+        found.append(f"llama.cpp leaves out its rope scaling ({_rope(config)}) and computes something else.")
+    if kind in ("olmo2", "qwen2", "qwen3", "qwen3_moe", "hunyuan_v1_dense", "lfm2") and llama3:
         found.append("llama.cpp leaves out its rope scaling (llama3) in this family and computes something else.")
     if kind == "qwen2_moe":  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
         return [

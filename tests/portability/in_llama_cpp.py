@@ -18,9 +18,11 @@ import numpy as np
 
 TOLERANCE = 1e-3  # its CPU kernels sum in another order and compute attention with keys and values in 16 bits
 KNOWN = (  # expected to fail, by name prefix; btx/export/portable.py says why
-    "attention-experts", "dense-granite-llama3", "dense-mistral", "dense-olmo2-llama3", "dense-qwen2-llama3",
-    "dense-qwen2-window", "dense-qwen3-llama3", "granite-llama3", "mistral-default", "olmo2", "qwen2", "qwen3-llama3",
-    "some-layers",
+    "attention-experts", "cohere2-linear", "cohere2-llama3", "cohere2-yarn", "dense-cohere2", "dense-ernie4_5",
+    "dense-gemma4", "dense-granite-llama3", "dense-granite_swa", "dense-hunyuan_v1_dense-llama3", "dense-lfm2-llama3",
+    "dense-mistral", "dense-olmo2-llama3", "dense-phi3", "dense-qwen2-llama3", "dense-qwen2-window",
+    "dense-qwen3-llama3", "dense-qwen3_5", "ernie4_5", "gemma4", "granite-llama3", "granite_swa", "hunyuan", "lfm2",
+    "mistral-default", "olmo2", "qwen2", "qwen3-llama3", "qwen3_5", "some-layers",
 )  # fmt: skip
 NAMED = """
 import runpy, sys
