@@ -42,7 +42,6 @@ NOT_IN_LLAMA_CPP = {  # model types that llama.cpp does not compute, whatever th
     "hunyuan_v1_moe": "llama.cpp's converter refuses it: it wants a moe_intermediate_size, which the class has not.",
     "lfm2_moe": "llama.cpp does not load its file.",
     "cohere2": "llama.cpp's converter refuses it: it wants a rotary_pct, which transformers 5 does not write.",
-    "phi3": "llama.cpp does not load its file.",
 }
 NEW = (  # model types that transformers 4 lacks
     "qwen3_5_text", "qwen3_5_moe_text", "granite_swa", "granitemoe_swa", "cohere2_moe", "lfm2_moe", "gemma4_text",

@@ -39,12 +39,8 @@ def moe_config(
     source = {family.renamed.get(k, k): v for k, v in native.to_dict().items() if k in fields}
     known = declared(empty) | {*family.carried, *family.derived}
     _refuse_unknown(family, source, known, where)
-    partial = (source.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
-    if not family.rotates_parts and partial not in (None, 1.0):
-        raise ArtifactError(
-            f"{where}: config.json has partial_rotary_factor = {partial!r}, and {family.moe} rotates whole heads, so "
-            "the merged model would compute something else."
-        )
+    if not family.rotates_parts:
+        source["rope_parameters"] = _of_whole_heads(source.get("rope_parameters") or {}, family, where)
     kept = {k: v for k, v in source.items() if k in known and k not in family.derived}
     if "head_dim" in known and kept.get("head_dim") is None:
         kept["head_dim"] = native.hidden_size // native.num_attention_heads
@@ -57,6 +53,20 @@ def moe_config(
     if family.shared and family.shared.width_field:
         kept[family.shared.width_field] = shared_width
     return AutoConfig.for_model(family.moe, **kept)
+
+
+def _of_whole_heads(rope: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """RoPE parameters without the part of a head that is rotated, which must be all of it.
+
+    llama.cpp's converter does not understand a part of 1.
+    """
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part not in (None, 1.0):
+        raise ArtifactError(
+            f"{where}: config.json has partial_rotary_factor = {part!r}, and {family.moe} rotates whole heads, so the "
+            "merged model would compute something else."
+        )
+    return {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
 
 
 def class_name(config: Any) -> str:

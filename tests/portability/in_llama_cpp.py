@@ -22,7 +22,7 @@ KNOWN = (  # expected to fail, by name prefix; btx/export/portable.py says why
     "dense-gemma4", "dense-granite-llama3", "dense-granite_swa", "dense-hunyuan_v1_dense-llama3", "dense-lfm2-llama3",
     "dense-mistral", "dense-olmo2-llama3", "dense-phi3", "dense-qwen2-llama3", "dense-qwen2-window",
     "dense-qwen3-llama3", "dense-qwen3_5", "ernie4_5", "gemma4", "granite-llama3", "granite_swa", "hunyuan", "lfm2",
-    "mistral-default", "olmo2", "qwen2", "qwen3-llama3", "qwen3_5", "some-layers",
+    "mistral-default", "olmo2", "phi3", "qwen2", "qwen3-llama3", "qwen3_5", "some-layers",
 )  # fmt: skip
 NAMED = """
 import runpy, sys
