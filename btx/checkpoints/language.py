@@ -6,7 +6,6 @@ Of Qwen3.5's such checkpoints AutoModelForCausalLM reads the language model itse
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,9 +63,7 @@ def _text_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(text, dict) or text.get("model_type", kind) != kind:
         raise ArtifactError(f"{folder / CONFIG} has no text_config of a {kind} model. Fetch the checkpoint again.")
     stated = {key: config[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in config}
-    found = json.loads(json.dumps({**stated, **text, "model_type": kind}))
-    found.pop("architectures", None)
-    return dict(found)
+    return {k: v for k, v in {**stated, **text, "model_type": kind}.items() if k != "architectures"}
 
 
 def _tensors(folder: Path, text: dict[str, Any]) -> dict[str, Entry]:

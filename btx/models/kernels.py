@@ -78,7 +78,7 @@ def kernel_of(config: Any, name: str, device: torch.device) -> str | None:
     family = mixture_family(config)
     if family is None or not family.attention:
         if family and name == "auto" and activation_of(config) not in SWIGLU:
-            return "grouped_mm"
+            return "grouped_mm"  # ours would refuse it
         return choose(name, device) if family else None
     if name in ("auto", "eager"):
         return "eager"

@@ -15,6 +15,7 @@ from btx.recipe.settings import RunSettings, TrainSettings
 
 Precision = Literal["bf16", "fp32"]
 PRECISIONS = ("bf16", "fp32")
+COPIES = {f"{op}Backward0" for op in ("ToCopy", "T", "Transpose", "View")}  # autograd's names of casts and views
 FUSED, OUTSIDE = "btx_watched", -1  # the name of the attention that is watched; what lies outside of all layers
 PASS = 16_384  # tokens per pass when run.micro_batch is auto
 
@@ -118,7 +119,8 @@ def _watched(shape: Shape, sequence: int, precision: Precision) -> tuple[list[in
     fused = getattr(type(shape.model), "_supports_sdpa", False)
     kept: dict[int, tuple[int, Tensor]] = {}
     inside, common = [OUTSIDE], set[int]()  # storages that all layers share, such as those of positions
-    logging.disable(logging.WARNING)  # of kernels that are slow here
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # of kernels that are slow here
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=FUSED if fused else "eager")
@@ -146,7 +148,7 @@ def _watched(shape: Shape, sequence: int, precision: Precision) -> tuple[list[in
             ):
                 model.train()(input_ids=ids, labels=ids, use_cache=False)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     found = [0] * (len(model.base_model.layers) + 1)
     for storage, (number, tensor) in kept.items():
         found[OUTSIDE if storage in common else number] += tensor.untyped_storage().nbytes()
@@ -156,7 +158,7 @@ def _watched(shape: Shape, sequence: int, precision: Precision) -> tuple[list[in
 def _is_weight(tensor: Tensor) -> bool:
     """Whether a tensor is a weight's copy, as autocast makes them, or a view of one."""
     step: Any = tensor.grad_fn
-    while step is not None and step.name().startswith(("ToCopy", "T", "Transpose", "View")):
+    while step is not None and step.name() in COPIES:
         step = step.next_functions[0][0]
     return step is not None and "AccumulateGrad" in step.name()
 

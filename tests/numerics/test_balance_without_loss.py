@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from btx.models.families import MOE
 from btx.models.model import published
@@ -139,14 +138,12 @@ def test_a_rule_without_a_choice_has_no_bias() -> None:
         FinetuneSettings(sequence_length=8, batch_tokens=8, routing="sample_top1", balance=BY_BIAS)
 
 
-def test_an_exported_bias_loads_and_chooses_in_the_stock_class() -> None:
-    """ERNIE 4.5's own: a model of its config computes with what was trained."""
+def test_an_exported_bias_chooses_in_the_stock_class() -> None:
+    """ERNIE 4.5's own: an expert whose bias is far below the others' is chosen no more, by any token."""
     model = build("ernie4_5_moe").eval()
-    plain = forward(model).logits
     with torch.no_grad():
         for router in find_routers(model).values():
             router.moe_statics.e_score_correction_bias.copy_(torch.tensor([[-9.0, 0.0, 0.0, 0.0]]))
-    again = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_dict())).eval()
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(forward(again).logits, forward(model).logits)
-    assert not torch.equal(forward(model).logits, plain)
+    with Routed(model, "top_k", 2) as routed:
+        forward(model)
+    assert all((layer.index_TK != 0).all() for layer in routed.layers)
