@@ -161,7 +161,7 @@ class AnchoredExpert(ModelStep):
         from btx.checkpoints.reader import opened
         from btx.checkpoints.token_map import carry_dense
         from btx.export.lifecycle import extract
-        from btx.export.mixture import Moe
+        from btx.models.mixture import Moe
 
         with opened(self.pair.folder) as found:
             moe = Moe(found)

@@ -18,11 +18,12 @@ import torch
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.writer import TensorSpec, write_weights
 from btx.errors import ArtifactError, RecipeError
-from btx.export.mixture import EXPERTS, Masked, Moe, Source, patterns
+from btx.export.masked import Masked
 from btx.graph.artifact import write_json
 from btx.merge.canonical import joined
 from btx.merge.layout import BESIDE_SHARED
 from btx.models.family import DOWN, LAYER, Constant, Family
+from btx.models.mixture import EXPERTS, Moe, Source, patterns
 from btx.models.native import RECORDED, config_difference
 from btx.models.target import class_name, moe_config
 

@@ -27,7 +27,7 @@ from btx.data.split import Split
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
 from btx.export.card import changed_card, table
-from btx.export.mixture import Masked, Moe
+from btx.export.masked import Masked
 from btx.export.portable import notes, portable_config
 from btx.export.proof import PROOF, SUMS, check_sums, make_proof, write_sums
 from btx.graph.artifact import publish, unwritable, write_json
@@ -37,6 +37,7 @@ from btx.merge.lineage import LEAST_COSINE, distance
 from btx.merge.router_fit import fit_rows
 from btx.models import model
 from btx.models.families import mixture_family
+from btx.models.mixture import Moe
 from btx.models.opened import opened_checkpoint
 from btx.models.target import warnings_of
 from btx.probes.bits_per_byte import bits_per_byte, nats

@@ -62,6 +62,11 @@ class Constant:
     shape: tuple[str | int, ...]  # "E" stands for the number of experts, "D" for the hidden width
     value: float
     memory: str = ""  # its name in memory, where that is another than on disk
+    switch: str = ""  # config field without which the class does not have it
+
+    def within(self, native: Any) -> bool:
+        """Whether a mixture of a native config has it."""
+        return not self.switch or bool(getattr(native, self.switch))
 
     def sizes(self, experts: int, hidden: int) -> tuple[int, ...]:
         """Its shape for a number of experts and a hidden width."""

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from btx.checkpoints.reader import Checkpoint, opened
 from btx.cli.main import graph_of
 from btx.errors import ArtifactError, RecipeError
-from btx.export.mixture import Moe
 from btx.export.portable import rows
 from btx.merge.router_init import fresh_routers
 from btx.merge.vocabulary import JointVocabulary, write_joint
 from btx.merge.write import write_moe
 from btx.models.family import OUTPUT, QUERY
 from btx.models.kernels import kernel_of
+from btx.models.mixture import Moe
 from btx.moe.hooks import Routed, find_routers, router_labels
 from btx.moe.routing import statistics
 from btx.recipe.merge_settings import MergeSettings

@@ -14,12 +14,13 @@ from btx.checkpoints.reader import Checkpoint, opened
 from btx.checkpoints.writer import write_weights
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
-from btx.export.mixture import Masked, Moe
+from btx.export.masked import Masked
 from btx.export.portable import rows as rows_in
 from btx.graph.artifact import write_json
 from btx.merge.canonical import opened_canonical
 from btx.merge.router_fit import MARGIN, Normal, fit_rows, solve, targets
 from btx.models.families import DENSE
+from btx.models.mixture import Moe
 from btx.moe.dialects import Plain, Sigmoid, dialect_of
 from btx.moe.hooks import find_routers
 from tests.support.merges import load, logits, merge

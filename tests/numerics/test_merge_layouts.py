@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
-from btx.export.mixture import Moe
 from btx.merge.canonical import opened_canonical
 from btx.merge.layout import layout
 from btx.merge.renewed import chosen, renewed
@@ -22,6 +21,7 @@ from btx.merge.router_init import fresh_routers
 from btx.merge.write import write_moe
 from btx.models.families import DENSE
 from btx.models.family import DOWN, GATE, UP
+from btx.models.mixture import Moe
 from btx.moe.hooks import find_routers
 from btx.recipe.merge_settings import MergeSettings
 from btx.recipe.settings import FinetuneSettings

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
-from btx.export.mixture import Moe
 from btx.merge.canonical import opened_canonical
 from btx.models.families import DENSE
 from btx.models.family import DOWN, UP
+from btx.models.mixture import Moe
 from tests.support.merges import IDS, load, logits, merge
 from tests.support.mixtures import change
 from tests.support.models import config_of, save_model

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from btx.checkpoints.reader import opened
 from btx.cli.main import main
-from btx.export.mixture import Moe
+from btx.models.mixture import Moe
 from btx.moe.hooks import find_routers
 
 

@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts folder as `btx moe` reads it: its experts by name, its routers, and its masked experts.
+"""A Mixture-of-Experts folder: its experts by name, its routers, its layers with and without experts.
 
 Everything is validated when a folder is opened: numbers in its config, names of its experts, and that every router and
 expert exists with its shape. So a damaged folder is refused before anything is written.
@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from btx.checkpoints.names import HEAD
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.validate import DTYPES
 from btx.errors import ArtifactError, RecipeError, nearest
 from btx.models.families import MOE, mixture_family
 from btx.models.family import DOWN, LAYER, UP, Constant, Family
+from btx.models.flops import Shape
+from btx.models.model import published
+from btx.models.native import native_config
 
 EXPERTS = "experts.json"  # the experts' names, in order
 Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
@@ -53,28 +58,36 @@ class Moe:
         self.family: Family = family.fused if self.layout == "fused" else family
         fields = (self.family.experts_field, "num_local_experts")
         self.count_field = next((f for f in fields if f in config), fields[0])
-        self.count = _number(checkpoint, self.count_field)
-        self.width = _number(checkpoint, self.family.width_field)
-        self.hidden = _number(checkpoint, "hidden_size")
-        self._depth = _number(checkpoint, "num_hidden_layers")
-        self._dense = _dense_layers(checkpoint, self.family)
-        _number(checkpoint, self.family.top_k_field, self.count)
+        self.count = number_in(checkpoint, self.count_field)
+        self.width = number_in(checkpoint, self.family.width_field)
+        self.hidden = number_in(checkpoint, "hidden_size")
+        self._depth = number_in(checkpoint, "num_hidden_layers")
+        number_in(checkpoint, self.family.top_k_field, self.count)
+        self.native = native_config(config, str(checkpoint.folder))
+        self._sparse = self._layers()
         patterns_ = [p for f in (family, family.fused) for p in patterns(f).values()]
-        _require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
-        self.layers = list(self._sparse())  # with experts
-        self.dense = [n for n in range(self._depth) if n in self._dense]
+        require_shapes(checkpoint, self._shapes(), lambda rest: any(p.fullmatch(rest) for p in patterns_))
+        self.layers = list(self._sparse)  # with experts
+        self.dense = sorted({*range(self._depth)} - {*self.layers})
         if not self.layers:
             raise ArtifactError(f"{checkpoint.folder} has experts in no layer. Fetch the folder again.")
         self.names = expert_names(checkpoint.folder, self.count)
 
-    def _sparse(self) -> Iterator[int]:
-        """The layers with experts by the config; lazily, since it may claim any number."""
-        return (n for n in range(self._depth) if n not in self._dense)
+    def _layers(self) -> Sequence[int]:
+        """The layers with experts by the config; those that are not stored where it claims more layers than are."""
+        stored = max(
+            (int(match[1]) for name in self.checkpoint.entries if (match := LAYER.fullmatch(name))), default=-1
+        )
+        if stored < self._depth - 1:
+            return range(stored + 1, self._depth)
+        where = f"{self.checkpoint.folder}/config.json"
+        _require_layers_known(self.config, self.family, where)
+        return sparse_layers(self.native, where)
 
     def _shapes(self) -> Shapes:
         """Every router and expert tensor, with its shape."""
         together = Counter(self.family.expert.values())
-        for layer in self._sparse():
+        for layer in self._sparse:
             yield self.family.router_name(layer), (self.count, self.hidden)
             for kind, name in self.family.expert.items():
                 published, (rows, columns) = f"model.layers.{layer}.{name}", self.shape(kind)
@@ -88,7 +101,7 @@ class Moe:
     @property
     def of_experts(self) -> dict[str, Constant]:
         """The further tensors of a layer that have an entry for every expert, by their names in this layout."""
-        found = {name: of for name, of in self.family.constants.items() if "E" in of.shape}
+        found = {name: of for name, of in self.family.constants.items() if "E" in of.shape and of.within(self.native)}
         return {of.memory if self.layout == "fused" and of.memory else name: of for name, of in found.items()}
 
     def index(self, name: str) -> int:
@@ -127,47 +140,12 @@ class Moe:
         return (self.hidden, self.width) if kind == DOWN else (self.width, self.hidden)
 
 
-class Masked:
-    """The masked experts of a mixture: their places, names and tensors."""
-
-    def __init__(self, checkpoint: Checkpoint, moe: Moe) -> None:
-        config: dict[str, Any] = checkpoint.config
-        places, names = config.get("places"), config.get("names")
-        if not (isinstance(places, list) and isinstance(names, list) and len(places) == len(names) > 0):
-            raise self._damaged(checkpoint, "it does not name a place for every expert")
-        total = moe.count + len(places)
-        if not all(type(p) is int and 0 <= p < total for p in places) or len(set(places)) < len(places):
-            raise self._damaged(checkpoint, f"places {places!r:.80} are not distinct places among {total} experts")
-        if not all(isinstance(n, str) for n in names) or len({*names, *moe.names}) < total:
-            raise self._damaged(checkpoint, f"names {names!r:.80} are not distinct names of experts")
-        if config["model_type"] != moe.config["model_type"]:
-            raise self._damaged(checkpoint, f"it belongs to a {config['model_type']}")
-        self.checkpoint, self.places, self.names = checkpoint, [int(p) for p in places], [str(n) for n in names]
-        self.top_k = _number(checkpoint, "top_k", total)
-        _require_shapes(checkpoint, self._shapes(moe), lambda _rest: True)
-
-    @staticmethod
-    def _damaged(checkpoint: Checkpoint, why: str) -> ArtifactError:
-        return ArtifactError(f"{checkpoint.folder}/config.json is damaged: {why}. Mask the experts again.")
-
-    def _shapes(self, moe: Moe) -> Shapes:
-        for layer in moe.layers:
-            yield moe.family.router_name(layer), (len(self.places), moe.hidden)
-            for name, of in moe.of_experts.items():
-                yield f"model.layers.{layer}.{name}", of.sizes(len(self.places), moe.hidden)
-            yield from ((f"model.layers.{layer}.{e}.{k}", moe.shape(k)) for e in self.places for k in moe.family.expert)
-
-    def pieces(self, place: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
-        """A tensor of the masked expert with this place, in blocks."""
-        return self.checkpoint.blocks(f"{prefix}{place}.{kind}")
-
-
 def patterns(family: Family) -> dict[str, re.Pattern[str]]:
     """The published name of each kind of expert tensor as a pattern, the gate before the up that may share it."""
     return {k: re.compile(re.escape(n).replace(r"\{e\}", r"(?P<e>\d+)")) for k, n in family.expert.items()}
 
 
-def _number(checkpoint: Checkpoint, field: str, most: int | None = None) -> int:
+def number_in(checkpoint: Checkpoint, field: str, most: int | None = None) -> int:
     """A positive integer of the config, at most `most`; ArtifactError for anything else."""
     value = checkpoint.config.get(field)
     if type(value) is int and 1 <= value <= (most or value):
@@ -179,24 +157,45 @@ def _number(checkpoint: Checkpoint, field: str, most: int | None = None) -> int:
     )
 
 
-def _dense_layers(checkpoint: Checkpoint, family: Family) -> set[int]:
-    """The layers without experts that the config names."""
-    found = checkpoint.config.get("mlp_only_layers") or []
-    step = checkpoint.config.get("decoder_sparse_step", 1)
+def _require_layers_known(config: dict[str, Any], family: Family, where: str) -> None:
+    """ArtifactError for layers without experts that the class does not understand."""
+    found = config.get("mlp_only_layers") or []
     if not isinstance(found, list) or not all(type(n) is int for n in found) or (found and not family.dense_layers):
         raise ArtifactError(
-            f"{checkpoint.folder}/config.json has mlp_only_layers = {found!r:.80}, which is not a list of layers, or "
-            "its class has no such layers. Fetch the folder again."
+            f"{where} has mlp_only_layers = {found!r:.80}, which is not a list of layers, or its class has no such "
+            "layers. Fetch the folder again."
         )
-    if family.dense_layers and step != 1:
+
+
+def published_shapes(native: Any, where: str) -> dict[str, tuple[int, ...]]:
+    """Published name and shape of every tensor of a mixture by its native config, a tied head left out.
+
+    ArtifactError for a config of which transformers makes no model.
+    """
+    family = mixture_family(native)
+    assert family is not None
+    try:
+        state = Shape(native.to_dict()).model.state_dict()
+    except Exception as error:  # the classes raise types of their own
+        why = " ".join(str(error).split())
         raise ArtifactError(
-            f"{checkpoint.folder}/config.json has decoder_sparse_step = {step!r:.80}; btx writes 1, and names layers "
-            "without experts under mlp_only_layers. Change the config to that."
-        )
-    return {*found}
+            f"{where}: config.json makes no model ({type(error).__name__}: {why}). Correct it."
+        ) from error
+    tied = {HEAD} if native.tie_word_embeddings else {*()}
+    return {name: tuple(tensor.shape) for name, tensor in published(family, state).items() if name not in tied}
 
 
-def _require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[str], bool]) -> None:
+def sparse_layers(native: Any, where: str) -> tuple[int, ...]:
+    """The layers that have experts in a mixture of a native config; errors as in `published_shapes`."""
+    family = mixture_family(native)
+    assert family is not None
+    one = deepcopy(native)  # whatever the number of experts
+    setattr(one, family.experts_field, 1)
+    names = published_shapes(one, where)
+    return tuple(n for n in range(native.num_hidden_layers) if family.router_name(n) in names)
+
+
+def require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[str], bool]) -> None:
     """ArtifactError unless these tensors exist with these shapes, and no other one belongs to an expert.
 
     `belongs` decides by the name below `model.layers.L.`. A config that claims too much ends at the first missing one.
