@@ -14,7 +14,7 @@ from btx.conversions.registry import conversions
 from btx.errors import RecipeError
 from btx.merge.layout import layout
 from btx.models import flops, memory
-from btx.models.families import family_of, feed_forward_width, with_width
+from btx.models.families import family_of, feed_forward_width, mixture_family, with_width
 from btx.models.native import native_config
 from btx.models.target import warnings_of
 from btx.recipe.mixing import mix
@@ -55,8 +55,10 @@ def merged_shape(recipe: Recipe, base: Path, dense: Config) -> Config:
     paths = _experts(recipe, base)
     experts = {str(path): path for path in paths if (path / "config.json").is_file() and not is_adapter(path)}
     seed = described(recipe.seed.checkpoint, base, "seed.checkpoint")
-    widths = [feed_forward_width(read_config(path), str(path)) for path in experts.values()]
-    made = with_width(dense, max(feed_forward_width(dense, "the seed"), *widths, 0))
+    made = dict(dense)
+    if not mixture_family(dense):
+        widths = [feed_forward_width(read_config(path), str(path)) for path in experts.values()]
+        made = with_width(dense, max(feed_forward_width(dense, "the seed"), *widths, 0))
     if extended := {name: path for name, path in experts.items() if is_extended(seed, path)}:
         vocabulary, _ = join(seed, extended)
         made["vocab_size"] = max(dense["vocab_size"], vocabulary.common + len(vocabulary.tokens))
@@ -66,7 +68,7 @@ def merged_shape(recipe: Recipe, base: Path, dense: Config) -> Config:
 def merged_config(recipe: Recipe, dense: Config) -> Config:
     """The config of the Mixture of Experts that the recipe makes."""
     experts = layout(recipe.merge, recipe.models, dense, "the seed")
-    config = experts.config(dense, recipe.finetune.experts_per_token or experts.count, "the seed")
+    config = experts.config(dense, recipe.finetune.experts_per_token, "the seed")
     return config.to_dict()  # type: ignore[no-any-return]
 
 
@@ -191,7 +193,8 @@ def measured_tflops(recipe: Recipe, config: Config) -> float:
     model.set_threads(recipe.run)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     device = model.device_of(recipe.run)
-    rows, width, inner = 2048, int(config["hidden_size"]), int(config["intermediate_size"])
+    rows, width = 2048, int(config["hidden_size"])
+    inner = int(config.get("intermediate_size") or 4 * width)  # some mixtures state the width of an expert alone
     left = torch.randn(rows, width, dtype=dtype, device=device)
     right = torch.randn(inner, width, dtype=dtype, device=device)
     count, started = -3, time.monotonic()  # the first three warm up

@@ -70,7 +70,7 @@ def spend(recipe: Recipe, tokens: int, arm: Arm) -> dict[str, Any]:
 def plan(recipe: Recipe, settings: None, seed: Config) -> list[Training]:
     """The experts, and the finetuning of what is merged of them."""
     merged = layout(recipe.merge, recipe.models, seed, "the seed")
-    config = merged.config(seed, recipe.finetune.experts_per_token or merged.count, "the seed").to_dict()
+    config = merged.config(seed, recipe.finetune.experts_per_token, "the seed").to_dict()
     return [
         *experts_plan(recipe, settings, seed),
         Training("finetune", config, recipe.finetune.tokens, recipe.finetuning),

@@ -103,7 +103,7 @@ def plan(recipe: Recipe, settings: ScratchSettings, seed: Config) -> list[Traini
     if settings.shape == "dense":
         return [Training("scratch", seed, tokens, filled)]
     copies = layout(settings.laid_out(recipe), [SEED], seed, "the seed")
-    config = copies.config(seed, filled.experts_per_token or copies.count, "the seed")
+    config = copies.config(seed, filled.experts_per_token, "the seed")
     return [Training("scratch", config.to_dict(), tokens, filled)]
 
 

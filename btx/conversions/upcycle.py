@@ -85,7 +85,7 @@ def build(sources: Sources, start: Start, _experts: Experts, settings: UpcycleSe
 def plan(recipe: Recipe, settings: UpcycleSettings, seed: Config) -> list[Training]:
     """The one training of the copies."""
     copies, filled = layout(settings.laid_out(recipe), [SEED], seed, "the seed"), recipe.filled(settings)
-    config = copies.config(seed, filled.experts_per_token or copies.count, "the seed")
+    config = copies.config(seed, filled.experts_per_token, "the seed")
     return [Training("upcycled", config.to_dict(), settings.tokens or recipe.tokens_in_all, filled)]
 
 

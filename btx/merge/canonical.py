@@ -1,11 +1,12 @@
-"""Dense checkpoints under one set of names: tensors that a family joins or names otherwise are seen as separate ones.
+"""Checkpoints under one set of names: tensors that are joined, or named otherwise, are seen as the table has them.
 
-Phi-3 stores queries, keys and values as one tensor, and gate and up as another; LFM2 calls them w1, w3 and w2.
+Phi-3 stores queries, keys and values as one tensor, and gate and up as another; LFM2 calls them w1, w3 and w2. Of a
+mixture some programs store what transformers has in memory: the experts of a layer as one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,35 +18,34 @@ from btx.checkpoints.reader import Checkpoint, opened
 from btx.checkpoints.validate import Entry
 from btx.checkpoints.writer import TensorSpec
 from btx.errors import ArtifactError
-from btx.models.families import DENSE
+from btx.models.families import DENSE, mixture_family
 from btx.models.family import LAYER, Family, part_rows
+
+Parts = dict[str, tuple[int, ...]]  # the tensors that one holds, in order, with their shapes
 
 
 class Canonical(Checkpoint):
-    """A view of an open checkpoint whose joined tensors are seen in parts; nothing is copied or written."""
+    """A view of an open checkpoint whose joined tensors are seen in parts; nothing is copied or written.
 
-    def __init__(self, file: Checkpoint, parts: dict[str, tuple[str, ...]]) -> None:
+    `within(below, entry, name)` gives the parts of a layer's tensor by its name below the layer; None for one that is
+    seen as it is stored.
+    """
+
+    def __init__(self, file: Checkpoint, within: Callable[[str, Entry, str], Parts | None]) -> None:
         self.folder, self.config, self.head, self._file = file.folder, file.config, file.head, file
         self.entries: dict[str, Entry] = {}
         self._place: dict[str, tuple[str, int]] = {}
         for name, entry in file.entries.items():
             match = LAYER.fullmatch(name)
-            below = parts.get(match[2]) if match else None
-            if match is None or below is None:
+            parts = within(match[2], entry, name) if match else None
+            if match is None or parts is None:
                 self.entries[name] = entry
                 continue
-            rows = part_rows(below, entry.shape[0], self.config)
-            if sum(rows) != entry.shape[0]:
-                raise ArtifactError(
-                    f"{file.folder}: {name} has {entry.shape[0]} rows, by config.json it should have {sum(rows)}. "
-                    "Fetch the checkpoint again."
-                )
-            names = [name.removesuffix(match[2]) + part for part in below]
             start = 0
-            for part, count in zip(names, rows, strict=True):
-                made = replace(entry, shape=(count, *entry.shape[1:]))
-                self.entries[part] = replace(made, offset=entry.offset + start * made.size // max(1, made.count))
-                self._place[part] = (name, start)
+            for part, shape in parts.items():
+                seen, made = name.removesuffix(match[2]) + part, replace(entry, shape=shape)
+                self.entries[seen] = replace(made, offset=entry.offset + start * made.size // max(1, made.count))
+                self._place[seen] = (name, start)
                 start += made.count
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -59,9 +59,42 @@ class Canonical(Checkpoint):
 
 
 def canonical(checkpoint: Checkpoint) -> Checkpoint:
-    """An open dense checkpoint under the names of the table of families."""
+    """An open checkpoint under the names of the table of families."""
+    if mixture := mixture_family(checkpoint.config):
+        return checkpoint if mixture.as_in_memory else Canonical(checkpoint, partial(_of_mixture, mixture))
     family = DENSE.get(checkpoint.config["model_type"])
-    return Canonical(checkpoint, family.parts) if family and family.parts else checkpoint
+    if family is None or not family.parts:
+        return checkpoint
+    return Canonical(checkpoint, partial(_of_dense, family, checkpoint))
+
+
+def _of_dense(family: Family, checkpoint: Checkpoint, below: str, entry: Entry, name: str) -> Parts | None:
+    parts = family.parts.get(below)
+    if parts is None:
+        return None
+    rows = part_rows(parts, entry.shape[0], checkpoint.config)
+    if sum(rows) != entry.shape[0]:
+        raise ArtifactError(
+            f"{checkpoint.folder}: {name} has {entry.shape[0]} rows, by config.json it should have {sum(rows)}. "
+            "Fetch the checkpoint again."
+        )
+    return {part: (count, *entry.shape[1:]) for part, count in zip(parts, rows, strict=True)}
+
+
+def _of_mixture(family: Family, below: str, entry: Entry, _name: str) -> Parts | None:
+    """The published tensors in one that is named as in memory; a shape that cannot be its own is left as it is."""
+    memory = family.fused
+    constants = {of.memory: name for name, of in family.constants.items() if of.memory}
+    if below == memory.router or below in constants:
+        return {constants.get(below, family.router): entry.shape}
+    kinds = [kind for kind, name in memory.expert.items() if name == below]
+    if not kinds or len(entry.shape) != 3 or entry.shape[1] % len(kinds):
+        return None
+    count, rows, columns = entry.shape
+    if family.stacked:
+        return {family.expert[kinds[0]]: entry.shape}
+    shape = (rows // len(kinds), columns)
+    return {family.expert[kind].format(e=e): shape for e in range(count) for kind in kinds}
 
 
 def joined(family: Family, rows: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -90,6 +123,6 @@ def _pieces(rows: Sequence[TensorSpec]) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def opened_canonical(folder: Path) -> Iterator[Checkpoint]:
-    """A dense checkpoint under the names of the table of families, whose files are closed at the end."""
+    """A checkpoint under the names of the table of families, whose files are closed at the end."""
     with opened(folder) as checkpoint:
         yield canonical(checkpoint)

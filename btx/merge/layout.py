@@ -13,8 +13,10 @@ from btx.checkpoints.reader import BLOCK, Checkpoint
 from btx.checkpoints.validate import MOST_LAYERS
 from btx.errors import RecipeError
 from btx.merge.renewed import chosen, renewed
-from btx.models.families import DENSE, family_of
+from btx.models.families import DENSE, MOE, family_of
 from btx.models.family import DOWN, IDLE_WIDTH, LAYER, Family
+from btx.models.mixture import expert_blocks
+from btx.models.own_experts import OwnExperts, own_experts, side_by_side
 from btx.models.target import moe_config
 from btx.recipe.merge_settings import MergeSettings
 
@@ -30,18 +32,38 @@ class Experts:
     multiplied by C so that equal routing weights over all N·C chunks give the mean of the models' outputs.
     blend: the n-th expert joins the n-th chunk (of N) of every model; equal routing weights over all N experts already
     give the mean of the models' outputs (the factor is 1).
+    Of models that are mixtures, all experts stand side by side, those of one model together (`OwnExperts`).
     """
 
     settings: MergeSettings
     models: tuple[str, ...]
-    width: int  # feed-forward width of the models
+    hidden: int  # width of the models
+    width: int  # of their feed-forward blocks, or of an expert of a mixture
     layers: tuple[int, ...]  # layers with experts
     dense: tuple[int, ...]  # layers without
+    own: OwnExperts | None = None  # of models that are mixtures
+
+    @property
+    def branches(self) -> dict[str, str]:
+        """What a recipe counts as one expert: names, with the model each is made of; of a mixture all of its own."""
+        return self.settings.owners(self.models)
+
+    @property
+    def each(self) -> int:
+        """The experts of a branch."""
+        return self.own.count if self.own else 1
+
+    @property
+    def visited(self) -> int:
+        """The experts that a token visits for each that a recipe's top_k counts."""
+        return self.own.visited if self.own else 1
 
     @property
     def owners(self) -> dict[str, str]:
         """The name of every MoE expert, in order, with the model it is made of (empty for a blended one)."""
-        return self.settings.owners(self.models)
+        if not self.own:
+            return self.branches
+        return {f"{name}.{e}": model for name, model in self.branches.items() for e in range(self.each)}
 
     @property
     def count(self) -> int:
@@ -78,10 +100,13 @@ class Experts:
         chunks = self.parts if self.settings.experts == "split" else 1
         return chunks * (BESIDE_SHARED if self.shared_width else 1.0)
 
-    def config(self, dense: Mapping[str, Any], top_k: int, where: str) -> Any:
-        """The native MoE config made from a dense config."""
+    def config(self, seed: Mapping[str, Any], top_k: int | None, where: str) -> Any:
+        """The native MoE config made from a seed's; a token visits `top_k` branches' worth of experts, or all."""
+        visited = top_k or len(self.branches)
+        if self.own:
+            return side_by_side(dict(seed), where, models=len(self.branches), top_k=visited)
         return moe_config(
-            dict(dense), experts=self.count, top_k=top_k, width=self.expert_width, where=where,
+            dict(seed), experts=self.count, top_k=visited, width=self.expert_width, where=where,
             dense_layers=self.dense, shared_width=self.shared_width or IDLE_WIDTH,
             shared=len(self.settings.shared_experts), attention=self.settings.attention,
         )  # fmt: skip
@@ -101,12 +126,17 @@ class Experts:
             key = f"{self.settings.seed}/{list(self.owners)[expert]}"
             layer = LAYER.fullmatch(name)
             units = chosen(self.width, self.settings.reinitialize, f"{key}/{layer[1] if layer else name}")
-            columns = models[0].entries[name].shape[1]
+            columns = self.width if name.endswith(DOWN) else self.hidden
             made = partial(renewed, made, columns, units, down=name.endswith(DOWN), key=f"{key}/{name}")
         for piece in made():
             yield piece.to(torch.float32) * self.scale if self.scale != 1.0 and name.endswith(DOWN) else piece
 
     def _made(self, models: list[Checkpoint], expert: int, name: str) -> Iterator[torch.Tensor]:
+        if self.own:
+            owner = list(self.branches.values())[expert // self.each]
+            found = models[self.models.index(owner)]
+            yield from expert_blocks(found, MOE[found.config["model_type"]], name, expert % self.each, self.each)
+            return
         rows, columns = models[0].entries[name].shape
         if name.endswith(DOWN) and self.parts > 1:
             yield from self._columns(models, expert, name)
@@ -128,8 +158,15 @@ class Experts:
 
 
 def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, Any], where: str) -> Experts:
-    """The recipe's expert layout over models by name, for a dense config; RecipeError for an impossible one."""
-    family, width = family_of(dict(config), where, attention=settings.attention), config["intermediate_size"]
+    """The recipe's expert layout over models by name, for a seed's config; RecipeError for an impossible one."""
+    family = family_of(dict(config), where, attention=settings.attention)
+    if own := own_experts(dict(config), where):
+        return _of_mixtures(settings, models, config, own, family)
+    if settings.router == "own":
+        raise RecipeError(
+            f"merge.router: own leaves a mixture its own routers, and {where} is dense. Use auto, or leave it out."
+        )
+    width = config["intermediate_size"]
     layers = sparse_layers(settings, config["num_hidden_layers"], family)
     if settings.shared_experts and not family.shared:
         can = _names(f.dense for f in DENSE.values() if f.shared)
@@ -138,7 +175,7 @@ def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, 
             f"({family.dense}) becomes {family.moe}, which has none. Leave it out, or use a seed of the family {can}."
         )
     dense = tuple(sorted({*range(config["num_hidden_layers"])} - {*layers}))
-    made = Experts(settings, tuple(models), width, layers, dense)
+    made = Experts(settings, tuple(models), config["hidden_size"], width, layers, dense)
     if width % made.parts:
         raise RecipeError(
             f"merge.experts: {settings.experts} cuts the feed-forward width {width} into {made.parts} chunks, "
@@ -156,6 +193,25 @@ def layout(settings: MergeSettings, models: Sequence[str], config: Mapping[str, 
                 "routed expert. Name one."
             )
     return made
+
+
+def _of_mixtures(
+    settings: MergeSettings, models: Sequence[str], config: Mapping[str, Any], own: OwnExperts, family: Family
+) -> Experts:
+    """The layout of models that are mixtures; RecipeError for what is done to dense feed-forward blocks alone."""
+    asked = {
+        "experts": settings.experts != "per_model" and settings.experts,
+        "layers": settings.layers != "all" and settings.layers,
+        "shared_expert": bool(settings.shared_experts) and settings.shared_expert,
+        "router": settings.router == "arrow" and settings.router,
+    }
+    if unfit := [f"{key}: {value}" for key, value in asked.items() if value]:
+        raise RecipeError(
+            f"merge.{unfit[0]} is of dense feed-forward blocks, and the seed is a mixture ({family.moe}), whose "
+            "experts are kept as they are. Leave it out."
+        )
+    dense = tuple(sorted({*range(config["num_hidden_layers"])} - {*own.layers}))
+    return Experts(settings, tuple(models), config["hidden_size"], own.width, own.layers, dense, own)
 
 
 def sparse_layers(settings: MergeSettings, count: int, family: Family) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from btx.checkpoints.reader import Checkpoint
-from btx.models.families import feed_forward_width, with_width
+from btx.models.families import feed_forward_width, mixture_family, with_width
 from btx.models.family import DOWN, GATE, LAYER, UP
 
 
@@ -53,7 +53,9 @@ def _axis(name: str) -> int | None:
 
 
 def same_width(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """All models, padded to the width of the widest block of the widest model."""
+    """All models, padded to the width of the widest block of the widest model; mixtures as they are."""
+    if any(mixture_family(model.config) for model in models.values()):
+        return dict(models)
     widths = {name: feed_forward_width(model.config, str(model.folder)) for name, model in models.items()}
     widest = max(widths.values())
     return {

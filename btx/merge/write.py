@@ -7,23 +7,23 @@ averaging in bf16 rounds a quarter of the weights wrongly.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
 
-from btx.checkpoints.names import EMBEDDING
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.writer import Meter, Resume, TensorSpec, write_weights
-from btx.errors import ArtifactError, RecipeError
+from btx.errors import RecipeError
 from btx.merge.averaging import SharedTensors
 from btx.merge.canonical import joined
+from btx.merge.expert_rows import expert_rows
 from btx.merge.layout import BESIDE_SHARED, Experts, layout
+from btx.merge.mixtures import mixture_rows
+from btx.merge.router_random import RouterScales, random_rows, scale_of
 from btx.merge.vocabulary import JointVocabulary
-from btx.models.families import DENSE, family_of
+from btx.models.families import DENSE, family_of, mixture_family
 from btx.models.family import DOWN, IDLE_WIDTH, KEY, LAYER, OUTPUT, QUERY, VALUE, AttentionExperts, Family
 from btx.models.target import class_name
 from btx.recipe.merge_settings import MergeSettings
@@ -38,7 +38,8 @@ def write_average(
     """Write the dense average of all models (feed-forward blocks too) as weights in `out`; returns files' SHA-256."""
     shared_ = SharedTensors(models, base, settings, joint)
     rows = [TensorSpec(n, shared_.dtype, shared_.shape(n), partial(shared_.pieces, n)) for n in base.entries]
-    rows = joined(DENSE[base.config["model_type"]], rows)
+    if not mixture_family(base.config):
+        rows = joined(DENSE[base.config["model_type"]], rows)
     return write_weights(out, rows, resume=resume, progress=progress)
 
 
@@ -48,20 +49,20 @@ def write_moe(
 ) -> dict[str, str]:  # fmt: skip
     """Write the merged Mixture of Experts (config and weights, published names) into `out`; returns files' SHA-256.
 
+    A token visits `top_k` experts, or so many times those of a seed that is a mixture.
     `models` by name, in expert order; `base` is the seed, whether or not it is among them; both are trimmed by `joint`
     if some models added tokens.
     """
     family = family_of(base.config, str(base.folder), attention=settings.attention)
     experts = layout(settings, list(models), base.config, str(base.folder))
-    if not 1 <= top_k <= experts.count:
-        raise RecipeError(
-            f"finetune.top_k is {top_k}, but the merge makes {experts.count} experts. Choose 1 to {experts.count}."
-        )
+    if not 1 <= top_k <= (most := len(experts.branches)):
+        raise RecipeError(f"finetune.top_k is {top_k}, but the merge makes {most} experts. Choose 1 to {most}.")
     config = experts.config(base.config, top_k, str(base.folder))
     shared_ = SharedTensors(models, base, settings, joint)
     config.dtype = shared_.dtype
     config.architectures = [class_name(config)]
-    digests = write_weights(out, moe_rows(family, experts, shared_), resume=resume, progress=progress)
+    rows = mixture_rows if experts.own else moe_rows
+    digests = write_weights(out, rows(family, experts, shared_), resume=resume, progress=progress)
     config.save_pretrained(out)
     return digests
 
@@ -81,10 +82,10 @@ def moe_rows(family: Family, experts: Experts, shared_: SharedTensors) -> list[T
             continue
         layer, kind = int(match[1]), match[2]
         prefix = name.removesuffix(kind)
-        found += _expert_rows(family, experts, models, prefix, kind, entry.shape, dtype)
+        found += expert_rows(family, experts, models, prefix, kind, entry.shape, dtype)
         if kind == DOWN:
             router = family.router_name(layer)
-            make = partial(_router, router, experts.count, partial(scales, layer), shared_)
+            make = partial(random_rows, router, experts.count, partial(scales, layer), shared_)
             found.append(TensorSpec(router, dtype, (experts.count, width), make))
             found += _shared_rows(family, experts, prefix, shared_)
             for constant, of in family.constants.items():
@@ -100,32 +101,6 @@ def moe_rows(family: Family, experts: Experts, shared_: SharedTensors) -> list[T
                 make = partial(_input_scale, shared_, prefix + family.norms[0], width)
                 found.append(TensorSpec(prefix + family.input_scale, dtype, (width,), make))
     return found
-
-
-def _expert_rows(
-    family: Family, experts: Experts, models: list[Checkpoint], prefix: str, kind: str, shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> list[TensorSpec]:  # fmt: skip
-    """MoE tensors made of one dense feed-forward tensor: one per expert, or one for all experts of a layer."""
-    axis = 1 if kind == DOWN else 0
-    one = tuple(experts.expert_width if a == axis else s for a, s in enumerate(shape))
-    published = family.expert[kind]
-
-    def pieces(numbers: Iterable[int], kinds: Iterable[str]) -> Iterator[torch.Tensor]:
-        for e, k in product(numbers, kinds):
-            for piece in experts.pieces(models, e, prefix + k):
-                yield piece.to(dtype)
-
-    if not family.stacked:
-        return [
-            TensorSpec(prefix + published.format(e=e), dtype, one, partial(pieces, [e], [kind]))
-            for e in range(experts.count)
-        ]
-    together = [k for k in family.expert if family.expert[k] == published]  # gate and up lie in one tensor
-    if kind != together[0]:
-        return []
-    stacked = (experts.count, len(together) * one[0], one[1])
-    return [TensorSpec(prefix + published, dtype, stacked, partial(pieces, range(experts.count), together))]
 
 
 def _shared_rows(family: Family, experts: Experts, prefix: str, shared_: SharedTensors) -> list[TensorSpec]:
@@ -201,7 +176,7 @@ def attention_rows(
     found = [TensorSpec(prefix + name, dtype, (experts.count, rows, columns), stacked)]
     if kind == OUTPUT:
         hidden, router = shared_.base.config["hidden_size"], prefix + to.router
-        make = partial(_router, router, experts.count, partial(_scale, shared_, prefix + to.norm), shared_)
+        make = partial(random_rows, router, experts.count, partial(scale_of, shared_, prefix + to.norm), shared_)
         found.append(TensorSpec(router, dtype, (experts.count, hidden), make))
         found += [TensorSpec(prefix + n, dtype, (hidden,), partial(_filled, (hidden,), dtype, 0.0)) for n in to.zeros]
     return found
@@ -210,59 +185,3 @@ def attention_rows(
 def _one_after_another(parts: Iterable[Callable[[], Iterable[torch.Tensor]]]) -> Iterator[torch.Tensor]:
     for part in parts:
         yield from part()
-
-
-def _router(name: str, count: int, scale: Callable[[], torch.Tensor], shared_: SharedTensors) -> list[torch.Tensor]:
-    """Router weights, a row per expert, scaled to the router's inputs and drawn from a seed of the layer's own."""
-    from btx.moe.routing import init_router
-
-    key = int.from_bytes(hashlib.sha256(f"{shared_.settings.seed}/{name}".encode()).digest()[:7])
-    generator = torch.Generator().manual_seed(key)
-    made = init_router(
-        scale(), experts=count, entropy=shared_.settings.random_entropy, generator=generator,
-        orthogonal=shared_.settings.router == "orthogonal",
-    )  # fmt: skip
-    return [made.to(shared_.dtype)]
-
-
-def _scale(shared_: SharedTensors, norm: str, offset: float = 0.0) -> torch.Tensor:
-    scale = shared_.whole(norm) + offset
-    if not scale.any():
-        raise ArtifactError(
-            f"{norm} is all {0 - offset:g} in the merged model, so its router would see nothing but zeros. "
-            f"Use other weights for it than those of {shared_.base.folder}."
-        )
-    return scale
-
-
-class RouterScales:
-    """The RMS (D,) of each component of a layer's router input, estimated from the merged weights alone.
-
-    After an RMS norm it is the norm's weight, with what its class adds to that. Where the router sees the bare residual
-    stream (FlexOlmo), the input is the sum of the embedding and of normed outputs, two per layer up to the router's
-    own: their mean squares add up, as far as they are uncorrelated.
-    """
-
-    def __init__(self, family: Family, shared_: SharedTensors) -> None:
-        self.family, self.shared = family, shared_
-        self._embedding: torch.Tensor | None = None
-
-    def __call__(self, layer: int) -> torch.Tensor:
-        """The RMS for one layer; ArtifactError when its norm's weight is all zeros."""
-        names = [f"model.layers.{n}.{norm}" for n in range(layer + 1) for norm in self.family.norms]
-        if self.family.residual:
-            added = [self.shared.whole(name).square() for name in names[:-1]]  # the last is added after the router
-            return torch.stack([self._embedding_square(), *added]).sum(0).sqrt()
-        return _scale(self.shared, names[-1], self.family.norm_offset)
-
-    def _embedding_square(self) -> torch.Tensor:
-        if self._embedding is None:
-            rows, width = self.shared.shape(EMBEDDING)
-            total, rest = torch.zeros(width), torch.empty(0)
-            for piece in self.shared.pieces(EMBEDDING):
-                rest = torch.cat([rest, piece.flatten().to(torch.float32)])
-                full = len(rest) // width * width
-                total += rest[:full].view(-1, width).square().sum(0)
-                rest = rest[full:]
-            self._embedding = total / rows
-        return self._embedding

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from btx.errors import ArtifactError
@@ -47,9 +48,9 @@ def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 def family_of(config: dict[str, Any], where: str, *, attention: bool = False) -> Family:
-    """The family of a dense config; ArtifactError, with the reason, for one that no MoE class holds exactly.
+    """The family of a seed's config; ArtifactError, with the reason, for one that no MoE class holds exactly.
 
-    `attention` selects the family that has attention experts too.
+    That of a mixture is its own. `attention` selects the family that has attention experts too.
     """
     kind = config["model_type"]
     if attention and kind in DENSE and not mixture_family(config):
@@ -57,11 +58,28 @@ def family_of(config: dict[str, Any], where: str, *, attention: bool = False) ->
     if kind in DENSE and not mixture_family(config):
         return DENSE[kind]
     if kind in MOE:
-        raise ArtifactError(f"{where} is already a Mixture of Experts ({kind}); a seed or an expert must be dense.")
+        return _of_mixture(config, where, attention=attention)
     reason = REFUSED.get(kind, "btx has no exact Mixture-of-Experts target for it")
     raise ArtifactError(
         f"{where} is of the family {kind}, which cannot be used: {reason}. Use one of {', '.join(DENSE)}."
     )
+
+
+def _of_mixture(config: dict[str, Any], where: str, *, attention: bool) -> Family:
+    """The family of a mixture as a seed, of which experts of N copies give its output."""
+    family, native = MOE[config["model_type"]], native_config(config, where)
+    if family.attention or attention:
+        raise ArtifactError(
+            f"{where} is a Mixture of Experts ({family.moe}), and of a mixture's attention no experts are made. Use "
+            f"{'another seed' if family.attention else 'merge.experts: per_model'}."
+        )
+    if getattr(native, "norm_topk_prob", True) is not True:
+        raise ArtifactError(
+            f"{where} is a Mixture of Experts ({family.moe}) whose routing weights do not add up to one "
+            f"(norm_topk_prob: {json.dumps(native.norm_topk_prob)}): what they add up to would change with the number "
+            "of experts that a token visits. Use a mixture with norm_topk_prob: true, or a dense seed."
+        )
+    return family
 
 
 def _with_attention(config: dict[str, Any], where: str) -> Family:

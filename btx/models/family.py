@@ -63,6 +63,7 @@ class Constant:
     value: float
     memory: str = ""  # its name in memory, where that is another than on disk
     switch: str = ""  # config field without which the class does not have it
+    shared_out: bool = False  # whether it is added to probabilities that sum to one, so that N copies have an Nth each
 
     def within(self, native: Any) -> bool:
         """Whether a mixture of a native config has it."""

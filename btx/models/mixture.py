@@ -10,26 +10,40 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from btx.checkpoints.names import HEAD
 from btx.checkpoints.reader import Checkpoint
 from btx.checkpoints.validate import DTYPES
 from btx.errors import ArtifactError, RecipeError, nearest
 from btx.models.families import MOE, mixture_family
 from btx.models.family import DOWN, LAYER, UP, Constant, Family
-from btx.models.flops import Shape
-from btx.models.model import published
 from btx.models.native import native_config
+from btx.models.stored import layers_with_experts
 
 EXPERTS = "experts.json"  # the experts' names, in order
+VISITED = "visited"  # in it, of a merge of mixtures: the experts that a token visits for each that `top_k` counts
 Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def expert_blocks(checkpoint: Checkpoint, family: Family, name: str, number: int, count: int) -> Iterator[torch.Tensor]:
+    """A tensor of expert `number` of `count`, in blocks; `name` is model.layers.L. and the dense name."""
+    match = LAYER.fullmatch(name)
+    assert match
+    kind = match[2]
+    stored = name.removesuffix(kind) + family.expert[kind]
+    if not family.stacked:
+        return checkpoint.blocks(stored.format(e=number))
+    size = checkpoint.entries[stored].count // count
+    start = number * size
+    if kind != DOWN:  # gate above up
+        size //= 2
+        start += size * (kind == UP)
+    return checkpoint.blocks(stored, start, start + size)
 
 
 class Moe:
@@ -82,7 +96,7 @@ class Moe:
             return range(stored + 1, self._depth)
         where = f"{self.checkpoint.folder}/config.json"
         _require_layers_known(self.config, self.family, where)
-        return sparse_layers(self.native, where)
+        return layers_with_experts(self.native, where)
 
     def _shapes(self) -> Shapes:
         """Every router and expert tensor, with its shape."""
@@ -117,15 +131,7 @@ class Moe:
         return partial(self._pieces, number)
 
     def _pieces(self, number: int, prefix: str, kind: str) -> Iterator[torch.Tensor]:
-        name = prefix + self.family.expert[kind]
-        if not self.family.stacked:
-            return self.checkpoint.blocks(name.format(e=number))
-        size = self.checkpoint.entries[name].count // self.count
-        start = number * size
-        if kind != DOWN:  # gate above up
-            size //= 2
-            start += size * (kind == UP)
-        return self.checkpoint.blocks(name, start, start + size)
+        return expert_blocks(self.checkpoint, self.family, prefix + kind, number, self.count)
 
     def dtype(self, number: int, prefix: str, kind: str) -> torch.dtype:
         """The dtype of an expert's tensor."""
@@ -167,34 +173,6 @@ def _require_layers_known(config: dict[str, Any], family: Family, where: str) ->
         )
 
 
-def published_shapes(native: Any, where: str) -> dict[str, tuple[int, ...]]:
-    """Published name and shape of every tensor of a mixture by its native config, a tied head left out.
-
-    ArtifactError for a config of which transformers makes no model.
-    """
-    family = mixture_family(native)
-    assert family is not None
-    try:
-        state = Shape(native.to_dict()).model.state_dict()
-    except Exception as error:  # the classes raise types of their own
-        why = " ".join(str(error).split())
-        raise ArtifactError(
-            f"{where}: config.json makes no model ({type(error).__name__}: {why}). Correct it."
-        ) from error
-    tied = {HEAD} if native.tie_word_embeddings else {*()}
-    return {name: tuple(tensor.shape) for name, tensor in published(family, state).items() if name not in tied}
-
-
-def sparse_layers(native: Any, where: str) -> tuple[int, ...]:
-    """The layers that have experts in a mixture of a native config; errors as in `published_shapes`."""
-    family = mixture_family(native)
-    assert family is not None
-    one = deepcopy(native)  # whatever the number of experts
-    setattr(one, family.experts_field, 1)
-    names = published_shapes(one, where)
-    return tuple(n for n in range(native.num_hidden_layers) if family.router_name(n) in names)
-
-
 def require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[str], bool]) -> None:
     """ArtifactError unless these tensors exist with these shapes, and no other one belongs to an expert.
 
@@ -215,6 +193,11 @@ def require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[st
             raise ArtifactError(
                 f"{checkpoint.folder}: {name} belongs to no expert that config.json counts. Fetch the folder again."
             )
+
+
+def visited_in(folder: Path) -> int:
+    """The experts that a token visits for each that a recipe's top_k counts, in a folder that the pipeline made."""
+    return int(json.loads((folder / EXPERTS).read_text(encoding="utf-8")).get(VISITED, 1))
 
 
 def expert_names(folder: Path, count: int) -> list[str]:

@@ -50,7 +50,7 @@ IDLE = {  # declared fields that do not change what trained weights compute; a m
 }
 # Fields that the merge reconciles as far as it can, and checks by itself.
 EVENED = {"intermediate_size", "vocab_size", "vocab_size_per_layer_input"}
-ROUTING = {  # fields of MoE configs alone: number and width of experts, top-k, balance
+ROUTING = {  # fields of MoE configs alone: number and width of experts, top-k
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
@@ -63,10 +63,8 @@ ROUTING = {  # fields of MoE configs alone: number and width of experts, top-k, 
     "shared_expert_intermediate_size",
     "moe_num_shared_experts",
     "num_shared_experts",
-    "output_router_logits",
-    "router_aux_loss_coef",
-    "router_jitter_noise",
 }
+BALANCE = {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}  # they act in training alone
 TOLD = (
     "attention_dropout",
     "bos_token_id",
@@ -128,17 +126,20 @@ def told(keys: list[str], where: str, kind: str) -> list[str]:
 
 
 def config_difference(
-    seed: Config, other: Config, where: str, *, carried: tuple[str, ...], names: tuple[str, str] = ("seed", "expert")
-) -> list[str]:
+    seed: Config, other: Config, where: str, *, carried: tuple[str, ...], names: tuple[str, str] = ("seed", "expert"),
+    routing: bool = False,
+) -> list[str]:  # fmt: skip
     """The differing fields that decide what a model computes, each as `field: seed's, other's`.
 
     Both are read by their native class first, so that a default equals the same value stated, and an old spelling the
-    new one. All fields decide but those in `IDLE`; those in `EVENED` and `ROUTING` are the caller's.
+    new one. All fields decide but those in `IDLE` and `BALANCE`; those in `EVENED` are the caller's, and those in
+    `ROUTING` too unless `routing`.
     """
     ours, theirs = names
     if seed["model_type"] != other["model_type"]:
         return [f"model_type: {ours} {seed['model_type']!r}, {theirs} {other['model_type']!r}"]
-    mine, its = (_deciding(c, w, carried) for c, w in ((seed, "the seed"), (other, where)))
+    left = EVENED | BALANCE | (set() if routing else ROUTING)
+    mine, its = (_deciding(c, w, carried, left) for c, w in ((seed, "the seed"), (other, where)))
     fields = sorted(mine.keys() | its.keys())
     if {*mine.get("layer_types", ()), *its.get("layer_types", ())} == {"full_attention"}:
         fields = [f for f in fields if f not in ("sliding_window", "use_sliding_window")]  # which no layer reads
@@ -152,13 +153,13 @@ def idle_difference(seed: Config, other: Config, where: str) -> list[str]:
     return [f"{where} has {', '.join(found)}; the merged model keeps the seed's."] if found else []
 
 
-def _deciding(config: Config, where: str, carried: tuple[str, ...]) -> Config:
-    """The fields of a config that decide what its model computes, in canonical spelling."""
+def _deciding(config: Config, where: str, carried: tuple[str, ...], left: set[str]) -> Config:
+    """The fields of a config that decide what its model computes, without those `left`, in canonical spelling."""
     native = native_config(config, where)
     values = native.to_dict()
     rope = {k: v for k, v in (values.get("rope_parameters") or {}).items() if v is not None and k != "type"}
     idle = IDLE if rope.get("rope_type", "default") in FIXED_ROPES else IDLE - {"max_position_embeddings"}
-    found = {f: values.get(f) for f in declared(native) - idle - EVENED - ROUTING}
+    found = {f: values.get(f) for f in declared(native) - idle - left}
     found |= {"rope_parameters": rope} if "rope_parameters" in found else {}
     found |= {f: values.get(f) for f in carried if f not in found}
     if "head_dim" in found:

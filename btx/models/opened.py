@@ -18,6 +18,7 @@ from torch.nn import functional
 from btx.checkpoints.validate import read_config
 from btx.models import model
 from btx.models.families import mixture_family
+from btx.models.mixture import visited_in
 from btx.moe.hooks import Routed
 from btx.recipe.settings import RoutingRule, RunSettings
 
@@ -195,7 +196,8 @@ def opened_checkpoint(
 ) -> Iterator[Stock]:
     """A checkpoint folder on the device that `where` names; `rule` is how a Mixture of Experts is routed."""
     model.set_threads(where)
-    per_token = (rule.experts_per_token or _experts(folder)) if rule else None
+    chosen = rule.experts_per_token if rule else None
+    per_token = chosen * visited_in(folder) if chosen else _experts(folder) if rule else None
     net = model.load(folder, where=where, dtype=dtype, experts_per_token=per_token).to(model.device_of(where)).eval()
     if rule is None:
         yield Stock(net)

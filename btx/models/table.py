@@ -174,7 +174,7 @@ ALL = (
         shared=_several_shared("moe_num_shared_experts"),
         constants={
             "mlp.moe_statics.e_score_correction_bias": Constant(
-                (1, "E"), 0.0, "mlp.gate.moe_statics.e_score_correction_bias"
+                (1, "E"), 0.0, "mlp.gate.moe_statics.e_score_correction_bias", shared_out=True
             )
         },
     ),

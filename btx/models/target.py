@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from btx.errors import ArtifactError
-from btx.models.families import DENSE, family_of
+from btx.models.families import DENSE, family_of, mixture_family
 from btx.models.family import IDLE_WIDTH, Family
 from btx.models.native import bookkeeping, declared, native_config, told
 
@@ -76,14 +76,15 @@ def class_name(config: Any) -> str:
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
 
 
-def warnings_of(dense: dict[str, Any], where: str, *, sees_images: bool) -> list[str]:
-    """Warnings about a dense model before it is merged: keys of its config.json that are not fields of the model, and
+def warnings_of(config: dict[str, Any], where: str, *, sees_images: bool) -> list[str]:
+    """Warnings about a model before it is merged: keys of its config.json that are not fields of the model, and
     what else the checkpoint has."""
-    kind = dense["model_type"]
-    if kind not in DENSE:
+    kind = config["model_type"]
+    family = mixture_family(config) or DENSE.get(kind)
+    if family is None:
         return []  # `family_of` refuses it
     sees = [f"{where} sees images too; the merged model is made of its language model alone."] if sees_images else []
-    return sees + told(bookkeeping(dense, where, DENSE[kind].carried), where, kind)
+    return sees + told(bookkeeping(config, where, family.carried), where, kind)
 
 
 def _refuse_unknown(family: Family, source: dict[str, Any], known: set[str], where: str) -> None:

@@ -5,8 +5,9 @@ by their p_i alone, and after each step b_i += u · sign(1/E - load_i), u = 0.00
 router's logits (for sigmoid routers of their log-sigmoids, so sigmoids over their sum), load_i the share of the step's
 T · K token-choices on all processes.
 
-Where the target class has such a bias (ERNIE 4.5) it is the class's own, and exported. Elsewhere it acts in training
-only, and is off for the last tenth of the steps, so that the model that is exported is the one that was trained last.
+Where the target class has such a bias (ERNIE 4.5; LFM2, on sigmoids, if its seed has one) it is the class's own, and
+exported. Elsewhere it acts in training only, and is off for the last tenth of the steps, so that the model that is
+exported is the one that was trained last.
 
 Axes: E experts.
 """

@@ -19,8 +19,9 @@ Triple = tuple[Tensor, Tensor, Tensor]
 class Plain:
     """(logits, weights, indices), weights the softmax over the chosen logits: most classes."""
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: nn.Module, block: nn.Module | None = None) -> None:
         self.router: Any = router
+        self.block: Any = block  # that the router is in
 
     @property
     def top_k(self) -> int:
@@ -34,7 +35,7 @@ class Plain:
 
     @property
     def holds_bias(self) -> bool:
-        """Whether the stock class adds a bias of its own to the probabilities by which it chooses (ERNIE 4.5)."""
+        """Whether the stock class adds a bias of its own to the scores by which it chooses (ERNIE 4.5, LFM2)."""
         return hasattr(self.router, "moe_statics")
 
     def give_bias(self) -> None:
@@ -55,6 +56,10 @@ class Plain:
     def has_bias(self) -> bool:
         """Whether there is a bias."""
         return self.holds_bias or hasattr(self.router, BIAS)
+
+    def bias_on(self, logits_TE: Tensor) -> Tensor | None:
+        """The bias as it is added to the probabilities by which experts are chosen, if there is any."""
+        return self.bias_E.to(logits_TE.device) if self.has_bias else None
 
     def read(self, output: Any, k: int) -> Triple:
         """Logits (T, E), weights and indices (T, K) of a stock output."""
@@ -94,12 +99,39 @@ class Sorted(Plain):
 
 
 class Sigmoid(Plain):
-    """LFM2's: weights are sigmoids of the logits over their sum and 1e-6: up to that, the softmax of log-sigmoids."""
+    """LFM2's, and Cohere 2's if it says so: weights are sigmoids of the logits over their sum, times a factor.
+
+    They are the softmax of log-sigmoids (but for the 1e-6 that LFM2 adds to the sum).
+    """
+
+    @property
+    def factor(self) -> float:
+        """What the stock class multiplies the weights by."""
+        return float(getattr(self.router, "routed_scaling_factor", 1.0))
+
+    @property
+    def holds_bias(self) -> bool:
+        """As in `Plain`; LFM2 has it in the block, where the config asks for it."""
+        return hasattr(self.block, "expert_bias")
+
+    @property
+    def bias_E(self) -> Tensor:
+        """As in `Plain`."""
+        return self.block.expert_bias if self.holds_bias else super().bias_E
+
+    def bias_on(self, logits_TE: Tensor) -> Tensor | None:
+        """As in `Plain`; the stock class adds its own to sigmoids, so to probabilities it is divided by their sum."""
+        found = super().bias_on(logits_TE)
+        return found / logits_TE.exp().sum(-1, keepdim=True) if found is not None and self.holds_bias else found
 
     def read(self, output: Any, k: int) -> Triple:
         """As in `Plain`."""
         logits_TE, weight_TK, index_TK = super().read(output, k)
-        return nn.functional.logsigmoid(logits_TE.float()), weight_TK, index_TK
+        return nn.functional.logsigmoid(logits_TE.float()), weight_TK / self.factor, index_TK
+
+    def write(self, output: Any, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Any:
+        """As in `Plain`."""
+        return super().write(output, logits_TE, weight_TK * self.factor, index_TK)
 
 
 class Scaled(Plain):
@@ -108,8 +140,8 @@ class Scaled(Plain):
     Logits are taken from the projection inside, since those of vanishing probabilities are lost.
     """
 
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__(router)
+    def __init__(self, router: nn.Module, block: nn.Module | None = None) -> None:
+        super().__init__(router, block)
         self._logits_TE: Tensor | None = None
         self._handle: Any = None
 
@@ -147,13 +179,14 @@ class Scaled(Plain):
         self._handle.remove()
 
 
-def dialect_of(router: nn.Module) -> Plain:
-    """The dialect of a stock router."""
+def dialect_of(router: nn.Module, block: nn.Module | None = None) -> Plain:
+    """The dialect of a stock router, which is in a block."""
     if type(router).__name__.endswith(GATING):
-        return Sorted(router)
+        return Sorted(router, block)
     if hasattr(router, "per_expert_scale"):
-        return Scaled(router)
-    return Sigmoid(router) if hasattr(router, "routed_scaling_factor") else Plain(router)
+        return Scaled(router, block)
+    sigmoid = getattr(router, "expert_selection_fn", "sigmoid" if hasattr(router, "routed_scaling_factor") else "")
+    return Sigmoid(router, block) if sigmoid == "sigmoid" else Plain(router, block)
 
 
 def matrix_of(router: nn.Module) -> Any:

@@ -74,7 +74,10 @@ class Routed:
     """
 
     def __init__(self, model: nn.Module, rule: str, k: int, *, soft_first_layer: bool = False) -> None:
-        routers = {name: dialect_of(router) for name, router in find_routers(model).items()}
+        routers = {
+            name: dialect_of(router, model.get_submodule(name.rpartition(".")[0]))
+            for name, router in find_routers(model).items()
+        }
         self.dialects = list(routers.values())
         for name, router in routers.items():
             _check_router(name, router, rule, k)
@@ -140,11 +143,12 @@ class Routed:
             noise_TE = self.noise(layer).to(logits_TE.device) if self.noise else None
             index_TK, weight_TK = route(
                 logits_TE, self.rule, self.k, step=self.step, exponential_TE=noise_TE, training=True,
-                bias_E=dialect.bias_E.to(logits_TE.device) if dialect.has_bias else None,
+                bias_E=dialect.bias_on(logits_TE),
             )  # fmt: skip
         elif self.without is not None:
             left_TE = logits_TE.index_fill(-1, torch.tensor(self.without, device=logits_TE.device), -torch.inf)
-            index_TK, weight_TK = route(left_TE, self.rule, self.k)
+            held = dialect.bias_on(logits_TE) if dialect.holds_bias else None
+            index_TK, weight_TK = route(left_TE, self.rule, self.k, bias_E=held)
         if self._open:
             self._check_graph(router)
             self._record[layer] = Routing(logits_TE, index_TK, weight_TK)
@@ -171,12 +175,13 @@ def sequence_noise(keys: Sequence[int], *, layers: int, length: int, experts: in
 
 
 def route_in_float32(model: nn.Module) -> None:
-    """Make every router of a model compute in float32, also under autocast and between bfloat16 layers.
+    """Make every router of a model compute in float32, also under autocast and between bfloat16 layers, once for all.
 
     Top-k depends on small differences of logits, which bfloat16 keeps to three digits.
     """
     for router in find_routers(model).values():
-        router.forward = partial(_in_float32, router.forward)
+        if getattr(router.forward, "func", None) is not _in_float32:
+            router.forward = partial(_in_float32, router.forward)
 
 
 def _in_float32(forward: Callable[..., Any], hidden: Tensor, *more: Any) -> Any:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Method = Literal["mean", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock"]
 Group = Literal["attention", "norms", "embeddings", "head"]
-Router = Literal["auto", "random", "orthogonal", "activations", "embeddings", "arrow"]
+Router = Literal["auto", "random", "orthogonal", "activations", "embeddings", "arrow", "own"]
 ATTENTION = "ffn+attention"
 SharedExperts = Annotated[list[Literal["average", "seed"]], Field(min_length=1, max_length=8)]
 RANDOM_ENTROPY = 0.99
@@ -126,7 +126,8 @@ class MergeSettings(Settings):
         description="initial router: random or orthogonal rows; or from each domain's data, by regression on router "
         "inputs (activations), as mean input embedding (embeddings), or as the input that the expert's change answers "
         "to most, data saying its sign and scale (arrow): these load the merged model once, in fp32. auto: activations "
-        "where two domains have data and each expert is a model's, else random",
+        "where two domains have data and each expert is a model's, else random. Where the seed is a mixture, a row of "
+        "these is added to all of a model's own; own: none is",
     )
     layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
         "all",

@@ -78,7 +78,7 @@ class VerifySeed(Step):
             require_finite(seed, "the seed")
             return {
                 "digest": self.seed.digest,
-                "family": family.dense,
+                "family": seed.config["model_type"],
                 "becomes": family.moe,
                 "tokenizer": tokenizer_digest(folder),
                 "dtype": str(seed.dtype).removeprefix("torch."),
@@ -138,36 +138,35 @@ def require_positions(seed: Step, setting: str, length: int) -> None:
 
 def check_buildable(config: dict[str, Any], where: str) -> None:
     """Raise now, not after days of training, if the MoE class cannot hold this model."""
+    from btx.models.families import mixture_family
+    from btx.models.own_experts import side_by_side
     from btx.models.target import moe_config
 
+    if mixture_family(config):
+        side_by_side(deepcopy(config), where, models=2, top_k=1)
+        return
     width = native_config(config, where).to_dict()["intermediate_size"]
     moe_config(deepcopy(config), experts=2, top_k=1, width=width, where=where)
 
 
 def require_complete(checkpoint: Checkpoint) -> None:
     """ArtifactError unless names and shapes of the tensors match the model that the config describes."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from btx.checkpoints.layouts import ANEW
     from btx.checkpoints.names import EMBEDDING, HEAD
+    from btx.merge.canonical import canonical
+    from btx.models.families import mixture_family
+    from btx.models.stored import stored_shapes
 
-    if unstated := [f for f in ("hidden_size", "intermediate_size", "num_hidden_layers") if f not in checkpoint.config]:
+    mixture = mixture_family(checkpoint.config)
+    width = mixture.width_field if mixture else "intermediate_size"
+    if unstated := [f for f in ("hidden_size", width, "num_hidden_layers") if f not in checkpoint.config]:
         raise ArtifactError(
             f"{checkpoint.folder}: config.json does not state {', '.join(unstated)}. Add the model's values."
         )
     native = native_config(checkpoint.config, str(checkpoint.folder))
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(native)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        said = f"{checkpoint.folder}: config.json makes no model ({type(error).__name__}: {why})."
-        raise ArtifactError(f"{said} Correct it.") from error
-    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    if native.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
-    found = {n: e.shape for n, e in checkpoint.entries.items()}
+    wanted = stored_shapes(native, str(checkpoint.folder))
+    stored = canonical(checkpoint) if mixture else checkpoint
+    found = {n: e.shape for n, e in stored.entries.items()}
     wrong = [
         f"{n} is {_as_text(found.get(n))}, should be {_as_text(wanted.get(n))}"
         for n in sorted(wanted.keys() | found.keys())
@@ -220,17 +219,18 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     from btx.checkpoints.carried import chat_template
     from btx.checkpoints.reader import opened, require_finite
     from btx.checkpoints.token_map import tokenizer_digest
+    from btx.merge.canonical import canonical
     from btx.merge.lineage import LEAST_COSINE, distances, require_same
     from btx.merge.padded import same_width
     from btx.merge.vocabulary import TruncatedView, added_tokens, common_ids, require_ids_as_stated, require_rows
-    from btx.models.families import family_of
+    from btx.models.families import family_of, mixture_family
     from btx.models.target import warnings_of
 
     who = f"the expert of domain {name} ({folder})"
     remedy = "Train it from this seed, or leave the domain out."
     with opened(seed_folder) as seed, opened(folder) as other:
-        carried = family_of(seed.config, str(seed_folder)).carried
-        different = config_difference(seed.config, other.config, who, carried=carried)
+        carried, mixture = family_of(seed.config, str(seed_folder)).carried, mixture_family(seed.config) is not None
+        different = config_difference(seed.config, other.config, who, carried=carried, routing=mixture)
         if different:
             said = f"{who} does not descend from the seed ({seed_folder}): config.json differs: {'; '.join(different)}."
             raise ArtifactError(f"{said} {remedy}")
@@ -241,7 +241,7 @@ def check_expert(seed_folder: Path, folder: Path, name: str) -> dict[str, Any]:
                 f"{who} has a chat template of its own; texts are rendered by the seed's, which the model keeps"
             )
         require_complete(other)
-        models: dict[str, Checkpoint] = {"seed": seed, "other": other}
+        models = {"seed": canonical(seed), "other": canonical(other)} if mixture else {"seed": seed, "other": other}
         added = added_tokens(seed_folder, folder, who)
         if added or seed.config.get("vocab_size") != other.config.get("vocab_size"):
             require_ids(other)

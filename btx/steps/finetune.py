@@ -62,6 +62,7 @@ class Finetune(ModelStep):
             self._require_moments()
         if self.adapter:
             self._require_adapter(self.adapter)
+        self._require_rule()
         if not self.merge.settings.attention:
             return
         why = f"merge.experts: {self.merge.settings.experts} makes a model whose class"
@@ -72,8 +73,10 @@ class Finetune(ModelStep):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
+        from btx.models.mixture import visited_in
+
         names: list[str] = json.loads((self.merge.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
-        chosen = self.settings.experts_per_token or len(names)
+        chosen = (self.settings.experts_per_token or 0) * visited_in(self.merge.folder) or len(names)
         source = {"config": self._shape(chosen)} if self.fresh else {"folder": self.merge.folder}
         held = self._held() if self.adapter else None
 
@@ -91,6 +94,15 @@ class Finetune(ModelStep):
         )  # fmt: skip
         (out / "experts.json").write_bytes((self.merge.folder / "experts.json").read_bytes())
         return facts
+
+    def _require_rule(self) -> None:
+        """RecipeError for a rule that visits one expert, where the seed is a mixture whose tokens visit several."""
+        if self.settings.routing in ("top_k", "soft") or (visited := self.merge.laid_out().visited) == 1:
+            return
+        raise RecipeError(
+            f"{self.section}.routing: {self.settings.routing} visits one expert, and a token of the seed, which is a "
+            f"mixture, visits {visited}. Use routing: top_k, which counts models: {visited} experts for each."
+        )
 
     def _held(self) -> Held:
         from btx.training.adapters import Held
@@ -111,6 +123,8 @@ class Finetune(ModelStep):
     def _require_moments(self) -> None:
         """RecipeError where moments cannot be carried over exactly."""
         asked, merge = "finetune.moments: experts", self.merge.settings
+        if self.merge.laid_out().own:
+            raise RecipeError(f"{asked} was not tried on a seed that is a mixture. Use moments: fresh.")
         if elsewhere := [name for name, step in self.merge.experts.items() if not isinstance(step, Train)]:
             raise RecipeError(f"{asked} needs the optimiser's moments of every expert, and {elsewhere[0]} was made "
                               "elsewhere, or not by `train`. Use moments: fresh.")  # fmt: skip
@@ -174,16 +188,11 @@ class Balanced(TrainingHook):
         from btx.moe.routing import RoutingTotals
 
         freeze(model, settings.trainable)
-        experts = dialect_of(next(iter(find_routers(model).values()))).experts
-        self.settings, self.label, self.emit, self.experts = settings, label, emit, experts
+        router = dialect_of(next(iter(find_routers(model).values())))
+        self.settings, self.label, self.emit, self.experts = settings, label, emit, router.experts
         self.names, self.labels = names, router_labels(model)
         route_in_float32(model)
-        self.routed = Routed(
-            model,
-            settings.routing,
-            settings.experts_per_token or self.experts,
-            soft_first_layer=settings.soft_first_layer,
-        )
+        self.routed = Routed(model, settings.routing, router.top_k, soft_first_layer=settings.soft_first_layer)
         balance, self.step = settings.balance, 0
         steps = steps_of(settings.tokens, settings)
         self.bias = LoadBias(self.routed, rate=balance.weight, steps=steps) if balance.type == "bias" else None

@@ -139,35 +139,41 @@ class Merge(Models):
         self.check_layout()
 
     def _dense(self) -> dict[str, Any]:
-        """The seed's config, its feed-forward width stated."""
-        from btx.models.families import with_width
+        """The seed's config, the width of a dense one's feed-forward blocks stated."""
+        from btx.checkpoints.validate import read_config
+        from btx.models.families import mixture_family, with_width
 
         seed = self.branch.seed
+        if isinstance(seed, ExternalCheckpoint) and mixture_family(found := read_config(seed.folder)):
+            return found
         return dict(seed.config) if isinstance(seed, Pretrain) else with_width(seed.config, width_of(seed.folder))
 
     def modules(self) -> list[str]:
         """The names of the merged model's modules that have a weight, before it is made."""
-        from btx.merge.layout import layout
         from btx.models.flops import modules_in
 
-        dense, where = self._dense(), str(self.branch.seed.folder)
-        config = layout(self.settings, list(self.models), dense, where).config(dense, 1, where)
+        dense = self._dense()
+        config = self.laid_out(dense).config(dense, 1, str(self.branch.seed.folder))
         return modules_in(config.to_dict())
+
+    def laid_out(self, config: dict[str, Any] | None = None) -> Experts:
+        """The layout of the experts, for the seed's config; RecipeError for an impossible one."""
+        from btx.merge.layout import layout
+
+        return layout(self.settings, list(self.models), config or self._dense(), str(self.branch.seed.folder))
 
     def check_layout(self) -> None:
         """RecipeError if the seed's feed-forward blocks cannot be made into experts as the recipe says."""
         from btx.checkpoints.token_map import require_carried
-        from btx.merge.layout import layout
         from btx.models.table import WITH_ATTENTION
 
         seed, config = self.branch.seed, self._dense()
-        width = config["intermediate_size"]
-        self._require_room(layout(self.settings, list(self.models), config, str(seed.folder)), config)
+        self._require_room(self.laid_out(config), config)
         if self.settings.attention and isinstance(seed, ExternalCheckpoint):
             require_carried(seed.folder, WITH_ATTENTION.moe)
         for name, step in self.models.items():
             cut = self.settings.experts in ("split", "blend") and isinstance(step, ExternalCheckpoint)
-            if cut and width_of(step.folder) != width:
+            if cut and width_of(step.folder) != (width := config["intermediate_size"]):
                 raise RecipeError(
                     f"merge.experts: {self.settings.experts} cuts feed-forward blocks of one width; that of {name} is "
                     f"{width_of(step.folder)}, the seed's {width}. Use experts: per_model, or leave that domain out."
@@ -179,7 +185,7 @@ class Merge(Models):
 
         if self.settings.router not in FROM_DATA:
             return
-        config = experts.config(seed, min(TOP_K, experts.count), "the seed").to_dict()
+        config = experts.config(seed, min(TOP_K, len(experts.branches)), "the seed").to_dict()
         needed, here = flops.checkpoint_bytes(config, "float32"), memory_here()
         if needed > here:
             raise ResourceError(
@@ -191,14 +197,14 @@ class Merge(Models):
         """Merge and write; records each expert's distance from the seed."""
         from btx.checkpoints.reader import carry_files
         from btx.checkpoints.token_map import carry_tokenizer
-        from btx.merge.layout import layout
         from btx.merge.lineage import distances
         from btx.merge.write import write_moe
+        from btx.models.mixture import EXPERTS, VISITED
 
         with ExitStack() as stack:
             models, seed, joint = self.opened(stack)
-            experts = layout(self.settings, list(models), seed.config, str(seed.folder))
-            top_k = min(TOP_K, experts.count)
+            experts = self.laid_out(seed.config)
+            top_k = min(TOP_K, len(experts.branches))
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(emit), joint)
             if self.vocabulary or self.settings.attention:
                 carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)
@@ -213,7 +219,8 @@ class Merge(Models):
             emit(Note(self.label, f"initialises the routers from {self.settings.router}"))
             changed = self._route(out, experts, rows)
             hashed = {file: digest for file, digest in hashed.items() if file not in changed}
-        write_json(out / "experts.json", {"experts": names, "models": list(models), "distance": far})
+        about = {"experts": names, "models": list(models), "distance": far}
+        write_json(out / EXPERTS, about | ({VISITED: experts.visited} if experts.own else {}))
         return {"experts": names, "distance": far, HASHED: hashed}
 
     def _directions(
@@ -233,18 +240,23 @@ class Merge(Models):
         from btx.merge.router_init import fresh_routers
         from btx.models import model
         from btx.models.families import mixture_family
+        from btx.moe.dialects import matrix_of
+        from btx.moe.hooks import find_routers
 
         model.set_threads(self.where)
         net = model.load(out, where=self.where).to(model.device_of(self.where)).eval()
         count = self.settings.router_tokens
         assert count != "auto"  # decided when the graph is built
         batches = {name: _batches(step, count) for name, step in self.tokens.items()}
-        owners = [self.domains.get(model, model) for model in experts.owners.values()]
+        owners = [self.domains.get(model, model) for model in experts.branches.values()]
         routers = fresh_routers(
             net, batches, owners, how=self.settings.router,
             entropy=None if self.settings.router_entropy == "auto" else self.settings.router_entropy,
             together=self.settings.experts == "split", directions=directions,
         )  # fmt: skip
+        if experts.own:  # a row for each model is added to all of its own
+            own = [matrix_of(router).weight.detach().float().cpu() for router in find_routers(net).values()]
+            routers = [a + b.repeat_interleave(experts.each, 0) for a, b in zip(own, routers, strict=True)]
         family = mixture_family(net.config)
         assert family is not None
         return overwrite(out, dict(zip(experts.routers(family), routers, strict=True)))

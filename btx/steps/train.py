@@ -69,10 +69,18 @@ class Train(ModelStep):
 
 
 def feed_forward_alone(model: Any, _stream: Any) -> None:
-    """Leave gradients to the feed-forward blocks of a dense model, which become experts, and to nothing else."""
-    from btx.models.families import DENSE
+    """Leave gradients to what becomes experts, and to nothing else: the feed-forward blocks of a dense model, a
+    mixture's experts with their routers."""
+    from btx.models.families import DENSE, mixture_family
     from btx.models.family import LAYER
+    from btx.models.flops import experts_in
+    from btx.moe.hooks import find_routers
 
+    if mixture_family(model.config):
+        kept = {id(p) for part in (*experts_in(model), *find_routers(model).values()) for p in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+        return
     blocks = DENSE[model.config.model_type].feed_forward
     for name, parameter in model.named_parameters():
         match = LAYER.fullmatch(name)
@@ -106,7 +114,9 @@ def fit(
     from btx.data.packed import Tokens
     from btx.data.sampler import Stream
     from btx.models import flops, model
+    from btx.models.families import mixture_family
     from btx.models.kernels import kernel_of
+    from btx.moe.hooks import route_in_float32
     from btx.training.loop import Loop
 
     model.set_threads(step.where)
@@ -121,6 +131,8 @@ def fit(
     count = steps_of(budget, settings) * (settings.batch_tokens // settings.sequence_length)
     stream = Stream({n: Tokens(t.folder) for n, t in tokens.items()}, weights=weights, sequences=count,
                     length=settings.sequence_length, seed=settings.seed, part=part)  # fmt: skip
+    if mixture_family(net.config):
+        route_in_float32(net)
     hook = prepare(net, stream) if prepare else None
     kernel = kernel_of(net.config, step.where.kernel, device)
     if kernel:

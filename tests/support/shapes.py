@@ -58,6 +58,35 @@ LLAMA2_7B = {
 }  # fmt: skip
 
 
+SUMMED = ("qwen2_moe", "qwen3_moe", "flex_olmo")  # types whose routing weights add up to one if their config says so
+VARIANTS: dict[str, dict[str, Any]] = {  # further mixtures that people have, by name: their type and what is special
+    "qwen2_moe beside dense layers": {"model_type": "qwen2_moe", "mlp_only_layers": [0]},
+    "qwen3_moe in every second layer": {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+    "ernie4_5_moe with shared experts": {
+        "model_type": "ernie4_5_moe",
+        "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 2,
+    },
+    "lfm2_moe with a bias": {"model_type": "lfm2_moe", "num_dense_layers": 1, "use_expert_bias": True},
+    "cohere2_moe of sigmoids": {
+        "model_type": "cohere2_moe", "expert_selection_fn": "sigmoid", "num_shared_experts": 1,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+}  # fmt: skip
+
+
+def sparse_config(name: str, **changes: Any) -> Any:
+    """The config of a pico mixture of a type or of `VARIANTS`, for the tokenizer of pico models."""
+    variant = {"model_type": name, **VARIANTS.get(name, {})}
+    kind = variant.pop("model_type")
+    own = next((more for start, more in OWN.items() if kind.startswith(start)), {})
+    values = {**PICO, **own, **MOE[kind], TOP_K.get(kind, "num_experts_per_tok"): 2, **variant, **changes}
+    values |= {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    values = {"norm_topk_prob": True, **values} if kind in SUMMED else values
+    values |= {"vocab_size_per_layer_input": 300} if "vocab_size_per_layer_input" in values else {}
+    return AutoConfig.for_model(kind.replace("gemma4_moe", "gemma4_text"), **values)
+
+
 def build(model_type: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """A pico model and its config as `save_pretrained` writes it."""
     settings = PICO | next((more for kind, more in OWN.items() if model_type.startswith(kind)), {})
