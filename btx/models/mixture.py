@@ -25,7 +25,7 @@ from btx.models.native import native_config
 from btx.models.stored import layers_with_experts
 
 EXPERTS = "experts.json"  # the experts' names, in order
-VISITED = "visited"  # in it, of a merge of mixtures: the experts that a token visits for each that `top_k` counts
+OWN = "own"  # in it, of a merge of mixtures: how many experts each model has, and how many of them a token visits
 Source = Callable[[str, str], Iterator[torch.Tensor]]  # (model.layers.L., dense name) -> blocks of an expert's tensor
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -195,9 +195,18 @@ def require_shapes(checkpoint: Checkpoint, wanted: Shapes, belongs: Callable[[st
             )
 
 
-def visited_in(folder: Path) -> int:
-    """The experts that a token visits for each that a recipe's top_k counts, in a folder that the pipeline made."""
-    return int(json.loads((folder / EXPERTS).read_text(encoding="utf-8")).get(VISITED, 1))
+def own_in(folder: Path) -> tuple[int, int]:
+    """How many experts a model has in a mixture that the pipeline made, and how many of them a token visits: 1 and 1,
+    unless the models were mixtures."""
+    each, visited = json.loads((folder / EXPERTS).read_text(encoding="utf-8")).get(OWN, (1, 1))
+    return int(each), int(visited)
+
+
+def branches_in(folder: Path) -> list[str]:
+    """The names of what a recipe counts as one expert, in a mixture that the pipeline made."""
+    names: list[str] = json.loads((folder / EXPERTS).read_text(encoding="utf-8"))["experts"]
+    each, _ = own_in(folder)
+    return names if each == 1 else [name.rpartition(".")[0] for name in names[::each]]
 
 
 def expert_names(folder: Path, count: int) -> list[str]:

@@ -110,7 +110,9 @@ def bookkeeping(config: Config, where: str, carried: tuple[str, ...] = ()) -> li
                 f"{where}: config.json has {key} = {value!r:.80}, with which transformers builds another model than "
                 f"the plain {config['model_type']} that btx supports. Use a checkpoint without it."
             )
-    known = {f.name for f in fields(type(native_config(config, where)))} | SPELLINGS | RECORDED | {*carried}
+    kind = type(native_config(config, where))
+    same = {name for pair in kind.attribute_map.items() for name in pair}  # two names of one field
+    known = {f.name for f in fields(kind)} | same | SPELLINGS | RECORDED | {*carried}
     return sorted(key for key, value in config.items() if key not in known and value not in (None, {}, [], ""))
 
 

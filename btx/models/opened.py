@@ -18,7 +18,7 @@ from torch.nn import functional
 from btx.checkpoints.validate import read_config
 from btx.models import model
 from btx.models.families import mixture_family
-from btx.models.mixture import visited_in
+from btx.models.mixture import own_in
 from btx.moe.hooks import Routed
 from btx.recipe.settings import RoutingRule, RunSettings
 
@@ -196,14 +196,14 @@ def opened_checkpoint(
 ) -> Iterator[Stock]:
     """A checkpoint folder on the device that `where` names; `rule` is how a Mixture of Experts is routed."""
     model.set_threads(where)
-    chosen = rule.experts_per_token if rule else None
-    per_token = chosen * visited_in(folder) if chosen else _experts(folder) if rule else None
+    each, visited = own_in(folder) if rule else (1, 1)
+    per_token = ((rule.experts_per_token or 0) * visited or _experts(folder)) if rule else None
     net = model.load(folder, where=where, dtype=dtype, experts_per_token=per_token).to(model.device_of(where)).eval()
     if rule is None:
         yield Stock(net)
         return
     assert per_token is not None
-    with Routed(net, rule.routing, per_token, soft_first_layer=rule.soft_first_layer) as routed:
+    with Routed(net, rule.routing, per_token, soft_first_layer=rule.soft_first_layer, each=each) as routed:
         yield Stock(net, routed)
 
 

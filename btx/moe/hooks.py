@@ -65,6 +65,8 @@ class Routed:
     `noise(layer)` gives the Exp(1) draws, of shape (T, E) (see `sequence_noise`); otherwise they come from torch's
     global random state, which that recompute restores.
 
+    `each` consecutive experts are one branch, where the models that were merged are mixtures themselves.
+
     FlexOlmo and Gemma 4 normalise a block's output: there the weight of a single expert (`switch`, `sample_top1`) has
     no effect and next to no gradient: its router learns from the balance loss alone.
 
@@ -73,7 +75,9 @@ class Routed:
     transformers' balance loss.
     """
 
-    def __init__(self, model: nn.Module, rule: str, k: int, *, soft_first_layer: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, rule: str, k: int, *, soft_first_layer: bool = False, each: int = 1
+    ) -> None:  # fmt: skip
         routers = {
             name: dialect_of(router, model.get_submodule(name.rpartition(".")[0]))
             for name, router in find_routers(model).items()
@@ -84,10 +88,11 @@ class Routed:
         self.rule = rule
         self.k = k
         self.experts = min(router.experts for router in routers.values())
+        self.each = each  # experts of a branch, which measurements count as one
         self.soft_first_layer = soft_first_layer
         self.step = 0
         self.noise: Callable[[int], Tensor] | None = None
-        self.without: int | None = None  # an expert that no token is routed to, in evaluation
+        self.without: int | None = None  # a branch that no token is routed to, in evaluation
         self.names = list(routers)
         self._record: dict[int, Routing] = {}
         self._open = False
@@ -146,7 +151,8 @@ class Routed:
                 bias_E=dialect.bias_on(logits_TE),
             )  # fmt: skip
         elif self.without is not None:
-            left_TE = logits_TE.index_fill(-1, torch.tensor(self.without, device=logits_TE.device), -torch.inf)
+            gone = torch.arange(self.without * self.each, (self.without + 1) * self.each, device=logits_TE.device)
+            left_TE = logits_TE.index_fill(-1, gone, -torch.inf)
             held = dialect.bias_on(logits_TE) if dialect.holds_bias else None
             index_TK, weight_TK = route(left_TE, self.rule, self.k, bias_E=held)
         if self._open:

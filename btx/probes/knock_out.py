@@ -1,6 +1,7 @@
 """What each expert is worth: the bits per byte of a mixture when no token may be routed to it, in any layer.
 
-Its tokens go to the next experts that the router prefers, with the gate weights that these then have.
+Of merged mixtures all experts of a model are one. Its tokens go to the next experts that the router prefers, with the
+gate weights that these then have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def measure(model: Opened, _reference: None, data: Data, _settings: Any) -> Foun
     """By domain the greatest and the least loss of leaving one expert out; a row per domain and expert."""
     assert isinstance(model, Stock)  # as its capabilities say
     assert model.routed
-    experts = model.routed.experts
+    experts = model.routed.experts // model.routed.each
     rows: list[dict[str, Any]] = []
     numbers = {}
     for domain, documents in data.documents.items():

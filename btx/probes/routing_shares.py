@@ -30,7 +30,8 @@ class RoutingShares:
     @torch.inference_mode()
     def __call__(self, mask_T: Tensor) -> None:
         """Count the last forward pass."""
-        found = [_sums(layer, mask_T.to(layer.logits_TE.device)) for layer in self.routed.layers]
+        each = self.routed.each
+        found = [_sums(layer, mask_T.to(layer.logits_TE.device), each) for layer in self.routed.layers]
         if not self.tokens:
             self.loads, self.entropies = [torch.zeros_like(load) for load, _ in found], [0.0] * len(found)
         for n, (load_E, entropy) in enumerate(found):
@@ -39,7 +40,10 @@ class RoutingShares:
         self.tokens += int(mask_T.sum())
 
     def table(self) -> dict[str, Any]:
-        """Load (share of routing choices) per router and expert, its mean over routers, and each router's entropy."""
+        """Load (share of routing choices) per router and expert, its mean over routers, and each router's entropy.
+
+        Where the models that were merged are mixtures, all experts of one are counted together.
+        """
         layers_LE = torch.stack([load / load.sum() for load in self.loads])
         return {
             "routers": self.labels,
@@ -50,10 +54,13 @@ class RoutingShares:
         }
 
 
-def _sums(layer: Routing, mask_T: Tensor) -> tuple[Tensor, float]:
-    """Routing choices by expert (E,), float64, and the summed router entropy of counted tokens, as a share of log E."""
+def _sums(layer: Routing, mask_T: Tensor, each: int) -> tuple[Tensor, float]:
+    """Routing choices by expert (E,), float64, and the summed router entropy of counted tokens, as a share of log E.
+
+    Experts are counted `each` together.
+    """
     logits_TE = layer.logits_TE[mask_T].float()
     experts = logits_TE.shape[-1]
     load_E = torch.bincount(layer.index_TK[mask_T].flatten(), minlength=experts).double().cpu()
     entropy = float(torch.special.entr(logits_TE.softmax(-1)).double().sum())
-    return load_E, entropy / math.log(experts) if experts > 1 else float(len(logits_TE))
+    return load_E.view(-1, each).sum(-1), entropy / math.log(experts) if experts > 1 else float(len(logits_TE))

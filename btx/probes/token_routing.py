@@ -36,7 +36,7 @@ def measure(model: Opened, _reference: None, data: Data, settings: TokenRoutingS
         for number, (ids, _) in enumerate(documents[: settings.documents]):
             seen = torch.from_numpy(ids[: settings.tokens])[None].to(model.device)
             model.log_probs(seen)
-            best_LT = torch.stack([_best(layer) for layer in model.routed.layers])
+            best_LT = torch.stack([_best(layer, model.routed.each) for layer in model.routed.layers])
             changes += int((best_LT[:, 1:] != best_LT[:, :-1]).sum())
             pairs += best_LT[:, 1:].numel()
             rows += [
@@ -47,9 +47,11 @@ def measure(model: Opened, _reference: None, data: Data, settings: TokenRoutingS
     return Found(numbers, rows)
 
 
-def _best(layer: Routing) -> Tensor:
-    """The expert (T,) with the largest gate weight."""
-    return layer.index_TK.gather(-1, layer.weight_TK.argmax(-1, keepdim=True))[:, 0]
+def _best(layer: Routing, each: int) -> Tensor:
+    """The expert (T,) with the largest gate weight, or the model whose experts have it together."""
+    index_TK, weight_TK = layer.index_TK // each, layer.weight_TK.float()
+    weight_TN = weight_TK.new_zeros(len(index_TK), layer.logits_TE.shape[-1] // each)
+    return weight_TN.scatter_add_(1, index_TK, weight_TK).argmax(-1)
 
 
 PROBE = Probe(measure, settings=TokenRoutingSettings, needs=frozenset({ROUTING}))

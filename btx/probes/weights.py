@@ -1,7 +1,8 @@
 """How far weights have moved from the seed's, by group of tensors and layer: cosine, and relative change ‖w − s‖ / ‖s‖.
 
-A mixture's experts are each compared with the seed's feed-forward block; its routers have no counterpart and are left
-out. Weights say where a training acted, hidden states (`drift`) what came of it.
+A mixture's experts are each compared with the seed's feed-forward block, or with the one in its place of the experts of
+a seed that is a mixture; routers have no counterpart and are left out. Weights say where a training acted, hidden
+states (`drift`) what came of it.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def measure(model: Opened, seed: Opened, _data: Data, _settings: Any) -> Found:
         return Found({}, missing="its width is not the seed's")
     sums: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
-    before = dict(_named(seed.net))
+    before = {(name, number): tensor for name, number, tensor in _tensors(seed.net)}
+    own = 1 + max(number for _, number in before)  # experts of the seed
     for name, number, after in _tensors(model.net):
-        base = before.get(name)
+        base = before.get((name, number % own if own and number >= 0 else -1))
         if base is None or base.shape != after.shape:
             continue
         group = next((group for part, group in GROUPS if part in name), "other")

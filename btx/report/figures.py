@@ -124,13 +124,18 @@ def _probe_table(found: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     answered = [numbers for numbers in found.values() if not _missing(numbers)]
     columns = list(dict.fromkeys((domain, name) for one in answered for domain, row in one.items() for name in row))
     rows = [
-        [model, *([_missing(numbers)] if _missing(numbers) else [f"{numbers[d][n]:.4g}" for d, n in columns])]
+        [model, *([_missing(numbers)] if _missing(numbers) else [_shown(numbers, *column) for column in columns])]
         for model, numbers in found.items()
     ]
     names = [
         name.replace("_", " ") if not domain else f"{domain}: {name.replace('_', ' ')}" for domain, name in columns
     ]
     return ["model", *names], rows
+
+
+def _shown(numbers: dict[str, dict[str, float]], domain: str, name: str) -> str:
+    value = numbers.get(domain, {}).get(name)
+    return "none" if value is None else f"{value:.4g}"
 
 
 def _missing(numbers: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from btx.graph.step import Step
 from btx.recipe.fields import later
 from btx.recipe.settings import EvaluateSettings
 from btx.steps.branch import require_positions
-from btx.steps.measure import MISSING, Measure, experts_of
+from btx.steps.measure import MISSING, Measure
 from btx.steps.merge import SEED
 from btx.steps.model import ModelStep
 from btx.steps.overlap import Overlap
@@ -48,6 +48,7 @@ class Evaluate(Step):
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Collect the measurements and write the results."""
         from btx.data.packed import Tokens
+        from btx.models.mixture import branches_in
 
         folders = {n: Tokens(t.folder) for n, t in self.tokens.items()}
         documents = {n: t.valid(self.settings.tokens, self.settings.split) for n, t in folders.items()}
@@ -59,7 +60,7 @@ class Evaluate(Step):
         results = summarise(scores, documents, sources, self.settings)
         results["routing"] = {name: found.tables["routing"] for name, found in read.items() if found.tables}
         routed = [measure for measure in self.measures.values() if measure.rule]
-        results["experts"] = experts_of(routed[0].model.folder) if routed else []
+        results["experts"] = branches_in(routed[0].model.folder) if routed else []
         if self.others:
             results["probes"] = {
                 probe: {name: found.numbers or {MISSING: found.missing} for name, found in _read(measures).items()}

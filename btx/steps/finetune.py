@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,15 +72,15 @@ class Finetune(ModelStep):
 
     def run(self, out: Path, work: Path, emit: Emit) -> dict[str, Any]:
         """Train and save."""
-        from btx.models.mixture import visited_in
+        from btx.models.mixture import branches_in, own_in
 
-        names: list[str] = json.loads((self.merge.folder / "experts.json").read_text(encoding="utf-8"))["experts"]
-        chosen = (self.settings.experts_per_token or 0) * visited_in(self.merge.folder) or len(names)
+        names, (each, visited) = branches_in(self.merge.folder), own_in(self.merge.folder)
+        chosen = (self.settings.experts_per_token or 0) * visited or len(names) * each
         source = {"config": self._shape(chosen)} if self.fresh else {"folder": self.merge.folder}
         held = self._held() if self.adapter else None
 
         def prepare(net: Any, _stream: Any) -> TrainingHook:
-            hook = Balanced(net, self.settings, self.label, emit, names)
+            hook = Balanced(net, self.settings, self.label, emit, names, each=each)
             if held:
                 held.prepare_mixture(net)
             return hook
@@ -179,9 +178,14 @@ def freeze(model: Any, trainable: str) -> None:
 
 
 class Balanced(TrainingHook):
-    """The training hook of finetuning: the recipe's routing rule, its balance loss, and per-layer figures."""
+    """The training hook of finetuning: the recipe's routing rule, its balance loss, and per-layer figures.
 
-    def __init__(self, model: Any, settings: FinetuneSettings, label: str, emit: Emit, names: list[str]) -> None:
+    Figures are of `names`, each of which has `each` consecutive experts.
+    """
+
+    def __init__(
+        self, model: Any, settings: FinetuneSettings, label: str, emit: Emit, names: list[str], *, each: int = 1
+    ) -> None:  # fmt: skip
         from btx.moe.bias import LoadBias
         from btx.moe.dialects import dialect_of
         from btx.moe.hooks import Routed, find_routers, route_in_float32, router_labels
@@ -190,7 +194,7 @@ class Balanced(TrainingHook):
         freeze(model, settings.trainable)
         router = dialect_of(next(iter(find_routers(model).values())))
         self.settings, self.label, self.emit, self.experts = settings, label, emit, router.experts
-        self.names, self.labels = names, router_labels(model)
+        self.names, self.each, self.labels = names, each, router_labels(model)
         route_in_float32(model)
         self.routed = Routed(model, settings.routing, router.top_k, soft_first_layer=settings.soft_first_layer)
         balance, self.step = settings.balance, 0
@@ -257,10 +261,14 @@ class Balanced(TrainingHook):
             self.bias.update(self.step, layers)
         self._judge()
         return {
-            "load": [[round(x, 4) for x in layer.load] for layer in layers],
+            "load": [[round(x, 4) for x in self._together(layer.load)] for layer in layers],
             "entropy": [round(layer.entropy_share, 4) for layer in layers],
             "dead": self.dead,
         }
+
+    def _together(self, load: list[float]) -> list[float]:
+        """Loads of what has a name."""
+        return [sum(load[n : n + self.each]) for n in range(0, len(load), self.each)]
 
     def _judge(self) -> None:
         """Find the dead experts, over enough sequences to include every domain; emits a warning for a new one."""
@@ -268,11 +276,11 @@ class Balanced(TrainingHook):
 
         if self.window.tokens < JUDGED * self.settings.sequence_length:
             return
-        layers = self.window.statistics(dead_below=self.settings.dead_below / self.experts)
-        self.window = RoutingTotals()
-        self.dead = [[n, e] for n, layer in enumerate(layers) for e in layer.dead]
+        layers = [self._together(layer.load) for layer in self.window.statistics()]
+        self.window, least = RoutingTotals(), self.settings.dead_below * self.each / self.experts
+        self.dead = [[n, e] for n, load in enumerate(layers) for e, share in enumerate(load) if share < least]
         for n, expert in self.dead:
             if (n, expert) not in self.warned:
                 self.warned.add((n, expert))
-                said = f"the expert {self.names[expert]} is dead ({layers[n].load[expert]:.1%} of the routing choices)"
+                said = f"the expert {self.names[expert]} is dead ({layers[n][expert]:.1%} of the routing choices)"
                 self.emit(Warned(self.label, f"layer {self.labels[n]}: {said}"))

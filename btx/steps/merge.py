@@ -199,7 +199,7 @@ class Merge(Models):
         from btx.checkpoints.token_map import carry_tokenizer
         from btx.merge.lineage import distances
         from btx.merge.write import write_moe
-        from btx.models.mixture import EXPERTS, VISITED
+        from btx.models.mixture import EXPERTS, OWN
 
         with ExitStack() as stack:
             models, seed, joint = self.opened(stack)
@@ -220,7 +220,7 @@ class Merge(Models):
             changed = self._route(out, experts, rows)
             hashed = {file: digest for file, digest in hashed.items() if file not in changed}
         about = {"experts": names, "models": list(models), "distance": far}
-        write_json(out / EXPERTS, about | ({VISITED: experts.visited} if experts.own else {}))
+        write_json(out / EXPERTS, about | ({OWN: [experts.each, experts.visited]} if experts.own else {}))
         return {"experts": names, "distance": far, HASHED: hashed}
 
     def _directions(

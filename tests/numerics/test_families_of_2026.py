@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from btx.checkpoints.reader import Checkpoint, opened
+from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError
 from btx.merge.canonical import opened_canonical
 from btx.merge.padded import same_width
@@ -114,11 +114,12 @@ def test_the_mixture_of_gemma_4_holds_keys_that_are_values(tmp_path: Path) -> No
     exact(tmp_path, "gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1)
 
 
-def test_a_seed_that_is_a_mixture_of_gemma_4_is_refused_though_its_class_is_the_dense_one(tmp_path: Path) -> None:
+def test_a_mixture_that_was_made_here_is_a_seed_too_though_its_class_is_the_dense_one(tmp_path: Path) -> None:
     seed = save_model(tmp_path / "seed", config_of("gemma4_text"))
-    made = merge(tmp_path / "moe", [seed] * 2, top_k=1)
-    with pytest.raises(ArtifactError, match="is already a Mixture of Experts"):
-        family_of(Checkpoint(made).config, "seed")
+    made = merge(tmp_path / "moe", [seed] * 2, top_k=2)
+    again = merge(tmp_path / "again", [made] * 2, top_k=2, router="own")
+    assert load(again).config.num_experts == load(again).config.top_k_experts == 4
+    torch.testing.assert_close(logits(load(again)), logits(load(seed)), atol=1e-5, rtol=0)
 
 
 def test_a_hunyuan_seed_keeps_a_rope_of_its_own(tmp_path: Path) -> None:
