@@ -98,6 +98,11 @@ class Pair(ModelStep):
     def check(self, asked: int) -> None:
         """RecipeError for sequences that are too long, and for processes that may shard what is frozen by halves."""
         require_positions(self.merge.branch.seed, "anchored.sequence_length", self.train.sequence_length)
+        if self.merge.laid_out().own:
+            raise RecipeError(
+                "anchored: it trains feed-forward blocks beside those of a dense seed, and the seed is a mixture. "
+                "Leave it out; domains.NAME.expert: train makes experts of a mixture."
+            )
         if self.where.launch:
             raise RecipeError(
                 "anchored: half of each stacked expert tensor is frozen, which was not tried on shards, as run.launch "

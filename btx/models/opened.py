@@ -19,6 +19,7 @@ from btx.checkpoints.validate import read_config
 from btx.models import model
 from btx.models.families import mixture_family
 from btx.models.mixture import own_in
+from btx.models.native import native_config
 from btx.moe.hooks import Routed
 from btx.recipe.settings import RoutingRule, RunSettings
 
@@ -212,4 +213,4 @@ def _experts(folder: Path) -> int:
     config = read_config(folder)
     family = mixture_family(config)
     assert family is not None
-    return int(config[family.experts_field])
+    return int(getattr(native_config(config, str(folder)), family.experts_field))

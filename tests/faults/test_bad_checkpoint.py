@@ -103,7 +103,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
     "config is broken": (put("config.json", '{"a": '), ("config.json", "JSON")),
     "config without end": (put("config.json", "[" * 200_000), ("config.json", "JSON")),
     "unknown family": (config("seed", model_type="gemma"), ("gemma", "Use one of llama, phi3, mistral, qwen2, ")),
-    "a mixture by its config alone": (config("seed", model_type="mixtral"), ("disagree", "block_sparse_moe", "missing")),
+    "a mixture by its config": (config("seed", model_type="mixtral"), ("disagree", "block_sparse_moe", "missing")),
     "width in words": (config("seed", hidden_size="wide"), ("config.json", "hidden_size", "Correct it")),
     "odd heads": (config("seed", num_attention_heads=5), ("config.json", "attention heads")),
     "unknown activation": (config("seed", hidden_act="nope"), ("config.json", "nope")),

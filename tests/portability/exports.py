@@ -21,6 +21,7 @@ from btx.recipe.settings import ExportSettings
 from btx.steps.export import write_model
 from tests.support.merges import CARRIED, merge
 from tests.support.models import FAMILIES, config_of, save_model
+from tests.support.shapes import SPARSE, VARIANTS, sparse_config
 
 PLAIN = ("mistral", "phi3", "gemma4_text")  # with the plain rope alone; the latter two have others of their own
 ROPES = {"default": {}, **{name.split()[0]: CARRIED[name] for name in ("linear rope", "llama3 rope", "yarn rope")}}
@@ -28,20 +29,23 @@ ROPES = {"default": {}, **{name.split()[0]: CARRIED[name] for name in ("linear r
 
 def export(
     out: Path, family: str, *, layout: Any = "published", like: Path | None = None, experts: int = 3,
-    dtype: torch.dtype = torch.float32, merging: dict[str, Any] | None = None, **config: Any,
+    dtype: torch.dtype = torch.float32, merging: dict[str, Any] | None = None, made: Any = None, **config: Any,
 ) -> Path:  # fmt: skip
     """An export with `experts` different experts of a family; `like` has other tokenizer files to use.
 
-    `merging` are settings of the merge.
+    `merging` are settings of the merge; `made` is a config instead of the family's.
     """
-    work, made = out.with_name(f"{out.name}-parents"), config_of(family, **config)
+    work, made = out.with_name(f"{out.name}-parents"), made or config_of(family, **config)
     parents = [save_model(work / str(n), made, noise=0.02 * n, dtype=dtype) for n in range(experts)]
     for parent in parents:
         for path in [*like.iterdir()] if like else []:
             (parent / path.name).write_bytes(path.read_bytes())
         if not like:
             portable_tokenizer(parent)
-        if family == "qwen2":  # for this model type transformers 5 makes every tokenizer a Qwen2Tokenizer
+        if family in (
+            "qwen2",
+            "qwen2_moe",
+        ):  # for this model type transformers 5 makes every tokenizer a Qwen2Tokenizer
             load_beside(parent).save_pretrained(str(parent))
     out.mkdir()
     write_model(merge(work / "moe", parents, top_k=2, **(merging or {})), out, ExportSettings(layout=layout))
@@ -96,6 +100,10 @@ def main(folder: Path) -> None:
     for name, rope in ROPES.items():
         attention = {"merging": {"experts": "ffn+attention"}, "num_key_value_heads": 4}
         export(folder / f"attention-experts-{name}", "llama", **attention, **rope)
+    for name in (*SPARSE, *VARIANTS):
+        if name != "jetmoe":  # a mixture as the seed
+            kind = VARIANTS.get(name, {}).get("model_type", name)
+            export(folder / f"of-mixtures-{name.replace(' ', '-')}", kind, experts=2, made=sparse_config(name))
     for family in ("qwen2", "qwen3"):
         export(folder / f"some-layers-{family}", family, merging={"layers": [1]})
     export(folder / "qwen2-shared-expert", "qwen2", merging={"shared_expert": "seed"})
