@@ -13,7 +13,8 @@ HEAD = "lm_head.weight"
 LAYERS_EMBEDDING = "model.embed_tokens_per_layer.weight"  # of Gemma 4: what every layer adds to its input
 BY_TOKEN = (EMBEDDING, LAYERS_EMBEDDING, HEAD)  # with a row for every token
 
-SEEING = {"qwen3_5": "qwen3_5_text"}  # model types with a vision tower: that of their language model
+# Model types with a vision tower: that of their language model.
+SEEING = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 _LANGUAGE = "model.language_model."  # before its tensors, where transformers saw the whole model
 _APART = ("model.visual.", "mtp.")  # the vision tower, and the heads that predict further tokens
 

@@ -21,6 +21,7 @@ from tests.support.command import btx
 from tests.support.merges import load, logits, merge
 from tests.support.models import config_of, own_tokenizer, save_model, tokenizer_into
 from tests.support.project import write_project
+from tests.support.shapes import sparse_config
 from tests.support.world import edit_json
 
 VISION = {
@@ -29,11 +30,11 @@ VISION = {
 }  # fmt: skip
 
 
-def seeing(folder: Path, *, tokenizer_class: str = "") -> Path:
+def seeing(folder: Path, *, kind: str = "qwen3_5", tokenizer_class: str = "") -> Path:
     """A pico Qwen3.5 as the hub has it: a vision tower, and heads that predict further tokens."""
-    text = config_of("qwen3_5_text")
+    text = config_of("qwen3_5_text") if kind == "qwen3_5" else sparse_config("qwen3_5_moe_text")
     config = AutoConfig.for_model(
-        "qwen3_5", text_config=text.to_dict(), vision_config=VISION, tie_word_embeddings=text.tie_word_embeddings
+        kind, text_config=text.to_dict(), vision_config=VISION, tie_word_embeddings=text.tie_word_embeddings
     )
     torch.manual_seed(1)
     model: Any = AutoModelForImageTextToText.from_config(config)
@@ -44,7 +45,7 @@ def seeing(folder: Path, *, tokenizer_class: str = "") -> Path:
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "mtp.fc.weight": torch.ones(3, 3)}, folder / "model.safetensors", {"format": "pt"})
     tokenizer_into(folder)
-    own_tokenizer(folder, "qwen3_5")
+    own_tokenizer(folder, kind)
     if tokenizer_class:
         edit_json(folder / "tokenizer_config.json", tokenizer_class=tokenizer_class)
     return folder
@@ -65,6 +66,14 @@ def test_copies_give_the_logits_of_its_language_model(seed: Path, tmp_path: Path
     assert warnings_of(read_config(seed), "x", sees_images=sees_images(seed))[0] == (
         "x sees images too; the merged model is made of its language model alone."
     )
+
+
+def test_a_mixture_that_sees_is_read_as_its_language_model_too(tmp_path: Path) -> None:
+    seed = seeing(tmp_path / "seed", kind="qwen3_5_moe")
+    assert type(load(seed)).__name__ == "Qwen3_5MoeForCausalLM"
+    made = merge(tmp_path / "moe", [seed] * 2, top_k=2, router="own")
+    torch.testing.assert_close(logits(load(made)), logits(load(seed)), atol=1e-5, rtol=0)
+    check_expert(seed, seed, "law")
 
 
 def test_an_expert_that_transformers_saved_from_it_is_one_of_its_own(seed: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.models import config_of, save_model
+from tests.support.shapes import sparse_config
 
 WORDS = {
     "math": "two plus three is five and seven times six is forty two so the sum of both is forty seven ",
@@ -43,9 +44,9 @@ run: {device: cpu, threads: 1}
 """
 
 
-def write_project(folder: Path, *, family: str = "llama") -> Path:
-    """A pico seed, two corpora and a recipe over them; returns the recipe's path."""
-    save_model(folder / "seed", config_of(family))
+def write_project(folder: Path, *, family: str = "llama", mixture: str = "") -> Path:
+    """A pico seed, two corpora and a recipe over them; returns the recipe's path. The seed may be a `mixture`."""
+    save_model(folder / "seed", sparse_config(mixture) if mixture else config_of(family))
     for domain in WORDS:
         write_corpus(folder / "corpora" / f"{domain}.jsonl", domain)
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
