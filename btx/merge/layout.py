@@ -58,6 +58,11 @@ class Experts:
         """The experts that a token visits for each that a recipe's top_k counts."""
         return self.own.visited if self.own else 1
 
+    def per_token(self, top_k: int) -> int:
+        """So many branches' worth of experts as `top_k` says, as far as there are; all where weights need all."""
+        most = len(self.branches)
+        return most if self.own and not self.own.normalised else min(top_k, most)
+
     @property
     def owners(self) -> dict[str, str]:
         """The name of every MoE expert, in order, with the model it is made of (empty for a blended one)."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from btx.errors import ArtifactError
@@ -73,11 +72,11 @@ def _of_mixture(config: dict[str, Any], where: str, *, attention: bool) -> Famil
             f"{where} is a Mixture of Experts ({family.moe}), and of a mixture's attention no experts are made. Use "
             f"{'another seed' if family.attention else 'merge.experts: per_model'}."
         )
-    if getattr(native, "norm_topk_prob", True) is not True:
+    if family.scores_of(native) == "sigmoid" and not family.normalised(native):
         raise ArtifactError(
-            f"{where} is a Mixture of Experts ({family.moe}) whose routing weights do not add up to one "
-            f"(norm_topk_prob: {json.dumps(native.norm_topk_prob)}): what they add up to would change with the number "
-            "of experts that a token visits. Use a mixture with norm_topk_prob: true, or a dense seed."
+            f"{where} is a Mixture of Experts ({family.moe}) whose routing weights are sigmoids, not divided by their "
+            "sum (norm_topk_prob: false): of experts of several models, they add up to several times as much. Use a "
+            "mixture with norm_topk_prob: true, or a dense seed."
         )
     return family
 

@@ -108,6 +108,7 @@ class Family:
     renamed: dict[str, str] = field(default_factory=dict)  # dense field -> MoE field of the same meaning
     derived: tuple[str, ...] = ()  # dense fields that the MoE config computes from others
     extracted: dict[str, Any] = field(default_factory=dict)  # dense config fields of an extracted expert
+    scores: str = "softmax"  # what makes a router's logits scores: softmax, sigmoid, or the config field that says it
     switch: str | None = None  # config field that makes a mixture of the class, where the dense one is the same class
     rotates_parts: bool = True  # whether the MoE class rotates parts of heads wherever the dense one does
     dense_layers: bool = False  # whether layers without experts can be named under mlp_only_layers
@@ -143,6 +144,15 @@ class Family:
         """Names of the dense feed-forward tensors as stored, which are those in memory."""
         joined = {name: parts for name, parts in self.parts.items() if {*parts} <= {*self.expert}}
         return {*joined, *self.expert} - {part for parts in joined.values() for part in parts}
+
+    def scores_of(self, native: Any) -> str:
+        """What makes scores of a router's logits in a mixture of a native config: softmax or sigmoid."""
+        return str(getattr(native, self.scores, self.scores))
+
+    def normalised(self, native: Any) -> bool:
+        """Whether the routing weights of a token add up to one in a mixture of a native config."""
+        of_chosen = self.scores_of(native) == "softmax" != self.scores  # Cohere 2's, over the chosen logits alone
+        return of_chosen or bool(getattr(native, "norm_topk_prob", True))
 
     def router_name(self, layer: int) -> str:
         """Published name of a layer's router weight, of shape (experts, width)."""

@@ -29,6 +29,8 @@ class OwnExperts:
     visited: int  # K, by a token
     width: int
     layers: tuple[int, ...]  # those with experts
+    normalised: bool  # whether the weights of the chosen add up to one. Else w is p, and p / N of N equal experts are p
+    # too; but of fewer than N · K experts the weights then add up to less than in the seed
 
 
 def own_experts(config: dict[str, Any], where: str) -> OwnExperts | None:
@@ -43,7 +45,7 @@ def own_experts(config: dict[str, Any], where: str) -> OwnExperts | None:
         raise ArtifactError(
             f"{where}: config.json has {family.top_k_field} = {visited}, more than the {count} experts. Correct it."
         )
-    return OwnExperts(count, visited, width, layers_with_experts(native, where))
+    return OwnExperts(count, visited, width, layers_with_experts(native, where), family.normalised(native))
 
 
 def _of_all_layers(native: Any, field: str, where: str) -> int:

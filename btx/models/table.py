@@ -204,6 +204,7 @@ ALL = (
         norms=("ffn_norm.weight",),
         carried=("head_dim",),
         block="feed_forward",
+        scores="sigmoid",
         constants={"feed_forward.expert_bias": Constant(("E",), 0.0, switch="use_expert_bias")},
         fixed={"num_dense_layers": 0, "use_expert_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
         parts={f"feed_forward.{w}.weight": (kind,) for w, kind in (("w1", GATE), ("w3", UP), ("w2", DOWN))},
@@ -236,12 +237,8 @@ ALL = (
             "post_feedforward_layernorm_2.weight": Constant(("D",), 1.0),
             "router.per_expert_scale": Constant(("E",), 1.0),
         },
-        extracted={
-            "enable_moe_block": False,
-            "num_experts": None,
-            "top_k_experts": None,
-            "moe_intermediate_size": None,
-        },
+        extracted={"enable_moe_block": False}
+        | dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size")),
         switch="enable_moe_block",
     ),
     Family(
@@ -260,6 +257,7 @@ ALL = (
             "rms_norm_eps": None,
         },
         shared=_several_shared("num_shared_experts"),
+        scores="expert_selection_fn",
         carried=("head_dim", "rope_parameters"),
     ),
 )

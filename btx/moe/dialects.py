@@ -98,6 +98,20 @@ class Sorted(Plain):
         return order, order // index_TK.shape[1], gates, sizes, logits_TE
 
 
+class Unsummed(Plain):
+    """Of Qwen's and OLMo's with norm_topk_prob: false: weights are the chosen experts' probabilities among all."""
+
+    def read(self, output: Any, k: int) -> Triple:
+        """As in `Plain`."""
+        logits_TE, weight_TK, index_TK = super().read(output, k)
+        return logits_TE, weight_TK / weight_TK.sum(-1, keepdim=True), index_TK
+
+    def write(self, output: Any, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Any:
+        """As in `Plain`."""
+        chosen_TK = logits_TE.float().softmax(-1).gather(-1, index_TK)
+        return super().write(output, logits_TE, weight_TK * chosen_TK.sum(-1, keepdim=True), index_TK)
+
+
 class Sigmoid(Plain):
     """LFM2's, and Cohere 2's if it says so: weights are sigmoids of the logits over their sum, times a factor.
 
@@ -185,8 +199,11 @@ def dialect_of(router: nn.Module, block: nn.Module | None = None) -> Plain:
         return Sorted(router, block)
     if hasattr(router, "per_expert_scale"):
         return Scaled(router, block)
-    sigmoid = getattr(router, "expert_selection_fn", "sigmoid" if hasattr(router, "routed_scaling_factor") else "")
-    return Sigmoid(router, block) if sigmoid == "sigmoid" else Plain(router, block)
+    scores = getattr(router, "expert_selection_fn", "sigmoid" if hasattr(router, "routed_scaling_factor") else "")
+    if scores == "sigmoid":
+        return Sigmoid(router, block)
+    summed = scores == "softmax" or getattr(router, "norm_topk_prob", True)  # Cohere 2's, over the chosen alone
+    return Plain(router, block) if summed else Unsummed(router, block)
 
 
 def matrix_of(router: nn.Module) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from btx.moe.dialects import GATING, Plain, dialect_of
+from btx.moe.dialects import GATING, Plain, Unsummed, dialect_of
 from btx.moe.routing import Routing, experts_per_token, route
 
 
@@ -204,5 +204,5 @@ def _check_router(name: str, router: Plain, rule: str, k: int) -> None:
     experts_per_token(rule, k=k, experts=router.experts)
     if router.top_k != k:
         raise ValueError(f"{name} chooses {router.top_k} experts, not {k}: set num_experts_per_tok = {k}")
-    if not getattr(router.router, "norm_topk_prob", True):
-        raise ValueError(f"{name} leaves its top-k weights unnormalised: set norm_topk_prob = True")
+    if isinstance(router, Unsummed) and rule not in ("top_k", "soft"):
+        raise ValueError(f"{name} leaves its weights unnormalised, unlike {rule}: set norm_topk_prob = True")

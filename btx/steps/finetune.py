@@ -95,13 +95,21 @@ class Finetune(ModelStep):
         return facts
 
     def _require_rule(self) -> None:
-        """RecipeError for a rule that visits one expert, where the seed is a mixture whose tokens visit several."""
-        if self.settings.routing in ("top_k", "soft") or (visited := self.merge.laid_out().visited) == 1:
-            return
-        raise RecipeError(
-            f"{self.section}.routing: {self.settings.routing} visits one expert, and a token of the seed, which is a "
-            f"mixture, visits {visited}. Use routing: top_k, which counts models: {visited} experts for each."
-        )
+        """RecipeError for a rule under which the routing weights of a seed that is a mixture would be others."""
+        said, experts = self.settings, self.merge.laid_out()
+        if said.routing not in ("top_k", "soft") and experts.visited > 1:
+            raise RecipeError(
+                f"{self.section}.routing: {said.routing} visits one expert, and a token of the seed, which is a "
+                f"mixture, visits {experts.visited}. Use routing: top_k, which counts models: {experts.visited} "
+                "experts for each."
+            )
+        chosen = said.experts_per_token
+        if chosen and (needed := experts.per_token(chosen)) != chosen:
+            raise RecipeError(
+                f"{self.section}.top_k is {chosen}, and the seed is a mixture whose routing weights do not add up to "
+                f"one (norm_topk_prob: false): those of the experts of {chosen} out of {needed} models add up to less "
+                f"than in the seed. Set it to {needed}."
+            )
 
     def _held(self) -> Held:
         from btx.training.adapters import Held

@@ -185,7 +185,7 @@ class Merge(Models):
 
         if self.settings.router not in FROM_DATA:
             return
-        config = experts.config(seed, min(TOP_K, len(experts.branches)), "the seed").to_dict()
+        config = experts.config(seed, experts.per_token(TOP_K), "the seed").to_dict()
         needed, here = flops.checkpoint_bytes(config, "float32"), memory_here()
         if needed > here:
             raise ResourceError(
@@ -204,7 +204,7 @@ class Merge(Models):
         with ExitStack() as stack:
             models, seed, joint = self.opened(stack)
             experts = self.laid_out(seed.config)
-            top_k = min(TOP_K, len(experts.branches))
+            top_k = experts.per_token(TOP_K)
             hashed = write_moe(out, models, seed, self.settings, top_k, self.resume(work), self.progress(emit), joint)
             if self.vocabulary or self.settings.attention:
                 carry_tokenizer(self.tokenizer, out, self.branch.seed.folder)

@@ -67,6 +67,7 @@ def test_an_expert_that_is_another_mixture_is_refused_and_one_of_its_own_merged(
     [
         ("finetune.routing=switch", "a token of the seed, which is a mixture, visits 2"),
         ("finetune.moments=experts", "was not tried on a seed that is a mixture"),
+        ("merge.router=arrow", "merge.router: arrow is of dense feed-forward blocks"),
         ("anchored={}", "the seed is a mixture. Leave it out"),
         ("merge.experts=blend", "merge.experts: blend is of dense feed-forward blocks"),
     ],
@@ -76,6 +77,15 @@ def test_what_is_of_dense_seeds_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(write_project(tmp_path, mixture="mixtral"), tmp_path / "runs", 2, [said], "--set", sets)
+
+
+def test_weights_that_add_up_to_less_need_the_experts_of_all_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_project(tmp_path, mixture="qwen2_moe whose weights add up to less than one")
+    refused(recipe, tmp_path / "runs", 2, ["finetune.top_k is 2", "out of 3 models", "Set it to 3"])
+    btx("run", recipe, "--until", "finetune", "--set", "finetune.top_k=3", cwd=tmp_path)
 
 
 @pytest.mark.slow

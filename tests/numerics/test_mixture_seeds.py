@@ -114,7 +114,7 @@ def test_training_chooses_and_weighs_as_its_stock_class_does(tmp_path: Path, nam
 
 REFUSED = {
     "attention has experts": ("jetmoe", {}, {}, "of a mixture's attention no experts are made"),
-    "weights that do not add up": ("qwen3_moe", {"norm_topk_prob": False}, {}, "(norm_topk_prob: false)"),
+    "sigmoids that do not add up": ("lfm2_moe", {"norm_topk_prob": False}, {}, "(norm_topk_prob: false)"),
     "no two numbers": ("hunyuan_v1_moe", {"num_experts_per_tok": [2, 1, 2]}, {}, "moe_topk = [2, 1, 2]"),
     "too many visited": ("mixtral", {"num_experts_per_tok": 6}, {}, "more than the 5 experts"),
     "split": ("mixtral", {}, {"experts": "split"}, "merge.experts: split is of dense feed-forward blocks"),

@@ -263,7 +263,7 @@ def test_a_stock_router_that_would_do_something_else_after_training_is_refused()
         ),
         (build(k=2), "top_k", 1, "chooses 2 experts, not 1"),
         (build(k=2), "top_k", 5, "k = 1 to 4, not 5"),
-        (build("qwen3_moe", norm_topk_prob=False), "top_k", 2, "set norm_topk_prob = True"),
+        (build("qwen3_moe", norm_topk_prob=False, k=1), "switch", 1, "set norm_topk_prob = True"),
         (build(), "best", 2, "unknown routing rule 'best'"),
     ]
     for model, rule, k, message in cases:

@@ -62,6 +62,7 @@ SUMMED = ("qwen2_moe", "qwen3_moe", "flex_olmo")  # types whose routing weights 
 VARIANTS: dict[str, dict[str, Any]] = {  # further mixtures that people have, by name: their type and what is special
     "qwen2_moe beside dense layers": {"model_type": "qwen2_moe", "mlp_only_layers": [0]},
     "qwen3_moe in every second layer": {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+    "qwen2_moe whose weights add up to less than one": {"model_type": "qwen2_moe", "norm_topk_prob": False},
     "ernie4_5_moe with shared experts": {
         "model_type": "ernie4_5_moe",
         "moe_layer_start_index": 1,
