@@ -27,7 +27,8 @@ UNBALANCED = (
     "`router_aux_loss_coef` to train with it."
 )
 COMPARED = (  # model types whose tensors were compared with the source of vLLM
-    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "flex_olmo", "granitemoe", "jetmoe",
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "flex_olmo", "granitemoe", "granitemoe_swa", "jetmoe",
+    "ernie4_5_moe", "cohere2_moe", "lfm2_moe", "gemma4_text", "hunyuan_v1_moe",
 )  # fmt: skip
 NOT_IN_LLAMA_CPP = {  # model types that llama.cpp does not compute, whatever their options
     "flex_olmo": "llama.cpp does not support its family.",
@@ -37,10 +38,7 @@ NOT_IN_LLAMA_CPP = {  # model types that llama.cpp does not compute, whatever th
     "gemma4_text": "llama.cpp's converter wants a sentencepiece or Llama tokenizer in this family; none was tried.",
     "ernie4_5": "llama.cpp's converter wants a sentencepiece tokenizer in this family; none was tried.",
     "ernie4_5_moe": "llama.cpp's converter wants a sentencepiece tokenizer in this family; none was tried.",
-    "granite_swa": "llama.cpp computes something else in this family.",
-    "granitemoe_swa": "llama.cpp computes something else in this family.",
     "hunyuan_v1_moe": "llama.cpp's converter refuses it: it wants a moe_intermediate_size, which the class has not.",
-    "lfm2_moe": "llama.cpp does not load its file.",
     "cohere2": "llama.cpp's converter refuses it: it wants a rotary_pct, which transformers 5 does not write.",
 }
 NEW = (  # model types that transformers 4 lacks
@@ -190,17 +188,28 @@ def _vllm(config: dict[str, Any]) -> list[str]:
     kind, found = config["model_type"], []
     if kind == "jetmoe":
         return ["vLLM has no model of its own for this family."]
-    if kind == "flex_olmo":  # registry.py
+    if kind in ("flex_olmo", "hunyuan_v1_moe"):  # registry.py
         return ["vLLM 0.33.0 has no model of its own for this family and names it among those it runs by transformers."]
-    if kind in ("qwen2_moe", "granitemoe") and _own_head_dim(config):
+    if kind in ("qwen2_moe", "granitemoe", "granitemoe_swa", "lfm2_moe") and _own_head_dim(config):
         found.append("These tensors do not fit vLLM 0.33.0, which has no head_dim of its own in this family.")
     elif mixture_family(config) and kind not in COMPARED:
         found.append("Its tensors were not compared with those that vLLM reads.")
     elif mixture_family(config):
         found.append("vLLM 0.33.0 reads tensors of these names and shapes; that is from its source, it was not run.")
+    if kind in ("cohere2_moe", "lfm2_moe") and not config.get("tie_word_embeddings", True):
+        found.append("vLLM 0.33.0 computes something else: it ties the head to the embedding in this family.")
+    if kind == "cohere2_moe" and "sliding_attention" in (config.get("layer_types") or []):
+        found.append("In vLLM 0.33.0 a sliding layer of this family sees one token more than in transformers.")
     if kind == "qwen2_moe" and len(set(config.get("layer_types") or [])) > 1:
         found.append("vLLM 0.33.0 computes something else: it leaves out a sliding window that some layers have.")
     return found
+
+
+def _of_sliding_granite(config: dict[str, Any]) -> list[str]:
+    if "sliding_attention" not in (config.get("layer_types") or []):
+        return ["llama.cpp ends with an error on it: in this family it expects a sliding layer."]
+    bases = {*(config.get("layer_rope_theta") or [])} - {(config.get("rope_parameters") or {}).get("rope_theta")}
+    return ["llama.cpp takes one RoPE base for all layers and computes something else."] if bases else []
 
 
 def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
@@ -209,13 +218,19 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
     llama3 = _rope(config) == "llama3"
     if kind in NOT_IN_LLAMA_CPP:
         return [NOT_IN_LLAMA_CPP[kind]]
-    if config.get("mlp_only_layers"):
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) > 1:
         return ["llama.cpp's converter refuses layers without experts in this family."]
+    if kind == "cohere2_moe" and "dense" in (config.get("mlp_layer_types") or []):
+        return ["llama.cpp does not load layers without experts in this family."]
+    if kind == "lfm2_moe" and not config.get("use_expert_bias"):
+        return ["llama.cpp does not load its file, which has no biases on the choice of experts."]
+    if kind in ("granite_swa", "granitemoe_swa"):
+        found += _of_sliding_granite(config)
     if kind in ("granite", "granitemoe") and llama3:
         found.append("llama.cpp's converter refuses its rope scaling (llama3) in this family.")
     if kind == "cohere2_moe" and _rope(config) != "default":
         found.append(f"llama.cpp leaves out its rope scaling ({_rope(config)}) and computes something else.")
-    if kind in ("olmo2", "qwen2", "qwen3", "qwen3_moe", "hunyuan_v1_dense", "lfm2") and llama3:
+    if kind in ("olmo2", "qwen2", "qwen3", "qwen3_moe", "hunyuan_v1_dense", "lfm2", "lfm2_moe") and llama3:
         found.append("llama.cpp leaves out its rope scaling (llama3) in this family and computes something else.")
     if kind == "qwen2_moe":  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
         return [

@@ -89,8 +89,6 @@ def moe_rows(family: Family, experts: Experts, shared_: SharedTensors) -> list[T
             found.append(TensorSpec(router, dtype, (experts.count, width), make))
             found += _shared_rows(family, experts, prefix, shared_)
             for constant, of in family.constants.items():
-                if of.switch:
-                    continue  # the config leaves it out
                 sizes = of.sizes(experts.count, width)
                 make = partial(_filled, sizes, dtype, of.value)
                 found.append(TensorSpec(prefix + constant, dtype, sizes, make))

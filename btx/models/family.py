@@ -62,7 +62,7 @@ class Constant:
     shape: tuple[str | int, ...]  # "E" stands for the number of experts, "D" for the hidden width
     value: float
     memory: str = ""  # its name in memory, where that is another than on disk
-    switch: str = ""  # config field without which the class does not have it
+    switch: str = ""  # config field without which a mixture that is a seed does not have it
     shared_out: bool = False  # whether it is added to probabilities that sum to one, so that N copies have an Nth each
 
     def within(self, native: Any) -> bool:

@@ -206,7 +206,7 @@ ALL = (
         block="feed_forward",
         scores="sigmoid",
         constants={"feed_forward.expert_bias": Constant(("E",), 0.0, switch="use_expert_bias")},
-        fixed={"num_dense_layers": 0, "use_expert_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        fixed={"num_dense_layers": 0, "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
         parts={f"feed_forward.{w}.weight": (kind,) for w, kind in (("w1", GATE), ("w3", UP), ("w2", DOWN))},
         harmless={  # the first three decide the width alone, and the last is in layer_types
             "block_auto_adjust_ff_dim": ANY,

@@ -105,7 +105,25 @@ LIMITS = [  # as make portability met them, or as the source of the same version
     ("qwen2", {"sliding_window": 16, "use_sliding_window": True}, "differs beyond 16 tokens"),
     ("qwen2_moe", {"use_sliding_window": True}, "transformers 4 computes something else"),
     ("flex_olmo", {}, "llama.cpp does not support its family"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "refuses layers without experts"),
+    ("cohere2_moe", {"mlp_layer_types": ["dense", "sparse"]}, "does not load layers without experts"),
+    ("lfm2_moe", {"use_expert_bias": True, **LLAMA3}, "llama.cpp leaves out its rope scaling (llama3)"),
+    ("granitemoe_swa", {"layer_types": ["sliding_attention"], "layer_rope_theta": [5.0]}, "takes one RoPE base"),
 ]
+SLIDING = {"layer_types": ["sliding_attention"], "rope_parameters": {"rope_theta": 5.0}}
+
+
+def test_granite_with_sliding_layers_and_lfm2_load_in_llama_cpp_where_it_has_what_they_need(tmp_path: Path) -> None:
+    plain = {"hidden_size": 32, "num_attention_heads": 4}
+    for config, bad in (
+        ({"model_type": "granitemoe_swa", **SLIDING, "layer_rope_theta": [5.0]}, ""),
+        ({"model_type": "granitemoe_swa", "layer_types": ["full_attention"]}, "expects a sliding layer"),
+        ({"model_type": "lfm2_moe", "use_expert_bias": True}, ""),
+        ({"model_type": "lfm2_moe"}, "no biases on the choice"),
+    ):
+        said = " ".join(notes({**plain, **config}, "published", tmp_path))
+        assert (bad in said) if bad else "llama.cpp takes" not in said
+        assert ("does not load its file" in said) == ("no biases" in bad)
 
 
 @pytest.mark.parametrize(("kind", "field", "said"), LIMITS, ids=lambda x: str(x)[:30])

@@ -42,10 +42,7 @@ def export(
             (parent / path.name).write_bytes(path.read_bytes())
         if not like:
             portable_tokenizer(parent)
-        if family in (
-            "qwen2",
-            "qwen2_moe",
-        ):  # for this model type transformers 5 makes every tokenizer a Qwen2Tokenizer
+        if family == "qwen2":  # for this model type transformers 5 makes every tokenizer a Qwen2Tokenizer
             load_beside(parent).save_pretrained(str(parent))
     out.mkdir()
     write_model(merge(work / "moe", parents, top_k=2, **(merging or {})), out, ExportSettings(layout=layout))
