@@ -177,9 +177,9 @@ class MergeSettings(Settings):
                 f"experts: {self.experts} cuts feed-forward blocks; copies and reinitialize require experts: per_model"
             )
         many = self.copies if isinstance(self.copies, int) else max(self.copies.values(), default=1)
-        if many > 1 and self.router in FROM_DATA and not self.reinitialize:
+        if many > 1 and self.router in (*FROM_DATA, "own") and not self.reinitialize:
             raise ValueError(
-                f"router: {self.router} gives copies of one model nearly equal rows; "
+                f"router: {self.router} gives copies of one model equal or nearly equal rows; "
                 "use random or orthogonal, or reinitialize some of their units"
             )
         return self

@@ -123,7 +123,7 @@ class Merge(Models):
     """A Mixture-of-Experts checkpoint."""
 
     kind: ClassVar[str] = "merge"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     tokens: dict[str, TokensStep] = Field(default_factory=dict)  # by domain, if data initialises the router
     domains: dict[str, str] = Field(default_factory=dict)  # of models that are not named after their domain
 
