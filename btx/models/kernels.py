@@ -21,7 +21,10 @@ from btx.models.families import mixture_family
 NATIVE = ("eager", "grouped_mm", "batched_mm")
 HUB = ("deepgemm", "sonicmoe")  # kernels that transformers fetches from its hub by the package `kernels`
 INTERPRETED = "TRITON_INTERPRET"
-SWIGLU = ("silu", "swish")  # the activation that btx_kernels computes
+ACTIVATIONS = {  # those that btx_kernels computes: names in configs, by its own
+    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+}  # fmt: skip
+CLASSES = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh"}
 
 
 def ours() -> list[str]:
@@ -77,8 +80,8 @@ def kernel_of(config: Any, name: str, device: torch.device) -> str | None:
     """
     family = mixture_family(config)
     if family is None or not family.attention:
-        if family and name == "auto" and activation_of(config) not in SWIGLU:
-            return "grouped_mm"  # ours would refuse it
+        if family and name == "auto" and activation_of(config) not in ACTIVATIONS:
+            return "grouped_mm"  # ours refuse it
         return choose(name, device) if family else None
     if name in ("auto", "eager"):
         return "eager"
@@ -112,7 +115,8 @@ def use_kernel(model: nn.Module, name: str) -> None:
 
 
 def check_kind(module: nn.Module, name: str) -> None:
-    """RecipeError unless a module holds SwiGLU experts in our kernels' layout: (E, 2F, D) and (E, D, F), no bias."""
+    """RecipeError unless a module holds gated experts in our kernels' layout, (E, 2F, D) and (E, D, F), without bias,
+    and has an activation that they compute."""
     from transformers.integrations.moe import _default_apply_gate
 
     act = type(getattr(module, "act_fn", None)).__name__
@@ -120,12 +124,17 @@ def check_kind(module: nn.Module, name: str) -> None:
              "has_post_expert_norm": False}  # fmt: skip
     own_gate = getattr(type(module), "_apply_gate", _default_apply_gate) is not _default_apply_gate
     unusual = own_gate or any(getattr(module, k, v) != v for k, v in usual.items())
-    silu = act in ("SiLUActivation", "SiLU") or getattr(module, "act_fn", None) is nn.functional.silu
-    if not silu or unusual:
+    if not _activation(module) or unusual:
         raise RecipeError(
-            f"run.kernel: {name} computes SwiGLU experts without bias; those of {type(module).__name__} are of another "
-            f"kind (activation {act}). Use kernel: grouped_mm."
+            f"run.kernel: {name} computes experts with a gate of SiLU or GELU's tanh form, without bias; those of "
+            f"{type(module).__name__} are of another kind (activation {act}). Use kernel: grouped_mm."
         )
+
+
+def _activation(module: nn.Module) -> str:
+    """The activation of a module of experts, by our kernels' name; empty for one that they do not compute."""
+    found = getattr(module, "act_fn", None)
+    return "silu" if found is nn.functional.silu else CLASSES.get(type(found).__name__, "")
 
 
 def _register(name: str) -> None:
@@ -138,7 +147,7 @@ def _register(name: str) -> None:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.gate_up_proj.dtype
         tensors = (t.to(dtype) for t in (hidden_states, self.gate_up_proj, self.down_proj))
         with torch.autocast(kind, enabled=False):
-            out: Tensor = kernel.experts(*tensors, top_k_index, top_k_weights)
+            out: Tensor = kernel.experts(*tensors, top_k_index, top_k_weights, activation=_activation(self))
         return out.to(hidden_states.dtype)
 
     ALL_EXPERTS_FUNCTIONS.register(name, forward)

@@ -60,12 +60,28 @@ def _product(acc, a, a_rows, a_live, b, b_columns, b_live, DEPTH, stride_k, stri
     return acc
 
 
+@triton.jit
+def _activated(x, GELU: tl.constexpr):
+    """The activation of a tile and its derivative; formulas as in `_activations`."""
+    if GELU:
+        square = x * x
+        share = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+        value = x * share
+        slope = share + value * (1 - share) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+    else:
+        share = tl.sigmoid(x)
+        value = x * share
+        slope = share + value * (1 - share)
+    return value, slope
+
+
 @_tuned(["D", "F"], (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 3), (64, 128, 64, 8, 3),
         (64, 64, 64, 4, 4), (128, 128, 32, 8, 4))  # fmt: skip
 @triton.jit
-def up(x, weight, hidden, act, choice, ends, E, D, F, K: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-        WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """hidden = x[token] W_gate_up[e]^T where it is kept, act = silu(gate) up, for the rows of every expert in turn."""
+def up(x, weight, hidden, act, choice, ends, E, D, F, K: tl.constexpr, KEEP: tl.constexpr, GELU: tl.constexpr,
+        PRECISION: tl.constexpr, WIDE: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """hidden = x[token] W_gate_up[e]^T where it is kept, act = activated gate · up, for each expert's rows in turn."""
     tile, first, start = tl.program_id(0), 0, tl.load(ends) * 0
     column_tiles = tl.cdiv(F, BN)
     for e in range(E):
@@ -97,7 +113,7 @@ def up(x, weight, hidden, act, choice, ends, E, D, F, K: tl.constexpr, KEEP: tl.
                 at = hidden + top * 2 * F + lane[:, None] * (2 * F) + column[None, :]
                 tl.store(at, gate.to(hidden.dtype.element_ty), mask=mask)
                 tl.store(at + F, up.to(hidden.dtype.element_ty), mask=mask)
-            value = gate * tl.sigmoid(gate) * up
+            value = _activated(gate, GELU)[0] * up
             tl.store(act + top * F + lane[:, None] * F + column[None, :], value.to(act.dtype.element_ty), mask=mask)
             tile += tl.num_programs(0)
         first += row_tiles * column_tiles
@@ -141,7 +157,8 @@ def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_grad(acc, by, hidden, grad_hidden, scaled_act, live, begin, F, BM: tl.constexpr, BN: tl.constexpr):
+def _gated_grad(acc, by, hidden, grad_hidden, scaled_act, live, begin, F, GELU: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """What `act_grad` does with BN columns of its product; returns their part of the sums by row."""
     column = begin + tl.arange(0, BN)
     lane = tl.arange(0, BM)
@@ -149,15 +166,14 @@ def _swiglu_grad(acc, by, hidden, grad_hidden, scaled_act, live, begin, F, BM: t
     at = lane[:, None] * (2 * F) + column[None, :]
     gate = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(hidden + F + at, mask=mask, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    silu = gate * share
-    value = silu * up
+    activated, slope = _activated(gate, GELU)
+    value = activated * up
     dot = tl.sum(acc * value, 1)
     kind = grad_hidden.dtype.element_ty
     tl.store(scaled_act + lane[:, None] * F + column[None, :], (value * by[:, None]).to(kind), mask=mask)
     acc *= by[:, None]
-    tl.store(grad_hidden + F + at, (acc * silu).to(kind), mask=mask)
-    tl.store(grad_hidden + at, (acc * up * (share + silu * (1 - share))).to(kind), mask=mask)
+    tl.store(grad_hidden + F + at, (acc * activated).to(kind), mask=mask)
+    tl.store(grad_hidden + at, (acc * up * slope).to(kind), mask=mask)
     return dot
 
 
@@ -165,7 +181,7 @@ def _swiglu_grad(acc, by, hidden, grad_hidden, scaled_act, live, begin, F, BM: t
         (64, COLUMNS, 64, 8, 3))  # fmt: skip
 @triton.jit
 def act_grad(grad, weight, hidden, scale, grad_hidden, scaled_act, dots, choice, ends, E, D, F, K: tl.constexpr,
-              PRECISION: tl.constexpr, WIDE: tl.constexpr,
+              GELU: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Gradient of the pre-activations; the activations again, weighted; Σ activation · gradient per row and tile."""
     tile, first, start = tl.program_id(0), 0, tl.load(ends) * 0
@@ -188,10 +204,10 @@ def act_grad(grad, weight, hidden, scale, grad_hidden, scaled_act, dots, choice,
             left, right = _halves(acc, BM, BN)
             first_part, second_part = _halves(left, BM, BN // 2)
             third_part, fourth_part = _halves(right, BM, BN // 2)
-            dot = _swiglu_grad(first_part, by, *rows, n * BN, F, BM, BN // 4)
-            dot += _swiglu_grad(second_part, by, *rows, n * BN + BN // 4, F, BM, BN // 4)
-            dot += _swiglu_grad(third_part, by, *rows, n * BN + BN // 2, F, BM, BN // 4)
-            dot += _swiglu_grad(fourth_part, by, *rows, n * BN + 3 * BN // 4, F, BM, BN // 4)
+            dot = _gated_grad(first_part, by, *rows, n * BN, F, GELU, BM, BN // 4)
+            dot += _gated_grad(second_part, by, *rows, n * BN + BN // 4, F, GELU, BM, BN // 4)
+            dot += _gated_grad(third_part, by, *rows, n * BN + BN // 2, F, GELU, BM, BN // 4)
+            dot += _gated_grad(fourth_part, by, *rows, n * BN + 3 * BN // 4, F, GELU, BM, BN // 4)
             tl.store(dots + row * column_tiles + n, dot, mask=live)
             tile += tl.num_programs(0)
         first += row_tiles * column_tiles

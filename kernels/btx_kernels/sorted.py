@@ -19,30 +19,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from btx_kernels._activations import activate, gradient, known
 from btx_kernels._order import order
 from btx_kernels._products import product
 
-SILU, SILU_BACKWARD = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
 CACHED = 2**18  # elements per chunk where each is touched several times, so that they stay in a core's cache
 
 
-def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """out_t = Σ_k weight_tk · down_e (silu(gate_e x_t) ⊙ (up_e x_t)), e = index_tk; see `btx_kernels.reference`.
+def experts(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, activation: str = "silu"
+) -> Tensor:  # fmt: skip
+    """out_t = Σ_k weight_tk · down_e (act(gate_e x_t) ⊙ (up_e x_t)), e = index_tk; see `btx_kernels.reference`.
 
     `x_TD` and the experts' weights have one dtype; `weight_TK` may have a wider one, in which the sum over k is taken.
     An index of E stands for an expert elsewhere and adds nothing.
     """
     tensors = (x_TD, gate_up_EFD, down_EDF, index_TK, weight_TK)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    out: Tensor = _Sorted.apply(*tensors, keep)
+    out: Tensor = _Sorted.apply(*tensors, keep, known(activation))
     return out
 
 
 class _Sorted(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, keep: bool
-    ) -> Tensor:
+        ctx: Any, x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, keep: bool,
+        activation: str,
+    ) -> Tensor:  # fmt: skip
         by_expert = order(index_TK, len(gate_up_EFD))
         token_S = by_expert.choice_S // index_TK.shape[1]
         runs = [0, *by_expert.ends_E.tolist()]
@@ -55,10 +58,10 @@ class _Sorted(torch.autograd.Function):
             x_ND = torch.index_select(x_TD, 0, token_S[a:b], out=buffer.of(0, b - a, x_TD.shape[1]))
             hidden_NF = hidden_SF[a:b] if keep else buffer.of(2, b - a, gate_up_EFD.shape[1])
             gate_NF, up_NF = product(x_ND, gate_up_EFD[e].T, hidden_NF).chunk(2, dim=1)
-            act_NF = SILU(gate_NF, out=buffer.of(1, b - a, up_NF.shape[1])).mul_(up_NF)
+            act_NF = activate(gate_NF, activation, buffer.of(1, b - a, up_NF.shape[1])).mul_(up_NF)
             product(act_NF, down_EDF[e].T, out_SD[a:b])
         ctx.save_for_backward(x_TD, gate_up_EFD, down_EDF, weight_TK, hidden_SF, out_SD, *by_expert[:2])
-        ctx.runs = runs
+        ctx.runs, ctx.activation = runs, activation
         return _sum(out_SD, by_expert.place_S, weight_TK, index_TK.shape[1])
 
     @staticmethod
@@ -84,23 +87,23 @@ class _Sorted(torch.autograd.Function):
             grad_weight_S[choice_S[a:b]] = _dots(grad_ND, out_SD[a:b], weight_TK.dtype)
             grad_ND.mul_(weight_S1[a:b])
             gate_NF, up_NF = hidden_SF[a:b].chunk(2, dim=1)
-            silu_NF = SILU(gate_NF, out=buffer.of(1, n, half))
+            act_NF = activate(gate_NF, ctx.activation, buffer.of(1, n, half))
             if grad_down_EDF is not None:
-                product(grad_ND.T, torch.mul(silu_NF, up_NF, out=buffer.of(2, n, half)), grad_down_EDF[e])
+                product(grad_ND.T, torch.mul(act_NF, up_NF, out=buffer.of(2, n, half)), grad_down_EDF[e])
             if not (wants_x or wants_up):
                 continue
             grad_act_NF = product(grad_ND, down_EDF[e], buffer.of(2, n, half))
             grad_hidden_NF = buffer.of(3, n, 2 * half)
             grad_gate_NF, grad_up_NF = grad_hidden_NF.chunk(2, dim=1)
-            torch.mul(grad_act_NF, silu_NF, out=grad_up_NF)
-            SILU_BACKWARD(grad_act_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
+            torch.mul(grad_act_NF, act_NF, out=grad_up_NF)
+            gradient(grad_act_NF.mul_(up_NF), gate_NF, ctx.activation, grad_gate_NF)
             if grad_up_EFD is not None:
                 x_ND = torch.index_select(x_TD, 0, tokens[a:b], out=buffer.of(0, n, width))
                 product(grad_hidden_NF.T, x_ND, grad_up_EFD[e])
             if grad_x_SD is not None:
                 product(grad_hidden_NF, gate_up_EFD[e], grad_x_SD[a:b])
         grad_x_TD = None if grad_x_SD is None else _sum(grad_x_SD, place_S, None, weight_TK.shape[1])
-        return grad_x_TD, grad_up_EFD, grad_down_EDF, None, grad_weight_S.view_as(weight_TK), None
+        return grad_x_TD, grad_up_EFD, grad_down_EDF, None, grad_weight_S.view_as(weight_TK), None, None
 
 
 class _Buffers:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from btx_kernels._activations import activated, known
+
 BLOCK = 128
 TRITON = True  # on a CPU it runs only in the interpreter
 
@@ -96,18 +98,22 @@ for _kernel in vars(kernels).values():
         _kernel.configs = _kernel.configs[:1]  # an interpreter has nothing to tune, and no device to time on
 
 
-def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """out_t = Σ_k weight_tk · down_e (silu(gate_e x_t) ⊙ (up_e x_t)), e = index_tk; see `btx_kernels.reference`.
+def experts(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, activation: str = "silu"
+) -> Tensor:  # fmt: skip
+    """out_t = Σ_k weight_tk · down_e (act(gate_e x_t) ⊙ (up_e x_t)), e = index_tk; see `btx_kernels.reference`.
 
     float32, bfloat16 or float16. An index of E stands for an expert elsewhere and adds nothing.
     """
     if x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda:  # Triton's interpreter would multiply its raw bits
-        return experts(x_TD.float(), gate_up_EFD.float(), down_EDF.float(), index_TK, weight_TK).bfloat16()
+        return experts(x_TD.float(), gate_up_EFD.float(), down_EDF.float(), index_TK, weight_TK, activation).bfloat16()
     with torch.cuda.device_of(x_TD):
-        return _experts(x_TD, gate_up_EFD, down_EDF, index_TK, weight_TK)
+        return _experts(x_TD, gate_up_EFD, down_EDF, index_TK, weight_TK, known(activation))
 
 
-def _experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def _experts(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, activation: str
+) -> Tensor:
     tokens, width = x_TD.shape
     count, _, half = down_EDF.shape
     away_TK = index_TK >= count
@@ -125,13 +131,13 @@ def _experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tens
         bins_E = ops.inclusive_cumsum(count_E, 0).view(count)
         padded_E = ops.inclusive_cumsum(ops.round_up(count_E, BLOCK), 0).view(count)
         columns = (half + more_half) // BLOCK
-        whole, activation = (_topology(padded_E // BLOCK, n, x_TD.dtype) for n in (2 * columns, columns))
+        whole, half_of_it = (_topology(padded_E // BLOCK, n, x_TD.dtype) for n in (2 * columns, columns))
     _refuse_beyond_32_bits(whole.size()[0] * 2 * (half + more_half), up_ND.numel(), index_TK.numel() * (width + more))
     places = (choice_S, bin_S, bins_E, padded_E)
     x_SD = ops.padded_gather(_padded(x_TD, 0, more), *places, index_TK.shape[1])
     hidden = stk.ops.sdd(x_SD, up_ND.t(), whole).data.view(-1, 2, columns, BLOCK, BLOCK)
-    act = functional.silu(hidden[:, 0]) * hidden[:, 1]
-    out_SD = stk.ops.dsd(_with_data(activation, act.reshape(-1, BLOCK, BLOCK)), down_ND)
+    act = activated(hidden[:, 0], activation) * hidden[:, 1]
+    out_SD = stk.ops.dsd(_with_data(half_of_it, act.reshape(-1, BLOCK, BLOCK)), down_ND)
     out_TD: Tensor = ops.padded_scatter(out_SD, *places[:2], weight_S, *places[2:], index_TK.shape[1])
     return out_TD[:, :width].to(x_TD.dtype)
 

@@ -1,7 +1,7 @@
 """Our own Triton kernels for Hopper and Ampere: grouped products with everything around them fused in.
 
-Forward: up (rows gathered by token, gate and up side by side, SwiGLU fused in), down (weighted rows scattered to
-their choices), and their sum. Backward: the gradient of the activations with SwiGLU's fused in, those of the
+Forward: up (rows gathered by token, gate and up side by side, the gated activation fused in), down (weighted rows
+scattered to their choices), and their sum. Backward: the gradient of the activations with theirs fused in, those of the
 weights, that of the input, and its sum. All but the sums and the weights' gradients are persistent: a few programs per
 multiprocessor walk all tiles of all experts.
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from btx_kernels._activations import known
 from btx_kernels._order import Order, order
 
 try:
@@ -32,8 +33,10 @@ except ImportError as error:
 TRITON = True  # on a CPU it runs only in the interpreter
 
 
-def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """out_t = Σ_k weight_tk · down_e (silu(gate_e x_t) ⊙ (up_e x_t)), e = index_tk; see `btx_kernels.reference`.
+def experts(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, activation: str = "silu"
+) -> Tensor:  # fmt: skip
+    """out_t = Σ_k weight_tk · down_e (act(gate_e x_t) ⊙ (up_e x_t)), e = index_tk; see `btx_kernels.reference`.
 
     An index of E stands for an expert elsewhere and adds nothing. TypeError for float64, which tensor cores lack.
     """
@@ -44,15 +47,16 @@ def experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tenso
     tensors = (x_TD.contiguous(), gate_up_EFD.contiguous(), down_EDF.contiguous(), index_TK, weight_TK)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     with torch.cuda.device_of(x_TD):
-        out: Tensor = _Fused.apply(*tensors, keep)
+        out: Tensor = _Fused.apply(*tensors, keep, known(activation) == "gelu_tanh")
     return out
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, keep: bool
-    ) -> Tensor:
+        ctx: Any, x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor, keep: bool,
+        gelu: bool,
+    ) -> Tensor:  # fmt: skip
         (tokens, width), (count, _, half) = x_TD.shape, down_EDF.shape
         by_expert, index_TK, weight_TK = order(index_TK, count), index_TK.contiguous(), weight_TK.contiguous()
         choices = index_TK.numel()
@@ -61,10 +65,11 @@ class _Fused(torch.autograd.Function):
         if tokens:
             launch.up[_grid(x_TD)](
                 x_TD, gate_up_EFD, hidden_SF, act_SF, by_expert.choice_S, by_expert.ends_E, count, width, half,
-                K=index_TK.shape[1], KEEP=keep, **_how(x_TD),
+                K=index_TK.shape[1], KEEP=keep, GELU=gelu, **_how(x_TD),
             )  # fmt: skip
             _rows_out(act_SF, down_EDF, out_SD, by_expert, weight_TK, transposed=True)
         ctx.save_for_backward(x_TD, gate_up_EFD, down_EDF, index_TK, weight_TK, hidden_SF, *by_expert)
+        ctx.gelu = gelu
         return _summed(out_SD, index_TK, count)
 
     @staticmethod
@@ -76,13 +81,13 @@ class _Fused(torch.autograd.Function):
         wants_x, wants_up, wants_down = ctx.needs_input_grad[:3]
         if not tokens:
             nothing = (torch.zeros_like(t) for t in (x_TD, gate_up_EFD, down_EDF))
-            return *nothing, None, weight_TK, None
+            return *nothing, None, weight_TK, None, None
         grad_hidden_SF, act_SF = torch.empty_like(hidden_SF), x_TD.new_empty(len(hidden_SF), half)
         dots = torch.zeros(len(hidden_SF), _blocks(half, launch.COLUMNS), dtype=torch.float32, device=x_TD.device)
         places, k = (by_expert.choice_S, by_expert.ends_E), index_TK.shape[1]
         launch.act_grad[_grid(x_TD)](
             grad_TD, down_EDF, hidden_SF, weight_TK, grad_hidden_SF, act_SF, dots, *places, count, width, half,
-            K=k, **_how(x_TD),
+            K=k, GELU=ctx.gelu, **_how(x_TD),
         )  # fmt: skip
         grad_weight_S = weight_TK.new_empty(index_TK.numel())
         grad_weight_S[by_expert.choice_S] = dots.sum(1).to(weight_TK.dtype)
@@ -95,7 +100,7 @@ class _Fused(torch.autograd.Function):
             grad_SD = x_TD.new_empty(len(hidden_SF), width)
             _rows_out(grad_hidden_SF, gate_up_EFD, grad_SD, by_expert)
             grad_x_TD = _summed(grad_SD, index_TK, count)
-        return grad_x_TD, grad_up_EFD, grad_down_EDF, None, grad_weight_S.view_as(weight_TK), None
+        return grad_x_TD, grad_up_EFD, grad_down_EDF, None, grad_weight_S.view_as(weight_TK), None, None
 
 
 def _blocks(length: int, size: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from btx_kernels import _order, _products, reference
+from btx_kernels._activations import NAMES
 from hypothesis import example, given, settings
 from torch import Tensor
 
@@ -41,7 +42,14 @@ def kernel(name: str) -> Experts:
     return found
 
 
-def plain(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+def written_out(gate: Tensor, activation: str) -> Tensor:
+    """An activation by its formula."""
+    if activation == "silu":
+        return gate * torch.sigmoid(gate)
+    return 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+
+
+def plain(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, activation: str) -> Tensor:
     """Token by token, choice by choice."""
     rows, half = [], down.shape[2]
     for t in range(len(x)):
@@ -50,17 +58,25 @@ def plain(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tenso
             e = int(index[t, k])
             if e < len(down):
                 gate, up = gate_up[e, :half] @ x[t], gate_up[e, half:] @ x[t]
-                row = row + weight[t, k] * (down[e] @ (gate * torch.sigmoid(gate) * up))
+                row = row + weight[t, k] * (down[e] @ (written_out(gate, activation) * up))
         rows.append(row)
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("routing", ["mixed", "one", "few", "away"])
-def test_the_reference_is_the_sum_written_out(routing: str) -> None:
-    inputs, index, grad = tensors(WANTED._replace(routing=routing), torch.float64)
-    for ours_, theirs in zip(results(reference.experts, inputs, index, grad), results(plain, inputs, index, grad),
-                             strict=True):  # fmt: skip
+def test_the_reference_is_the_sum_written_out(routing: str, activation: str) -> None:
+    asked = tensors(WANTED._replace(routing=routing), torch.float64)
+    both = (results(kernel_, *asked, activation) for kernel_ in (reference.experts, plain))
+    for ours_, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours_, theirs)
+
+
+@pytest.mark.parametrize("name", ours())
+def test_an_activation_that_there_is_not_is_refused(name: str) -> None:
+    inputs, index, grad = tensors(WANTED, torch.float32)
+    with pytest.raises(ValueError, match=r"no activation 'relu' here; known: silu, gelu_tanh"):
+        results(kernel(name), inputs, index, grad, "relu")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -70,6 +86,7 @@ def test_the_reference_is_the_sum_written_out(routing: str) -> None:
 @example(case=Case(37, 3, 3, 33, 17, "all away"))
 @example(case=Case(1100, 2, 3, 8, 8))
 @example(case=Case(30, 2, 3, 12, 8, strided=True))
+@example(case=Case(30, 2, 3, 12, 8, activation="gelu_tanh"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_sorted_equals_the_reference(dtype: torch.dtype, case: Case) -> None:
     compare(kernel("sorted"), case, dtype)
@@ -120,6 +137,7 @@ def test_float32_products_leave_mkl_where_it_lacks_avx512_alone(
 @example(case=Case(37, 3, 5, 33, 41, "away"))
 @example(case=Case(40, 2, 3, 24, 72, "one"))
 @example(case=Case(5, 2, 3, 128, 128, "mixed", strided=True))
+@example(case=Case(37, 3, 5, 33, 41, "away", activation="gelu_tanh"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in OTHERS if name in SLOW])
 def test_triton_kernels_equal_the_reference(name: str, dtype: torch.dtype, case: Case) -> None:
@@ -130,11 +148,12 @@ def test_every_kernel_is_under_one_of_these_tests() -> None:
     assert set(OTHERS) == {"sorted", *SLOW}
 
 
-def test_sorted_has_the_gradient_of_finite_differences() -> None:
+@pytest.mark.parametrize("activation", NAMES)
+def test_sorted_has_the_gradient_of_finite_differences(activation: str) -> None:
     inputs, index, _ = tensors(WANTED._replace(routing="away"), torch.float64)
     leaves = [t.requires_grad_() for t in inputs]
     function = kernel("sorted")
-    assert torch.autograd.gradcheck(lambda x, g, d, w: function(x, g, d, index, w), leaves)
+    assert torch.autograd.gradcheck(lambda x, g, d, w: function(x, g, d, index, w, activation), leaves)
 
 
 def swapped(gate_up: Tensor) -> Tensor:
@@ -143,12 +162,13 @@ def swapped(gate_up: Tensor) -> Tensor:
 
 
 MUTATIONS = {
-    "gate and up swapped": lambda f: lambda x, g, d, i, w: f(x, swapped(g), d, i, w),
-    "routing weight dropped": lambda f: lambda x, g, d, i, w: f(x, g, d, i, w.detach() * 0 + 1),
-    "weight's gradient dropped": lambda f: lambda x, g, d, i, w: f(x, g, d, i, w.detach()),
-    "another expert's down": lambda f: lambda x, g, d, i, w: f(x, g, d.roll(1, 0), i, w),
-    "one choice lost": lambda f: lambda x, g, d, i, w: f(x, g, d, i[:, :1], w[:, :1]),
-    "a token's input taken for another's": lambda f: lambda x, g, d, i, w: f(x.roll(1, 0), g, d, i, w),
+    "gate and up swapped": lambda f: lambda x, g, d, i, w, a: f(x, swapped(g), d, i, w, a),
+    "routing weight dropped": lambda f: lambda x, g, d, i, w, a: f(x, g, d, i, w.detach() * 0 + 1, a),
+    "weight's gradient dropped": lambda f: lambda x, g, d, i, w, a: f(x, g, d, i, w.detach(), a),
+    "another activation": lambda f: lambda x, g, d, i, w, a: f(x, g, d, i, w, "gelu_tanh"),
+    "another expert's down": lambda f: lambda x, g, d, i, w, a: f(x, g, d.roll(1, 0), i, w, a),
+    "one choice lost": lambda f: lambda x, g, d, i, w, a: f(x, g, d, i[:, :1], w[:, :1], a),
+    "a token's input taken for another's": lambda f: lambda x, g, d, i, w, a: f(x.roll(1, 0), g, d, i, w, a),
 }
 
 
@@ -164,7 +184,7 @@ def test_a_mutated_kernel_is_caught(name: str, mutation: str) -> None:
 def test_a_routing_weight_five_percent_off_is_caught_in_bfloat16(name: str) -> None:
     function = kernel(name)
     with pytest.raises(AssertionError, match=r"output: off by .* in all"):
-        compare(lambda x, g, d, i, w: function(x, g, d, i, 1.05 * w), WANTED._replace(tokens=40), torch.bfloat16)
+        compare(lambda x, g, d, i, w, a: function(x, g, d, i, 1.05 * w, a), WANTED._replace(tokens=40), torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["sorted", "triton"])

@@ -16,17 +16,19 @@ HOW = {"PRECISION": "tf32", "WIDE": False}
 PLAIN = {"PRECISION": "ieee", "WIDE": False}
 ARGUMENTS = {
     "up": {"x": BF16, "weight": BF16, "hidden": BF16, "act": BF16, "choice": I64, "ends": I64, "E": I32, "D": I32,
-           "F": I32, "K": 2, "KEEP": True, **HOW},
+           "F": I32, "K": 2, "KEEP": True, "GELU": False, **HOW},
     "out": {"a": BF16, "weight": BF16, "out": BF16, "scale": F32, "choice": I64, "ends": I64, "E": I32, "DEPTH": I32,
             "N": I32, "stride_k": 1, "stride_n": I32, "SCALED": True, **HOW},
     "act_grad": {"grad": BF16, "weight": BF16, "hidden": BF16, "scale": F32, "grad_hidden": BF16, "scaled_act": BF16,
-                 "dots": F32, "choice": I64, "ends": I64, "E": I32, "D": I32, "F": I32, "K": 2, **HOW},
+                 "dots": F32, "choice": I64, "ends": I64, "E": I32, "D": I32, "F": I32, "K": 2, "GELU": False, **HOW},
     "weight_grad": {"p": BF16, "q": BF16, "out": BF16, "choice": I64, "ends": I64, "M": I32, "N": I32, "K": 2,
                     "GATHER_P": False, "GATHER_Q": True, **HOW},
 }  # fmt: skip
 VARIANTS = {  # name: kernel, and what differs from above
     **{name: (name, {}) for name in ARGUMENTS},
     "up without a backward pass": ("up", {"KEEP": False}),
+    "up with GELU": ("up", {"GELU": True}),
+    "act_grad with GELU": ("act_grad", {"GELU": True}),
     "gradient of the input": ("out", {"stride_k": I32, "stride_n": 1, "SCALED": False}),
     "gradient of down": ("weight_grad", {"GATHER_P": True, "GATHER_Q": False}),
     "up in float32": ("up", {**dict.fromkeys(("x", "weight", "hidden", "act"), F32), **PLAIN}),

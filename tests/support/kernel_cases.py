@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from btx_kernels import reference
+from btx_kernels._activations import NAMES as ACTIVATIONS
 from hypothesis import strategies as st
 from torch import Tensor
 
 NAMES = ("output", "grad of x", "grad of gate_up", "grad of down", "grad of weight")
-Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Experts = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
@@ -25,6 +26,7 @@ class Case(NamedTuple):
     routing: str = "mixed"
     seed: int = 0
     strided: bool = False
+    activation: str = "silu"
 
 
 ROUTINGS = ("mixed", "one", "few", "away", "all away")
@@ -38,6 +40,7 @@ def cases(draw: Any, most: int = 40) -> Case:
     return Case(
         draw(st.integers(0, most)), draw(st.integers(1, experts)), experts, draw(size), draw(size),
         draw(st.sampled_from(ROUTINGS)), draw(st.integers(0, 99)), draw(st.booleans()),
+        draw(st.sampled_from(ACTIVATIONS)),
     )  # fmt: skip
 
 
@@ -65,10 +68,12 @@ def tensors(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[T
     return [x, gate_up, down, weight], index, grad
 
 
-def results(kernel: Experts, inputs: list[Tensor], index: Tensor, grad: Tensor) -> list[Tensor]:
+def results(
+    kernel: Experts, inputs: list[Tensor], index: Tensor, grad: Tensor, activation: str = "silu"
+) -> list[Tensor]:
     """The output and the gradients of all four inputs that have one."""
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
-    out = kernel(*leaves[:3], index, leaves[3])
+    out = kernel(*leaves[:3], index, leaves[3], activation)
     out.backward(grad)
     return [out, *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)]
 
@@ -81,9 +86,9 @@ def compare(kernel: Experts, case: Case, dtype: torch.dtype, device: str = "cpu"
     units in the last place.
     """
     inputs, index, grad = tensors(case, dtype, device)
-    found = results(kernel, inputs, index, grad)
-    exact = results(reference.experts, [t.double() for t in inputs], index, grad.double())
-    usual = results(reference.experts, inputs, index, grad)
+    found = results(kernel, inputs, index, grad, case.activation)
+    exact = results(reference.experts, [t.double() for t in inputs], index, grad.double(), case.activation)
+    usual = results(reference.experts, inputs, index, grad, case.activation)
     for name, ours, truth, theirs in zip(NAMES, found, exact, usual, strict=True):
         assert ours.shape == truth.shape, name
         assert ours.dtype == theirs.dtype, name
