@@ -115,6 +115,11 @@ SLIDING = {"layer_types": ["sliding_attention"], "rope_parameters": {"rope_theta
 
 def test_granite_with_sliding_layers_and_lfm2_load_in_llama_cpp_where_it_has_what_they_need(tmp_path: Path) -> None:
     plain = {"hidden_size": 32, "num_attention_heads": 4}
+    qwen = {"model_type": "qwen2_moe", "norm_topk_prob": False}
+    assert "does not renormalise" in " ".join(notes({**plain, **qwen, "norm_topk_prob": True}, "published", tmp_path))
+    assert "llama.cpp does not" not in " ".join(notes({**plain, **qwen}, "published", tmp_path))
+    tied = {**plain, **qwen, "tie_word_embeddings": True}
+    assert "llama.cpp does not load the file" in " ".join(notes(tied, "published", tmp_path))
     for config, bad in (
         ({"model_type": "granitemoe_swa", **SLIDING, "layer_rope_theta": [5.0]}, ""),
         ({"model_type": "granitemoe_swa", "layer_types": ["full_attention"]}, "expects a sliding layer"),

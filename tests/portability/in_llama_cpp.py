@@ -23,9 +23,10 @@ KNOWN = (  # expected to fail, by name prefix; btx/export/portable.py says why
     "dense-mistral", "dense-olmo2-llama3", "dense-phi3", "dense-qwen2-llama3", "dense-qwen2-window",
     "dense-qwen3-llama3", "dense-qwen3_5", "ernie4_5", "gemma4", "granite-llama3", "granite_swa", "hunyuan",
     "lfm2-llama3", "mistral-default", "of-mixtures-cohere2_moe-of", "of-mixtures-ernie4_5", "of-mixtures-flex_olmo",
-    "of-mixtures-gemma4", "of-mixtures-hunyuan", "of-mixtures-qwen2", "of-mixtures-qwen3_5",
+    "of-mixtures-gemma4", "of-mixtures-hunyuan", "of-mixtures-qwen2_moe-beside", "of-mixtures-qwen3_5",
     "of-mixtures-qwen3_moe-in", "olmo2", "phi3", "qwen2", "qwen3-llama3", "qwen3_5", "some-layers",
 )  # fmt: skip
+ALONE = ("of-mixtures-lfm2_moe", "of-mixtures-qwen2_moe")  # the same, but not what else begins so
 NAMED = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -79,7 +80,7 @@ def main(source: Path, work: Path, folders: list[Path]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     failed = 0
     for folder in folders:
-        known = folder.name.startswith(KNOWN) or folder.name == "of-mixtures-lfm2_moe"  # which has no bias
+        known = folder.name.startswith(KNOWN) or folder.name in ALONE
         try:
             file = work / f"{folder.name}.gguf"
             remark = converted(source, folder, file)
