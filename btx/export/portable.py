@@ -234,7 +234,8 @@ def _limits_of_llama_cpp(config: dict[str, Any], folder: Path) -> list[str]:
         found.append("llama.cpp leaves out its rope scaling (llama3) in this family and computes something else.")
     if kind == "qwen2_moe" and not config.get("norm_topk_prob") and config.get("tie_word_embeddings"):
         return ["llama.cpp does not load the file."]
-    if kind == "qwen2_moe" and config.get("norm_topk_prob"):  # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
+    # src/models/qwen2moe.cpp: norm_w is false, and a sigmoid is made as silu(x) / x
+    if kind == "qwen2_moe" and config.get("norm_topk_prob"):
         return [
             "llama.cpp does not compute it: in this family it does not renormalise the routing weights and gives NaN "
             "for a shared expert whose gate is zero; with tied embeddings it does not load the file."
