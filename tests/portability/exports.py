@@ -86,14 +86,16 @@ def main(folder: Path) -> None:
     logging.disable_progress_bar()
     folder.mkdir(parents=True)
     for family in FAMILIES:
+        # Of a model whose name has phi3 in it llama.cpp wants Phi-3's own tokens.
+        called = "of-phi" if family == "phi3" else family
         for name, rope in ROPES.items():
             if name == "default" or family not in PLAIN:
-                export(folder / f"{family}-{name}", family, **rope)
-        export(folder / f"{family}-default-5-experts", family, experts=5)
-        export(folder / f"{family}-default-8-experts-bf16", family, experts=8, dtype=torch.bfloat16)
+                export(folder / f"{called}-{name}", family, **rope)
+        export(folder / f"{called}-default-5-experts", family, experts=5)
+        export(folder / f"{called}-default-8-experts-bf16", family, experts=8, dtype=torch.bfloat16)
         for name in ("default", "llama3"):
-            if (folder / f"{family}-{name}").is_dir():
-                extracted(folder / f"dense-{family}-{name}", folder / f"{family}-{name}")
+            if (folder / f"{called}-{name}").is_dir():
+                extracted(folder / f"dense-{called}-{name}", folder / f"{called}-{name}")
     for name, rope in ROPES.items():
         attention = {"merging": {"experts": "ffn+attention"}, "num_key_value_heads": 4}
         export(folder / f"attention-experts-{name}", "llama", **attention, **rope)

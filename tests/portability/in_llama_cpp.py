@@ -20,11 +20,11 @@ TOLERANCE = 1e-3  # its CPU kernels sum in another order and compute attention w
 KNOWN = (  # expected to fail, by name prefix; btx/export/portable.py says why
     "attention-experts", "cohere2-linear", "cohere2-llama3", "cohere2-yarn", "dense-cohere2", "dense-ernie4_5",
     "dense-gemma4", "dense-granite-llama3", "dense-granite_swa", "dense-hunyuan_v1_dense-llama3", "dense-lfm2-llama3",
-    "dense-mistral", "dense-olmo2-llama3", "dense-phi3", "dense-qwen2-llama3", "dense-qwen2-window",
+    "dense-mistral", "dense-of-phi", "dense-olmo2-llama3", "dense-qwen2-llama3", "dense-qwen2-window",
     "dense-qwen3-llama3", "dense-qwen3_5", "ernie4_5", "gemma4", "granite-llama3", "granite_swa", "hunyuan",
     "lfm2-llama3", "mistral-default", "of-mixtures-cohere2_moe-of", "of-mixtures-ernie4_5", "of-mixtures-flex_olmo",
     "of-mixtures-gemma4", "of-mixtures-hunyuan", "of-mixtures-qwen2_moe-beside", "of-mixtures-qwen3_5",
-    "of-mixtures-qwen3_moe-in", "olmo2", "phi3", "qwen2", "qwen3-llama3", "qwen3_5", "some-layers",
+    "of-mixtures-qwen3_moe-in", "of-phi", "olmo2", "qwen2", "qwen3-llama3", "qwen3_5", "some-layers",
 )  # fmt: skip
 ALONE = ("of-mixtures-lfm2_moe", "of-mixtures-qwen2_moe")  # the same, but not what else begins so
 NAMED = """
