@@ -165,7 +165,7 @@ class AnchoredExpert(ModelStep):
 
         from btx.checkpoints.reader import opened
         from btx.checkpoints.token_map import carry_dense
-        from btx.export.lifecycle import extract
+        from btx.export.extract import extract
         from btx.models.mixture import Moe
 
         with opened(self.pair.folder) as found:

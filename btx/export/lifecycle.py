@@ -1,4 +1,4 @@
-"""Changes a Mixture of Experts after the merge: removes, adds, replaces or masks experts, or extracts one as dense.
+"""Changes a Mixture of Experts after the merge: removes, adds, replaces or masks experts.
 
 Folders are read and written block by block, as in the merge. Everything else stays bit for bit the same: the shared
 tensors, the other experts, and their rows of every router.
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,12 +19,17 @@ from btx.checkpoints.writer import TensorSpec, write_weights
 from btx.errors import ArtifactError, RecipeError
 from btx.export.masked import Masked
 from btx.graph.artifact import write_json
-from btx.merge.canonical import joined
 from btx.merge.layout import BESIDE_SHARED
-from btx.models.family import DOWN, LAYER, Constant, Family
+from btx.models.families import mixture_family
+from btx.models.family import DOWN, LAYER, Constant
 from btx.models.mixture import EXPERTS, Moe, Source, patterns
-from btx.models.native import RECORDED, config_difference
-from btx.models.target import class_name, moe_config
+from btx.models.native import config_difference
+from btx.models.target import moe_config
+
+OF_LAYERS = (  # config fields that say which layers have experts
+    "decoder_sparse_step", "mlp_layer_types", "mlp_only_layers", "moe_layer_end_index", "moe_layer_interval",
+    "moe_layer_start_index", "num_dense_layers",
+)  # fmt: skip
 
 
 def from_dense(dense: Checkpoint, moe: Moe, name: str) -> Source:
@@ -104,11 +108,13 @@ def _rows(
         elif moe.family.stacked:
             together = [k for k in moe.family.expert if moe.family.expert[k] == moe.family.expert[kind]]
             yield TensorSpec(name, dtype, (len(sources), *entry.shape[1:]),
-                      partial(_cast, [(s, k) for s in sources for k in together], prefix, dtype))  # fmt: skip
+                      partial(cast_blocks, [(s, k) for s in sources for k in together], prefix, dtype))  # fmt: skip
         else:
             for place in _places(origin, int(number["e"]), moe.count):
                 published = prefix + moe.family.expert[kind].format(e=place)
-                yield TensorSpec(published, dtype, entry.shape, partial(_cast, [(sources[place], kind)], prefix, dtype))
+                yield TensorSpec(
+                    published, dtype, entry.shape, partial(cast_blocks, [(sources[place], kind)], prefix, dtype)
+                )
 
 
 def _places(origin: Sequence[int | None], old: int, count: int) -> list[int]:
@@ -119,10 +125,13 @@ def _places(origin: Sequence[int | None], old: int, count: int) -> list[int]:
     return places
 
 
-def _cast(sources: list[tuple[Source, str]], prefix: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def cast_blocks(
+    sources: list[tuple[Source, str]], prefix: str, dtype: torch.dtype, factor: float = 1.0
+) -> Iterator[torch.Tensor]:
+    """Tensors of experts one after another, times a factor, in blocks of a dtype."""
     for source, kind in sources:
         for block in source(prefix, kind):
-            yield block.to(dtype)
+            yield (block if factor == 1.0 else block.to(torch.float32) * factor).to(dtype)
 
 
 def _of_experts(
@@ -144,7 +153,7 @@ def _router(routers: Callable[[int], torch.Tensor], layer: int, dtype: torch.dty
 
 def remove(out: Path, moe: Moe, names: Sequence[str]) -> None:
     """Write the folder without some experts and their rows of the routers."""
-    gone = {moe.index(name) for name in names}
+    gone = {*moe.numbers(names)}
     kept = [e for e in range(moe.count) if e not in gone]
     write_changed(out, moe, {moe.names[e]: e for e in kept}, lambda layer: moe.router(layer)[kept])
 
@@ -182,14 +191,16 @@ def with_row(router: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 def keep(out: Path, moe: Moe, names: Sequence[str]) -> None:
     """Write experts whole, with their router rows and their places, so that `unmask` can put them back."""
     out.mkdir()
-    places = sorted({moe.index(name) for name in names})
+    places = moe.numbers(names)
     rows: list[TensorSpec] = []
     for layer in moe.layers:
         prefix = f"model.layers.{layer}."
         for e, k in product(places, moe.family.expert):
             dtype = moe.dtype(e, prefix, k)
             rows.append(
-                TensorSpec(f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(_cast, [(moe.expert(e), k)], prefix, dtype))
+                TensorSpec(
+                    f"{prefix}{e}.{k}", dtype, moe.shape(k), partial(cast_blocks, [(moe.expert(e), k)], prefix, dtype)
+                )
             )
         router = moe.router(layer)[places]
         rows.append(
@@ -224,59 +235,18 @@ def unmask(out: Path, moe: Moe, away: Masked) -> None:
     write_changed(out, moe, experts, routers, top_k=away.top_k, back=away)
 
 
-def extract(out: Path, moe: Moe, name: str) -> None:
-    """Write one expert and the shared tensors as a dense model: what the mixture computes if it routes to it alone."""
-    number, family = moe.index(name), moe.family
-    source = moe.expert(number)
-    if moe.dense and moe.width != moe.config["intermediate_size"]:
-        raise ArtifactError(
-            f"{moe.checkpoint.folder}: its experts are {moe.width} wide, its layers without experts "
-            f"{moe.config['intermediate_size']}, and no {family.dense} model has two widths. Nothing can be extracted."
-        )
-    idle = {*family.shared.names.values(), family.shared.gate or ""} if family.shared else {*()}
-    added = {*moe.of_experts, *family.constants, *family.copies, family.input_scale}
-    kinds = patterns(family)
-    rows: list[TensorSpec] = []
-    for tensor, entry in moe.checkpoint.entries.items():
-        match = LAYER.fullmatch(tensor)
-        prefix, rest = (tensor.removesuffix(match[2]), match[2]) if match else ("", tensor)
-        dtype = moe.checkpoint.flat(tensor, 0, 0).dtype
-        if rest == family.router:
-            for k in kinds:
-                own = moe.dtype(number, prefix, k)
-                rows.append(TensorSpec(prefix + k, own, moe.shape(k), partial(_cast, [(source, k)], prefix, own)))
-        elif rest in idle:
-            _require_zero(moe, tensor)
-        elif rest not in added and not any(p.fullmatch(rest) for p in kinds.values()):
-            rows.append(TensorSpec(tensor, dtype, entry.shape, partial(moe.checkpoint.blocks, tensor)))
-    config = dense_config(family, moe.config)
-    write_weights(out, joined(family, rows))
-    config.save_pretrained(out)
-
-
-def dense_config(family: Family, moe: dict[str, Any]) -> Any:
-    """The native dense config of one expert as a model; `moe` is the mixture's parsed config.json."""
-    from transformers import AutoConfig
-
-    source = AutoConfig.for_model(**moe).to_dict()
-    known = AutoConfig.for_model(family.dense).to_dict().keys() | set(family.carried)
-    kept = {k: v for k, v in source.items() if k in known and k not in (*RECORDED, "intermediate_size")}
-    kept |= {**family.extracted, "intermediate_size": source[family.width_field]}
-    config = AutoConfig.for_model(family.dense, **kept)
-    config.dtype = source.get("dtype")
-    config.architectures = [class_name(config)]
-    return config
-
-
-def _require_zero(moe: Moe, tensor: str) -> None:
-    if tensor.endswith("down_proj.weight") and any(bool(block.any()) for block in moe.checkpoint.blocks(tensor)):
-        raise ArtifactError(
-            f"{moe.checkpoint.folder}: {tensor} is not zero, so every token also visits a shared expert, which a "
-            f"{moe.family.dense} model does not have. Only folders whose shared expert is zero can be made dense."
-        )
-
-
 def config_of_pair(dense: Checkpoint, moe: Moe, where: str) -> list[str]:
-    """The deciding config fields in which a mixture made of this dense model would differ from this mixture."""
+    """The deciding config fields in which a mixture made of this dense model would differ from this mixture.
+
+    Those that say which layers have experts do not count: the mixture's are known. ArtifactError for a mixture.
+    """
+    if mixture_family(dense.config):
+        raise ArtifactError(
+            f"{where} is a mixture itself ({dense.config['model_type']}), and one expert is a dense model. Extract one "
+            "of its experts (btx moe extract), or merge mixtures by a recipe."
+        )
     made = moe_config(dense.config, experts=moe.count, top_k=1, width=moe.width, where=where, dense_layers=moe.dense)
-    return config_difference(moe.config, made.to_dict(), where, carried=moe.family.carried, names=("the mixture", "it"))
+    found = config_difference(
+        moe.config, made.to_dict(), where, carried=moe.family.carried, names=("the mixture", "it")
+    )
+    return [one for one in found if one.split(":")[0] not in OF_LAYERS]

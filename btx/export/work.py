@@ -27,6 +27,7 @@ from btx.data.split import Split
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
 from btx.export.card import changed_card, table
+from btx.export.extract import extract as extracted
 from btx.export.masked import Masked
 from btx.export.portable import notes, portable_config
 from btx.export.proof import PROOF, SUMS, check_sums, make_proof, write_sums
@@ -193,8 +194,7 @@ class Work:
 def remove(work: Work, names: list[str]) -> None:
     """Write the mixture without some experts."""
     work.require_unmasked()
-    for name in names:
-        work.moe.index(name)
+    work.moe.numbers(names)
     work.finish(f"btx moe remove {' '.join(names)}", lambda out: lifecycle.remove(out, work.moe, names),
                 {"mixture": work.folder})  # fmt: skip
 
@@ -231,7 +231,7 @@ def replace(work: Work, name: str, expert: Path) -> None:
 def extract(work: Work, name: str) -> None:
     """Write an expert and the shared tensors as a dense model."""
     work.moe.index(name)
-    work.finish(f"btx moe extract {name}", lambda out: lifecycle.extract(out, work.moe, name), {"mixture": work.folder})
+    work.finish(f"btx moe extract {name}", lambda out: extracted(out, work.moe, name), {"mixture": work.folder})
 
 
 def add(work: Work, name: str, expert: Path) -> None:

@@ -44,6 +44,11 @@ class Canonical(Checkpoint):
             start = 0
             for part, shape in parts.items():
                 seen, made = name.removesuffix(match[2]) + part, replace(entry, shape=shape)
+                if seen in self.entries or (seen in file.entries and seen != name):
+                    raise ArtifactError(
+                        f"{file.folder} holds {seen} twice, once within {name}, and it is not clear which is meant. "
+                        "Remove the one that is not."
+                    )
                 self.entries[seen] = replace(made, offset=entry.offset + start * made.size // max(1, made.count))
                 self._place[seen] = (name, start)
                 start += made.count

@@ -66,7 +66,7 @@ class Experts:
     @property
     def owners(self) -> dict[str, str]:
         """The name of every MoE expert, in order, with the model it is made of (empty for a blended one)."""
-        if not self.own:
+        if self.each == 1:
             return self.branches
         return {f"{name}.{e}": model for name, model in self.branches.items() for e in range(self.each)}
 

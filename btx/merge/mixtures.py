@@ -39,7 +39,7 @@ def mixture_rows(family: Family, experts: Experts, shared_: SharedTensors) -> li
             make = partial(_router, name, experts, partial(scales, int(match[1])), shared_)
             found.append(TensorSpec(name, dtype, (experts.count, experts.hidden), make))
         elif rest in entries_of:
-            of, stored = entries_of[rest], DTYPES[entry.dtype]  # some classes keep it in float32
+            of, stored = entries_of[rest], torch.promote_types(DTYPES[entry.dtype], dtype)  # some keep it in float32
             make = partial(_entries, name, experts, shared_, of, stored)
             found.append(TensorSpec(name, stored, of.sizes(experts.count, experts.hidden), make))
         elif not any(pattern.fullmatch(rest) for pattern in kinds.values()):

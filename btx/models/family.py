@@ -6,7 +6,7 @@ Names are those on disk, below `model.layers.L.`, unless a comment says otherwis
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
@@ -152,7 +152,8 @@ class Family:
     def normalised(self, native: Any) -> bool:
         """Whether the routing weights of a token add up to one in a mixture of a native config."""
         of_chosen = self.scores_of(native) == "softmax" != self.scores  # Cohere 2's, over the chosen logits alone
-        return of_chosen or bool(getattr(native, "norm_topk_prob", True))
+        said = any(one.name == "norm_topk_prob" for one in fields(native))  # else the class does not read it
+        return of_chosen or not said or bool(native.norm_topk_prob)
 
     def router_name(self, layer: int) -> str:
         """Published name of a layer's router weight, of shape (experts, width)."""

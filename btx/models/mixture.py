@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,15 @@ class Moe:
         if name.isdecimal() and int(name) < self.count:
             return int(name)
         raise RecipeError(f"{self.checkpoint.folder} has no expert {name!r}; {nearest(name, self.names)}")
+
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """The numbers of experts, in order; `law` also stands for all of `law.0`, `law.1`, ... if it is no expert."""
+        found: set[int] = set()
+        for name in names:
+            below = re.compile(re.escape(name) + r"\.\d+")
+            many = [e for e, one in enumerate(self.names) if below.fullmatch(one)]
+            found |= {*many} if many and name not in self.names else {self.index(name)}
+        return sorted(found)
 
     def expert(self, number: int) -> Source:
         """The source of an expert's tensors."""

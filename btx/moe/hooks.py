@@ -153,7 +153,9 @@ class Routed:
         elif self.without is not None:
             gone = torch.arange(self.without * self.each, (self.without + 1) * self.each, device=logits_TE.device)
             left_TE = logits_TE.index_fill(-1, gone, -torch.inf)
-            held = dialect.bias_on(logits_TE) if dialect.holds_bias else None
+            held = dialect.bias_on(left_TE) if dialect.holds_bias else None
+            if held is not None:  # which must not choose what is gone
+                held = held.expand_as(left_TE).index_fill(-1, gone, -torch.inf)
             index_TK, weight_TK = route(left_TE, self.rule, self.k, bias_E=held)
         if self._open:
             self._check_graph(router)

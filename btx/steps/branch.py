@@ -20,6 +20,7 @@ from btx.steps.model import ModelStep
 
 if TYPE_CHECKING:
     from btx.checkpoints.reader import Checkpoint
+    from btx.models.family import Family
 
 
 class VerifySeed(Step):
@@ -164,8 +165,10 @@ def require_complete(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: config.json does not state {', '.join(unstated)}. Add the model's values."
         )
     native = native_config(checkpoint.config, str(checkpoint.folder))
-    wanted = stored_shapes(native, str(checkpoint.folder))
     stored = canonical(checkpoint) if mixture else checkpoint
+    if mixture:
+        _require_count(stored, mixture, native)
+    wanted = stored_shapes(native, str(checkpoint.folder))
     found = {n: e.shape for n, e in stored.entries.items()}
     wrong = [
         f"{n} is {_as_text(found.get(n))}, should be {_as_text(wanted.get(n))}"
@@ -189,6 +192,21 @@ def require_complete(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: weights and config.json disagree on {len(wrong)} tensors: {'; '.join(wrong[:3])}. "
             "Fetch the checkpoint again."
         )
+
+
+def _require_count(stored: Checkpoint, mixture: Family, native: Any) -> None:
+    """ArtifactError unless routers have a row for each expert that the config counts, which may be any number."""
+    from btx.models.stored import layers_with_experts
+
+    where = str(stored.folder)
+    for layer in layers_with_experts(native, where)[:1]:
+        name, count = mixture.router_name(layer), getattr(native, mixture.experts_field)
+        entry = stored.entries.get(name)
+        if entry is None or entry.shape[0] != count:
+            raise ArtifactError(
+                f"{where}: weights and config.json disagree on the number of experts: {mixture.experts_field} is "
+                f"{count}, and {name} is {_as_text(entry.shape if entry else None)}. Fetch the checkpoint again."
+            )
 
 
 def _beyond(name: str, layers: int) -> bool:

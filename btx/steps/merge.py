@@ -129,12 +129,12 @@ class Merge(Models):
 
     def check(self, asked: int) -> None:
         """Raise if the averaging needs more than run.max_memory, or the recipe's expert layout is impossible."""
-        from btx.checkpoints.reader import opened
         from btx.merge.averaging import require_memory
+        from btx.merge.canonical import opened_canonical
 
         seed = self.branch.seed
         if isinstance(seed, ExternalCheckpoint):
-            with opened(seed.folder) as found:
+            with opened_canonical(seed.folder) as found:
                 require_memory(found, self.settings.shared, models=len(self.models), limit=self.where.max_memory)
         self.check_layout()
 

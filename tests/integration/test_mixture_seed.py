@@ -13,7 +13,7 @@ from tests.support.command import btx, results
 from tests.support.models import save_model
 from tests.support.project import write_project
 from tests.support.shapes import sparse_config
-from tests.support.world import refused
+from tests.support.world import edit_json, refused
 
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 COUNT = 5
@@ -51,6 +51,9 @@ def test_an_expert_that_is_another_mixture_is_refused_and_one_of_its_own_merged(
     ):
         save_model(tmp_path / "law", sparse_config("mixtral", **changes))
         refused(recipe, tmp_path / "runs", 3, [said])
+    edit_json(tmp_path / "seed/config.json", num_local_experts=10**8)
+    refused(recipe, tmp_path / "runs", 3, ["num_local_experts is 100000000, and model.layers.0", "is 5x32"])
+    edit_json(tmp_path / "seed/config.json", num_local_experts=COUNT)
     save_model(tmp_path / "law", sparse_config("mixtral"), noise=0.01)
     found = load_file(tmp_path / "law/model.safetensors")
     btx("run", recipe, "--until", "merge", cwd=tmp_path)

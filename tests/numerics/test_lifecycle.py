@@ -14,6 +14,7 @@ from btx.checkpoints.reader import Checkpoint, opened
 from btx.checkpoints.writer import write_weights
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
+from btx.export.extract import extract
 from btx.export.masked import Masked
 from btx.export.portable import rows as rows_in
 from btx.graph.artifact import write_json
@@ -82,7 +83,7 @@ def test_add_keeps_the_bits_of_everything_else_and_has_the_new_expert(
             assert torch.equal(new[name][..., :3] if "correction_bias" in name else new[name][:3], tensor)
         else:
             assert torch.equal(new[name], tensor)
-    one_hot, wanted = load(larger), load(change(larger, "law", lambda out, moe: lifecycle.extract(out, moe, "law")))
+    one_hot, wanted = load(larger), load(change(larger, "law", lambda out, moe: extract(out, moe, "law")))
     assert one_hot.config.to_dict()[DENSE[family].top_k_field] == 2
     only(one_hot, 3)
     torch.testing.assert_close(logits(one_hot), logits(wanted), atol=1e-5, rtol=0)
@@ -90,7 +91,7 @@ def test_add_keeps_the_bits_of_everything_else_and_has_the_new_expert(
 
 @pytest.mark.parametrize("expert", range(3))
 def test_extract_gives_the_dense_model_of_one_expert(folder: Path, dense: list[Path], expert: int, family: str) -> None:
-    alone = change(folder, "alone", lambda out, moe: lifecycle.extract(out, moe, NAMES[expert]))
+    alone = change(folder, "alone", lambda out, moe: extract(out, moe, NAMES[expert]))
     model = load(folder)
     only(model, expert)
     torch.testing.assert_close(logits(load(alone)), logits(model), atol=1e-5, rtol=0)
@@ -212,7 +213,7 @@ def test_a_fused_mixture_becomes_what_the_published_one_becomes_and_stays_fused(
                 "remove": lambda: lifecycle.remove(out, moe, ["code", "math"]),
                 "replace": lambda: lifecycle.replace(out, moe, "code", lifecycle.from_dense(model, moe, "code")),
                 "unmask": lambda: hidden(out, moe, out.with_name(f"{out.name}-masked")),
-                "extract": lambda: lifecycle.extract(out, moe, "code"),
+                "extract": lambda: extract(out, moe, "code"),
             }[verb]()
 
     inner = "on" if verb == "unmask" else "."

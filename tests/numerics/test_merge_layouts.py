@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
+from btx.export.extract import extract
 from btx.merge.canonical import opened_canonical
 from btx.merge.layout import layout
 from btx.merge.renewed import chosen, renewed
@@ -157,7 +158,7 @@ def test_life_goes_on_in_a_mixture_with_experts_in_some_layers(tmp_path: Path, f
     assert load(added).config.num_experts == 4
     removed = change(added, "removed", lambda out, moe: lifecycle.remove(out, moe, ["law"]))
     assert (removed / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    extracted = load(change(folder, "extracted", lambda out, moe: lifecycle.extract(out, moe, "1")))
+    extracted = load(change(folder, "extracted", lambda out, moe: extract(out, moe, "1")))
     alone = load(change(folder, "alone", lambda out, moe: lifecycle.remove(out, moe, ["0", "2"])))
     torch.testing.assert_close(logits(extracted), logits(alone), atol=1e-5, rtol=0)
 

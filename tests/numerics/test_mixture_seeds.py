@@ -10,10 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from btx.errors import BtxError
+from btx.checkpoints.reader import opened
+from btx.errors import ArtifactError, BtxError
+from btx.export.extract import extract
+from btx.export.lifecycle import config_of_pair, remove
+from btx.graph.artifact import write_json
+from btx.merge.layout import layout
 from btx.models.kernels import use_kernel
+from btx.models.mixture import Moe
+from btx.models.own_experts import own_experts
 from btx.moe.hooks import Routed, find_routers
+from btx.recipe.merge_settings import MergeSettings
 from tests.support.merges import IDS, load, logits, merge
+from tests.support.mixtures import change
 from tests.support.models import config_of, save_model
 from tests.support.shapes import SPARSE, VARIANTS, sparse_config
 
@@ -110,6 +119,65 @@ def test_training_chooses_and_weighs_as_its_stock_class_does(tmp_path: Path, nam
             module.router_jitter_noise = 0.0
     with Routed(model.train(), "top_k", 2), torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "ernie4_5_moe", "lfm2_moe with a bias"])
+def test_what_is_knocked_out_is_as_if_it_were_removed(tmp_path: Path, name: str) -> None:
+    folders = [saved(tmp_path / str(n), name, noise=0.05 * n) for n in range(3)]
+    merged = merge(tmp_path / "moe", folders, top_k=2, router="own")
+    write_json(merged / "experts.json", {"experts": [f"m{n}.{e}" for n in range(3) for e in range(5)]})
+    model = load(merged)
+    with Routed(model, "top_k", 4, each=5) as routed:
+        for gone in range(3):
+            routed.without = gone
+            found = logits(model)
+            assert not any((layer.index_TK // 5 == gone).any() for layer in routed.layers)
+            left = load(change(merged, f"without-{gone}", lambda out, moe, n=gone: remove(out, moe, [f"m{n}"])))
+            torch.testing.assert_close(found, logits(left), atol=1e-5, rtol=0)
+
+
+def test_an_expert_taken_out_of_a_mixture_is_what_it_computes_alone(tmp_path: Path) -> None:
+    for name, more in (
+        ("lfm2_moe", {"routed_scaling_factor": 2.5}),
+        ("qwen3_moe", {}),
+    ):
+        seed = saved(tmp_path / name, name, **more)
+        alone = change(seed, f"{name}-alone", lambda out, moe: remove(out, moe, ["0", "1", "2", "4"]))
+        dense = change(seed, f"{name}-dense", lambda out, moe: extract(out, moe, "3"))
+        torch.testing.assert_close(logits(load(dense)), logits(load(alone)), atol=1e-4, rtol=0)
+    seed = saved(tmp_path / "shared", "granitemoe_swa", shared_intermediate_size=24)
+    with pytest.raises(ArtifactError, match=r"shared_mlp.*, which a granite_swa model does not have"):
+        change(seed, "shared-dense", lambda out, moe: extract(out, moe, "3"))
+
+
+def test_a_mixture_is_no_expert_of_another_and_its_layers_are_no_difference(tmp_path: Path) -> None:
+    seed = saved(tmp_path / "seed", "lfm2_moe with a bias")
+    with opened(seed) as one, opened(seed) as other, pytest.raises(ArtifactError, match="is a mixture itself"):
+        config_of_pair(one, Moe(other), "the expert x")
+    plain = saved(tmp_path / "plain", "lfm2_moe", num_dense_layers=1, use_expert_bias=True, intermediate_size=12)
+    dense = change(plain, "dense", lambda out, moe: extract(out, moe, "3"))
+    with opened(dense) as one, opened(plain) as other:
+        assert config_of_pair(one, Moe(other), "the expert x") == []
+
+
+def test_a_key_that_a_class_does_not_read_decides_nothing() -> None:
+    config = sparse_config("mixtral", norm_topk_prob=False).to_dict()
+    assert own_experts(config, "the seed").normalised  # type: ignore[union-attr]
+
+
+def test_tensors_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    seed = saved(tmp_path / "seed", "qwen3_moe")
+    found = load_file(seed / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    save_file(found | {name: torch.zeros(5, 32, 12)}, seed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"experts\.0\.down_proj\.weight twice, once within {name}"):
+        merge(tmp_path / "moe", [seed] * 2, top_k=2)
+
+
+def test_one_expert_of_a_model_has_its_name(tmp_path: Path) -> None:
+    seed = sparse_config("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    experts = layout(MergeSettings(), ["math", "seed"], seed.to_dict(), "the seed")
+    assert list(experts.owners) == ["math", "seed"]
 
 
 REFUSED = {
