@@ -92,7 +92,13 @@ def test_an_expert_that_transformers_saved_from_it_is_one_of_its_own(seed: Path,
     torch.testing.assert_close(logits(load(made)), logits(load(expert)), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("named", ["", "Qwen2Tokenizer"], ids=["own class", "another class in its files"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        pytest.param("", id="own class"),
+        pytest.param("Qwen2Tokenizer", id="another class in its files", marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_run_keeps_the_ids_of_the_model_that_sees(tmp_path: Path, named: str) -> None:
     """Beside a Qwen3.5 transformers ignores the class that the files name; beside its language model it does not."""
     write_project(tmp_path, family="llama")
