@@ -13,9 +13,11 @@ from btx.export.lifecycle import cast_blocks
 from btx.merge.canonical import joined
 from btx.models.family import DOWN, LAYER, Family
 from btx.models.mixture import Moe, patterns
-from btx.models.native import RECORDED
+from btx.models.native import RECORDED, declared
 from btx.models.stored import stored_shapes
 from btx.models.target import class_name
+
+SCALE = "routed_scaling_factor"
 
 
 def extract(out: Path, moe: Moe, name: str) -> None:
@@ -28,7 +30,8 @@ def extract(out: Path, moe: Moe, name: str) -> None:
             f"{moe.config['intermediate_size']}, and no {family.dense} model has two widths. Nothing can be extracted."
         )
     idle = {*family.shared.names.values(), family.shared.gate or ""} if family.shared else {*()}
-    factor = float(moe.config.get("routed_scaling_factor") or 1.0)  # of LFM2's routing weights
+    scaled = SCALE in declared(moe.native)  # as LFM2's routing weights are
+    factor = float(getattr(moe.native, SCALE)) if scaled else 1.0
     added = {*moe.of_experts, *family.constants, *family.copies, family.input_scale}
     kinds = patterns(family)
     rows: list[TensorSpec] = []
