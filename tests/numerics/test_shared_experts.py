@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from btx.checkpoints.reader import opened
 from btx.errors import ArtifactError, RecipeError
 from btx.export import lifecycle
+from btx.export.extract import extract
 from btx.merge.canonical import opened_canonical
 from btx.models.families import DENSE
 from btx.models.family import DOWN, UP
@@ -106,7 +107,7 @@ def test_a_live_shared_expert_cannot_be_left_out_of_a_dense_model(tmp_path: Path
     seed = save_model(tmp_path / "seed", config_of("qwen2"))
     folder = merge(tmp_path / "moe", [seed] * 2, top_k=1, shared_expert="seed")
     with pytest.raises(ArtifactError, match="every token also visits a shared expert"):
-        change(folder, "out", lambda out, moe: lifecycle.extract(out, moe, "0"))
+        change(folder, "out", lambda out, moe: extract(out, moe, "0"))
 
 
 @pytest.mark.parametrize("verb", ["add", "replace"])
