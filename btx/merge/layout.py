@@ -212,7 +212,7 @@ def _of_mixtures(
     }
     if unfit := [f"{key}: {value}" for key, value in asked.items() if value]:
         raise RecipeError(
-            f"merge.{unfit[0]} is of dense feed-forward blocks, and the seed is a mixture ({family.moe}), whose "
+            f"merge.{unfit[0]} applies to dense feed-forward blocks, and the seed is a mixture ({family.moe}), whose "
             "experts are kept as they are. Leave it out."
         )
     dense = tuple(sorted({*range(config["num_hidden_layers"])} - {*own.layers}))

@@ -69,7 +69,7 @@ def _of_mixture(config: dict[str, Any], where: str, *, attention: bool) -> Famil
     family, native = MOE[config["model_type"]], native_config(config, where)
     if family.attention or attention:
         raise ArtifactError(
-            f"{where} is a Mixture of Experts ({family.moe}), and of a mixture's attention no experts are made. Use "
+            f"{where} is a Mixture of Experts ({family.moe}), and btx makes no experts of a mixture's attention. Use "
             f"{'another seed' if family.attention else 'merge.experts: per_model'}."
         )
     if family.scores_of(native) == "sigmoid" and not family.normalised(native):

@@ -45,7 +45,12 @@ def own_experts(config: dict[str, Any], where: str) -> OwnExperts | None:
         raise ArtifactError(
             f"{where}: config.json has {family.top_k_field} = {visited}, more than the {count} experts. Correct it."
         )
-    return OwnExperts(count, visited, width, layers_with_experts(native, where), family.normalised(native))
+    layers = layers_with_experts(native, where)
+    if not layers:
+        raise ArtifactError(
+            f"{where}: by config.json this {family.moe} has experts in no layer. Correct it, or use a dense checkpoint."
+        )
+    return OwnExperts(count, visited, width, layers, family.normalised(native))
 
 
 def _of_all_layers(native: Any, field: str, where: str) -> int:

@@ -126,8 +126,8 @@ class MergeSettings(Settings):
         description="initial router: random or orthogonal rows; or from each domain's data, by regression on router "
         "inputs (activations), as mean input embedding (embeddings), or as the input that the expert's change answers "
         "to most, data saying its sign and scale (arrow): these load the merged model once, in fp32. auto: activations "
-        "where two domains have data and each expert is a model's, else random. Where the seed is a mixture, a row of "
-        "these is added to all of a model's own; own: none is",
+        "where two domains have data and each expert is a model's, else random. Where the seed is a mixture, such a "
+        "row is added to all of a model's own rows; own adds none",
     )
     layers: Literal["all", "alternate"] | Annotated[list[Whole], Field(min_length=1)] = Field(
         "all",

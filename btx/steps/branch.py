@@ -202,7 +202,7 @@ def _require_count(stored: Checkpoint, mixture: Family, native: Any) -> None:
     for layer in layers_with_experts(native, where)[:1]:
         name, count = mixture.router_name(layer), getattr(native, mixture.experts_field)
         entry = stored.entries.get(name)
-        if entry is None or entry.shape[0] != count:
+        if entry is None or entry.shape[:1] != (count,):
             raise ArtifactError(
                 f"{where}: weights and config.json disagree on the number of experts: {mixture.experts_field} is "
                 f"{count}, and {name} is {_as_text(entry.shape if entry else None)}. Fetch the checkpoint again."

@@ -70,9 +70,9 @@ def test_an_expert_that_is_another_mixture_is_refused_and_one_of_its_own_merged(
     [
         ("finetune.routing=switch", "a token of the seed, which is a mixture, visits 2"),
         ("finetune.moments=experts", "was not tried on a seed that is a mixture"),
-        ("merge.router=arrow", "merge.router: arrow is of dense feed-forward blocks"),
+        ("merge.router=arrow", "merge.router: arrow applies to dense feed-forward blocks"),
         ("anchored={}", "the seed is a mixture. Leave it out"),
-        ("merge.experts=blend", "merge.experts: blend is of dense feed-forward blocks"),
+        ("merge.experts=blend", "merge.experts: blend applies to dense feed-forward blocks"),
     ],
 )
 def test_what_is_of_dense_seeds_is_refused_before_anything_is_written(

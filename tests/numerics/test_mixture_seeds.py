@@ -181,14 +181,15 @@ def test_one_expert_of_a_model_has_its_name(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "attention has experts": ("jetmoe", {}, {}, "of a mixture's attention no experts are made"),
+    "attention has experts": ("jetmoe", {}, {}, "makes no experts of a mixture's attention"),
     "sigmoids that do not add up": ("lfm2_moe", {"norm_topk_prob": False}, {}, "(norm_topk_prob: false)"),
     "no two numbers": ("hunyuan_v1_moe", {"num_experts_per_tok": [2, 1, 2]}, {}, "moe_topk = [2, 1, 2]"),
     "too many visited": ("mixtral", {"num_experts_per_tok": 6}, {}, "more than the 5 experts"),
-    "split": ("mixtral", {}, {"experts": "split"}, "merge.experts: split is of dense feed-forward blocks"),
-    "some layers": ("qwen2_moe", {}, {"layers": [1]}, "merge.layers: [1] is of dense"),
-    "a shared expert": ("qwen2_moe", {}, {"shared_expert": "seed"}, "merge.shared_expert: seed is of dense"),
-    "arrow": ("mixtral", {}, {"router": "arrow"}, "merge.router: arrow is of dense"),
+    "experts in no layer": ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, {}, "has experts in no layer"),
+    "split": ("mixtral", {}, {"experts": "split"}, "merge.experts: split applies to dense feed-forward blocks"),
+    "some layers": ("qwen2_moe", {}, {"layers": [1]}, "merge.layers: [1] applies to dense"),
+    "a shared expert": ("qwen2_moe", {}, {"shared_expert": "seed"}, "merge.shared_expert: seed applies to dense"),
+    "arrow": ("mixtral", {}, {"router": "arrow"}, "merge.router: arrow applies to dense"),
     "experts of attention": ("mixtral", {}, {"experts": "ffn+attention"}, "Use merge.experts: per_model"),
 }
 
